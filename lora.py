@@ -1,0 +1,225 @@
+"""LoRA (Hu et al. 2021): a frozen linear W0 gains a trained update of rank r, h = W0 x + (alpha / r) B A x.
+
+The base is loaded first and knows nothing of LoRA; `add_lora` wraps the linears it is told to. Adapters are kept in
+PEFT's folder format, so that peft, vLLM and llama.cpp's converter read them:
+
+  adapter_config.json         r, lora_alpha, lora_dropout, target_modules, base_model_name_or_path
+  adapter_model.safetensors   base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight (r, I), lora_B (O, r), ...
+  run.json                    ours: what it was trained on, with which prompt template and settings
+
+PEFT's names are Hugging Face's, whose rotary layout differs from Meta's: the rows of lora_B of q_proj and k_proj are
+permuted on the way out and back on the way in. Nothing fails if that is forgotten; the answers are just worse.
+"""
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from model import Linear, Parser, load_model, read_safetensors, run, save_model, write_atomically, write_json
+
+HF_TO_META = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
+              "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+META_TO_HF = {meta: hf for hf, meta in HF_TO_META.items()}
+HF_PARENT = {"attention": "self_attn", "feed_forward": "mlp"}
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What to adapt and how strongly. targets: Hugging Face's names, Meta's, or "all" (the seven linears of a block).
+    Raises ValueError for a value that makes no adapter."""
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.05                                         # on the adapter's input only, while training
+    targets: tuple = ("q_proj", "v_proj")
+
+    def __post_init__(self):
+        targets = (self.targets,) if isinstance(self.targets, str) else self.targets
+        names = tuple(META_TO_HF) if "all" in targets else tuple(HF_TO_META.get(t, t) for t in targets)
+        if unknown := [t for t in names if t not in META_TO_HF]:
+            raise ValueError(f"LoRA target {unknown[0]!r} unknown; choose from {' '.join(HF_TO_META)} or all")
+        if not names:
+            raise ValueError("no LoRA target given; name at least one, such as q_proj v_proj")
+        if type(self.r) is not int or self.r < 1:
+            raise ValueError(f"LoRA rank r is {self.r!r}, wanted a whole number above 0")
+        if not self.alpha > 0:
+            raise ValueError(f"lora_alpha is {self.alpha!r}, wanted a number above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora_dropout is {self.dropout!r}, wanted 0 <= dropout < 1")
+        object.__setattr__(self, "targets", tuple(dict.fromkeys(names)))
+
+
+class LoRALinear(nn.Module):
+    """h = W0 x + (alpha / r) B A x (Hu et al. 2021, eq. 3). W0 (O, I) is frozen, in the base's dtype; A (r, I) and
+    B (O, r) are trained, float32, and cast to the activations' dtype at use. B starts at zero, so h starts at W0 x."""
+
+    def __init__(self, base, config):
+        super().__init__()
+        n_out, n_in = base.weight.shape
+        device = base.weight.device
+        self.base, self.scale, self.dropout = base, config.alpha / config.r, config.dropout
+        self.lora_a = nn.Parameter(torch.empty(config.r, n_in, device=device, dtype=torch.float32))
+        self.lora_b = nn.Parameter(torch.zeros(n_out, config.r, device=device, dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.lora_a, a=5 ** 0.5)         # uniform in +-1/sqrt(I), as in loralib and PEFT
+
+    def delta(self):
+        """The update (alpha / r) B A as one matrix (O, I), float32."""
+        return self.scale * (self.lora_b @ self.lora_a)
+
+    def forward(self, x):                                         # (..., I) -> (..., O)
+        h = F.dropout(x, self.dropout, self.training)
+        h = F.linear(h, self.lora_a.to(x.dtype))                                           # (..., r)
+        return self.base(x) + F.linear(h, self.lora_b.to(x.dtype)) * self.scale
+
+
+def lora_linears(model):
+    """(name, LoRALinear) for each wrapped linear, in the order of the layers."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+
+
+def add_lora(model, config):
+    """Freeze the model and wrap the target linears of every block; return how many. Raises ValueError if it has an
+    adapter already. Only lora_a and lora_b are trainable afterwards."""
+    if lora_linears(model):
+        raise ValueError("the model has an adapter already; merge it or load the base again")
+    model.requires_grad_(False)
+    model.lora_config = config
+    names = [name for name, module in model.layers.named_modules()
+             if isinstance(module, Linear) and name.rpartition(".")[2] in config.targets]
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        parent = model.layers.get_submodule(parent)
+        setattr(parent, leaf, LoRALinear(getattr(parent, leaf), config))
+    return len(names)
+
+
+@torch.no_grad()
+def merge(model):
+    """Fold each update into its weight, W = W0 + (alpha / r) B A, summed in float32 and stored in the weight's dtype;
+    the wrappers go. Return {name: relative error of the stored update, ||stored - exact|| / ||exact||}: 0.06 is
+    usual in bf16, 0.5 means that bf16 rounds half of the update away and the adapter is better kept apart."""
+    errors = {}
+    for name, module in lora_linears(model):
+        weight, delta = module.base.weight, module.delta()
+        merged = (weight.float() + delta).to(weight.dtype)
+        stored = merged.float() - weight.float()
+        errors[name] = ((stored - delta).norm() / delta.norm().clamp_min(1e-30)).item()
+        module.base.weight = nn.Parameter(merged, requires_grad=False)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module.base)
+    if not errors:
+        raise ValueError("the model has no adapter to merge")
+    return errors
+
+
+def meta_to_hf_rows(matrix, n_heads):
+    """Reorder the rows of a q or k matrix (heads * D, ...) from adjacent rotary pairs to Hugging Face's half-split."""
+    return matrix.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def hf_to_meta_rows(matrix, n_heads):
+    """The inverse of `meta_to_hf_rows`."""
+    return matrix.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def peft_names(model):
+    """[(our LoRALinear, PEFT's key prefix, heads whose lora_B rows are permuted or None)]."""
+    config, rows = model.config, []
+    for name, module in lora_linears(model):                      # layers.3.attention.wq
+        _, layer, parent, leaf = name.split(".")
+        prefix = f"base_model.model.model.layers.{layer}.{HF_PARENT[parent]}.{META_TO_HF[leaf]}"
+        rows.append((module, prefix, {"wq": config.n_heads, "wk": config.n_kv_heads}.get(leaf)))
+    return rows
+
+
+def save_adapter(model, path, base_model="", run_info=None):
+    """Write the adapter into the folder path as PEFT's two files and run.json, each file replaced atomically."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    state = {}
+    for module, prefix, heads in peft_names(model):
+        a, b = module.lora_a.detach().cpu(), module.lora_b.detach().cpu()
+        state[f"{prefix}.lora_A.weight"] = a.contiguous()
+        state[f"{prefix}.lora_B.weight"] = b.contiguous() if heads is None else meta_to_hf_rows(b, heads)
+    config = model.lora_config
+    write_atomically(path / "adapter_model.safetensors", lambda p: save_file(state, p, metadata={"format": "pt"}))
+    write_json(path / "run.json", run_info or {})
+    write_json(path / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model), "r": config.r,
+        "lora_alpha": config.alpha, "lora_dropout": config.dropout, "bias": "none", "fan_in_fan_out": False,
+        "target_modules": [META_TO_HF[t] for t in config.targets], "inference_mode": True, "init_lora_weights": True,
+        "modules_to_save": None, "use_rslora": False, "use_dora": False})
+
+
+def read_json_file(path):
+    """The object in a JSON file; ValueError in one line if it is missing or broken."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} not found") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, wanted an object")
+    return value
+
+
+def load_adapter(model, path):
+    """Wrap the linears that the folder's adapter_config.json names and load its tensors, strictly. Return run.json
+    (empty if there is none). Raises ValueError for a missing, surplus or misshaped tensor or an unsupported feature."""
+    path = Path(path)
+    file = path / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{file} not found; train an adapter first (python train.py) or give --lora_weights its folder")
+    settings = read_json_file(path / "adapter_config.json")
+    if missing := [k for k in ("r", "lora_alpha", "target_modules") if settings.get(k) is None]:
+        raise ValueError(f"{path / 'adapter_config.json'} lacks {missing[0]}")
+    for feature, plain in (("use_dora", False), ("use_rslora", False), ("bias", "none"), ("modules_to_save", None),
+                           ("rank_pattern", {}), ("alpha_pattern", {}), ("fan_in_fan_out", False)):
+        if (settings.get(feature) or plain) != plain:
+            raise ValueError(f"{path / 'adapter_config.json'} sets {feature} to {settings[feature]!r}, "
+                             "which this LoRA does not have")
+    state = dict(read_safetensors(file, model.device))
+    add_lora(model, LoRAConfig(settings["r"], settings["lora_alpha"], settings.get("lora_dropout") or 0.0,
+                               tuple([settings["target_modules"]] if isinstance(settings["target_modules"], str)
+                                     else settings["target_modules"])))
+    for module, prefix, heads in peft_names(model):
+        for key, parameter in ((f"{prefix}.lora_A.weight", module.lora_a), (f"{prefix}.lora_B.weight", module.lora_b)):
+            if key not in state:
+                raise ValueError(f"{file} lacks {key}")
+            tensor = state.pop(key).float()
+            if tensor.shape != parameter.shape:
+                raise ValueError(f"{file}: {key} is {tuple(tensor.shape)}, this model wants {tuple(parameter.shape)}; "
+                                 "the adapter belongs to another base")
+            permute = heads is not None and parameter is module.lora_b
+            parameter.data.copy_(hf_to_meta_rows(tensor, heads) if permute else tensor)
+    if state:
+        raise ValueError(f"{file} has {next(iter(state))}, which fits nowhere in this model")
+    model.requires_grad_(False)
+    return read_json_file(path / "run.json") if (path / "run.json").is_file() else {}
+
+
+def main():
+    parser = Parser(description="Fold an adapter into its base and write the result as a base of its own.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    command = commands.add_parser("merge", help="write base + adapter as one model")
+    command.add_argument("--base_model", required=True, help="folder of the base")
+    command.add_argument("--lora_weights", required=True, help="folder of the adapter")
+    command.add_argument("--output_dir", required=True, help="folder to write")
+    args = parser.parse_args()
+    model = load_model(args.base_model)
+    load_adapter(model, args.lora_weights)
+    errors = merge(model)
+    save_model(model, args.output_dir)
+    shutil.copyfile(Path(args.base_model) / "tokenizer.model", Path(args.output_dir) / "tokenizer.model")
+    worst = max(errors, key=errors.get)
+    print(f"merged {len(errors)} linears into {args.output_dir}; stored as {model.dtype}, the updates lose "
+          f"{sum(errors.values()) / len(errors):.1%} on average, {errors[worst]:.1%} at most ({worst})")
+
+
+if __name__ == "__main__":
+    run(main)

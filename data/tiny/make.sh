@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# How the small base came about: run from the top of the repository; PYTHON names the interpreter.
+# About 12 minutes on 2 cores. It writes build/ (ignored by git) and then the files beside this script.
+set -euo pipefail
+PYTHON=${PYTHON:-python}
+here=data/tiny; build=$here/build; mkdir -p $build
+$PYTHON build_data.py sentences --output $build/sentences.jsonl --passes 30
+$PYTHON build_data.py tokenizer --output $build/tokenizer.model --vocab_size 4096
+cat > $build/params.json <<'JSON'
+{"dim": 256, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 4096, "norm_eps": 1e-05, "multiple_of": 64}
+JSON
+$PYTHON model.py init $build/params.json $build/fresh --seed 0
+cp $build/tokenizer.model $build/fresh/
+$PYTHON train.py --full --base_model $build/fresh --data_path $build/sentences.jsonl --output_dir $build/trained \
+  --prompt_template_name bare --num_epochs 2 --batch_size 96 --micro_batch_size 96 --learning_rate 2e-3 \
+  --val_set_size 0 --save_steps 0 --num_answers 0 --dtype fp32
+$PYTHON - <<'PY'
+from model import load_model, save_model
+import torch, shutil
+save_model(load_model("data/tiny/build/trained", dtype=torch.bfloat16), "data/tiny")
+shutil.copyfile("data/tiny/build/tokenizer.model", "data/tiny/tokenizer.model")
+PY

@@ -1,0 +1,309 @@
+"""Questions in, answers out: prompt templates, the tokenizer, decoding with the KV cache, streaming, chat, files.
+
+  python generate.py "偏头痛有哪些症状？"                one question
+  python generate.py                                   a chat
+  python generate.py --instruct_dir questions.json     a file, array or lines of {"instruction", "input"}
+
+The only place where text and token ids meet, so that training and asking render every prompt with the same code.
+The answer goes to stdout, everything else to stderr.
+"""
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from sentencepiece import SentencePieceProcessor
+
+from lora import load_adapter, read_json_file
+from model import DTYPES, Parser, load_model, run, write_atomically
+
+DATA = Path(__file__).parent / "data"
+TEMPLATES = DATA / "templates"
+DISCLAIMER = "Answers come from a language model and are no medical advice. 回答由语言模型生成，不构成医疗建议。"
+
+
+def load_template(name):
+    """The prompt template of a bare name in data/templates or of a path: {prompt_no_input, prompt_input,
+    response_split}. A missing prompt_input is prompt_no_input, as BenTsao's literature template has it."""
+    path = Path(name) if str(name).endswith(".json") else TEMPLATES / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.json")))
+        raise ValueError(f"template {name!r} unknown; choose from {known}, or give the path of a .json file")
+    template = {"description": "", "response_split": "", **read_json_file(path)}
+    template.setdefault("prompt_input", template.get("prompt_no_input"))
+    for key in ("prompt_no_input", "prompt_input"):
+        if not isinstance(template[key], str) or "{instruction}" not in template[key]:
+            raise ValueError(f"{path}: {key} wants a text with {{instruction}}")
+    return template
+
+
+def render_prompt(template, instruction, input=""):
+    """The prompt for one instruction. The only renderer: training, asking and chatting all call it."""
+    return template["prompt_input" if input else "prompt_no_input"].format(instruction=instruction, input=input)
+
+
+def render_turns(turns):
+    """Turns [(user, bot), ...], the last bot None, in the form of BenTsao's literature rows: the conversation that
+    goes into {instruction}. The leading space is theirs, and changes the first token."""
+    return "".join(f" <user>: {user}" + ("" if bot is None else f" <bot>: {bot}") for user, bot in turns)
+
+
+class Tokenizer:
+    """SentencePiece with LLaMA's special ids; bos, eos and size come from tokenizer.model and nowhere else."""
+
+    def __init__(self, path):
+        if not Path(path).is_file():
+            raise ValueError(f"{path} not found; the folder of the base wants a tokenizer.model")
+        try:
+            self.pieces = SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{path} is no SentencePiece model ({error})") from None
+        self.vocab_size, self.bos_id, self.eos_id = len(self.pieces), self.pieces.bos_id(), self.pieces.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError(f"{path} has no BOS or EOS piece; LLaMA wants both")
+        self.newline = self.pieces.piece_to_id("<0x0A>")
+
+    def encode(self, text, bos=False, eos=False):
+        """Text to token ids."""
+        return [self.bos_id] * bos + self.pieces.encode(text) + [self.eos_id] * eos
+
+    def encode_answer(self, text):
+        """Ids of a text that follows a prompt, without the space that SentencePiece puts before a text. Behind a
+        newline, where the templates end, this is what encoding both together gives."""
+        ids = self.pieces.encode("\n" + text)
+        return ids[ids.index(self.newline) + 1:]
+
+    def decode(self, ids):
+        """Token ids to text. Bytes that make no character become U+FFFD."""
+        return self.pieces.decode(list(ids))
+
+
+def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+    """One id from logits (V,): the greatest at temperature 0; else drawn from softmax(logits / temperature), kept to
+    the top_k greatest (0: all), then to the fewest that hold top_p of the mass (Holtzman et al. 2020)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits / temperature
+    if 0 < top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    probs = logits.softmax(-1)
+    if top_p < 1:
+        ordered, order = probs.sort(descending=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p           # the mass before it is enough: the first stays
+        probs = probs.index_fill(0, order[outside], 0.0)
+    return int(torch.multinomial(probs, 1, generator=generator))  # multinomial normalises
+
+
+@torch.inference_mode()
+def generate_ids(model, prompt_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eos_id=2, seed=None):
+    """Yield the ids that follow prompt_ids, at most max_new_tokens, up to EOS (which is not yielded). The prompt is
+    run once; each step then runs one position against the cache. A seed makes a sampled answer repeatable."""
+    if not prompt_ids:
+        raise ValueError("the prompt is empty; give at least the BOS id")
+    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}, top_p {top_p}: "
+                         "wanted at least 1, 0, 0 and 0 < top_p <= 1")
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(model.device).manual_seed(seed)
+    cache = model.new_cache(1, len(prompt_ids) + max_new_tokens)
+    ids = torch.tensor([prompt_ids], device=model.device)                                  # (1, T)
+    for _ in range(max_new_tokens):
+        logits = model.output(model.hidden(ids, cache)[0, -1]).float()                     # (V,)
+        token = sample(logits, temperature, top_k, top_p, generator)
+        if token == eos_id:
+            return
+        yield token
+        ids = torch.tensor([[token]], device=model.device)
+
+
+def stream_text(tokenizer, ids):
+    """Yield the text of ids as it grows, whole characters only. Most Chinese characters are three byte tokens in
+    LLaMA's vocabulary: what decodes to U+FFFD at the end is held back until its last byte has come. Bytes still
+    incomplete when the ids end are dropped."""
+    seen, shown = [], 0
+    for token in ids:
+        seen.append(token)
+        text = tokenizer.decode(seen).rstrip("\ufffd")
+        if len(text) > shown:
+            yield text[shown:]
+            shown = len(text)
+
+
+def ask(model, tokenizer, prompt, max_new_tokens=256, **decoding):
+    """Yield the answer to a rendered prompt as text pieces; decoding as in `generate_ids`."""
+    return stream_text(tokenizer, generate_ids(model, tokenizer.encode(prompt, bos=True), max_new_tokens,
+                                               eos_id=tokenizer.eos_id, **decoding))
+
+
+def read_records(path):
+    """[(line number, object), ...] of a JSON array or JSON lines, whatever the extension; a BOM is skipped. Raises
+    ValueError naming the file and the line."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} not found or not a file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); convert it, for instance with iconv -f GBK -t UTF-8") from None
+    rows = []
+    if text.lstrip().startswith("["):
+        try:
+            rows = list(enumerate(json.loads(text), 1))
+        except ValueError as error:
+            raise ValueError(f"{path} starts as a JSON array but is none: {error}") from None
+    else:
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    rows.append((number, json.loads(line)))
+                except ValueError as error:
+                    raise ValueError(f"{path} line {number} is not JSON: {error}") from None
+    if not rows:
+        raise ValueError(f"{path} is empty; wanted a JSON array or one JSON object a line")
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} line {number} holds a {type(row).__name__}, wanted an object")
+    return rows
+
+
+def read_instructions(path, answers=False):
+    """Alpaca records of a file: `instruction` wanted, `input` optional; with answers, `output` wanted too. Raises
+    ValueError naming the line."""
+    records = []
+    for number, row in read_records(path):
+        for key in ("instruction", "output") if answers else ("instruction",):
+            if not isinstance(row.get(key), str):
+                raise ValueError(f"{path} line {number}: {key} is {row.get(key)!r}, wanted a text")
+        if not isinstance(row.get("input") or "", str):
+            raise ValueError(f"{path} line {number}: input is {row['input']!r}, wanted a text")
+        if answers and not row["output"].strip():
+            raise ValueError(f"{path} line {number}: output is empty; a record without an answer teaches nothing")
+        records.append({**row, "input": row.get("input") or ""})
+    return records
+
+
+def pick_device(name):
+    """The torch device of an option: "auto" is the first GPU, else the CPU."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def pick_dtype(name, device):
+    """The torch dtype of an option: "auto" is bf16 on a GPU that has it, else fp32."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} unknown; choose from auto {' '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_base(path, device, dtype):
+    """(model, tokenizer) of a base's folder. Raises ValueError if the embedding has not one row per piece."""
+    tokenizer = Tokenizer(Path(path) / "tokenizer.model")
+    model = load_model(path, device, dtype)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(f"{path}: tokenizer.model has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size} "
+                         "embedding rows; they belong to different models")
+    return model, tokenizer
+
+
+def flag(text):
+    """A yes-or-no option as Fire users write it: --x, --x True, --x=False."""
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise ValueError(text)
+    return text.lower() in ("true", "1")
+
+
+def chat(answer, turns_kept):
+    """Read questions until end of input; each sees the turns before it when turns_kept is set. /reset starts again."""
+    print(f"{DISCLAIMER}\n/reset starts again, Ctrl-D ends.", file=sys.stderr)
+    turns = []
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        question = sys.stdin.readline()
+        if not question:
+            return
+        question = question.strip()
+        if question == "/reset":
+            turns = []
+        elif question:
+            instruction = render_turns([*turns, (question, None)]) if turns_kept else question
+            try:
+                text = answer(instruction, "")
+                turns.append((question, text))
+            except KeyboardInterrupt:                             # stops the answer, not the chat
+                print()
+
+
+def main():
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("prompt", nargs="?", help="one question; without it and --instruct_dir, a chat")
+    parser.add_argument("--input", default="", help="context of the question (the template's {input})")
+    parser.add_argument("--base_model", default="", help="folder of the base (empty: the one the adapter was trained on)")
+    parser.add_argument("--lora_weights", default="lora-tcm", help="folder of the adapter")
+    parser.add_argument("--use_lora", type=flag, nargs="?", const=True, default=True, help="False asks the base alone")
+    parser.add_argument("--instruct_dir", default="", help="a file of questions, JSON array or lines")
+    parser.add_argument("--output", default="", help="file for the answers to --instruct_dir, as JSON lines")
+    parser.add_argument("--prompt_template", default="", help="name in data/templates or path (empty: the adapter's own)")
+    parser.add_argument("--single_or_multi", choices=("single", "multi"), default="single",
+                        help="multi: a chat shows the model the turns before, in BenTsao's <user>: <bot>: form")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens of an answer at most")
+    # BenTsao passes temperature 0.1 but decodes by beams without sampling, so it has no effect there: greedy is ours
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, above 0 samples")
+    parser.add_argument("--top_k", type=int, default=40, help="sample among the k likeliest (0: all)")
+    parser.add_argument("--top_p", type=float, default=0.75, help="sample among the likeliest that hold this mass")
+    parser.add_argument("--seed", type=int, default=None, help="makes sampled answers repeatable")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16, fp32")
+    args = parser.parse_args()
+
+    made = {}                                                     # what the adapter's run.json says of itself
+    if args.use_lora:
+        info = Path(args.lora_weights) / "run.json"
+        if not Path(args.lora_weights).is_dir():
+            raise ValueError(f"no adapter at {args.lora_weights}; run python train.py first, name one with "
+                             "--lora_weights, or ask the base alone with --use_lora False")
+        made = read_json_file(info).get("config", {}) if info.is_file() else {}
+    base = args.base_model or made.get("base_model") or str(DATA / "tiny")
+    template = load_template(args.prompt_template or made.get("prompt_template_name") or "med_template")
+    questions = read_instructions(args.instruct_dir) if args.instruct_dir else []
+    device = pick_device(args.device)
+    model, tokenizer = load_base(base, device, pick_dtype(args.dtype, device))
+    if args.use_lora:
+        load_adapter(model, args.lora_weights)
+
+    def answer(instruction, input):
+        """Stream one answer to stdout, its speed to stderr; return its text."""
+        started, text = time.time(), ""
+        for piece in ask(model, tokenizer, render_prompt(template, instruction, input), args.max_new_tokens,
+                         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed):
+            print(piece, end="", flush=True)
+            text += piece
+        print(flush=True)
+        seconds, count = time.time() - started, len(tokenizer.encode_answer(text))
+        print(f"[{count} tokens, {count / seconds:.0f} tokens/s]", file=sys.stderr)
+        return text
+
+    if args.instruct_dir:
+        answers = []
+        for row in questions:
+            print(f"Instruction: {row['instruction']}\nResponse: ", end="")
+            answers.append({**row, "answer": answer(row["instruction"], row["input"])})
+        if args.output:
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
+            write_atomically(args.output, lambda p: p.write_text(lines, encoding="utf-8"))
+    elif args.prompt:
+        answer(args.prompt, args.input)
+        print(DISCLAIMER, file=sys.stderr)
+    else:
+        chat(answer, args.single_or_multi == "multi")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,424 @@
+"""Instruction tuning: LoRA on a frozen LLaMA, or all its weights (--full), with the loss on the answer alone.
+
+  python train.py                                              the small base in data/tiny, with the settings of TINY
+  python train.py --base_model DIR --data_path FILE ...        your base and data, with alpaca-lora's defaults
+
+Letters: B rows, T positions, V vocabulary. A row is a prompt and its answer, ending in EOS, which is always a target.
+The gradient of an optimizer step is that of (sum of the losses of all target tokens) / (their number), however the
+rows are cut into micro-batches. Base weights and activations are in --dtype; adapters (or, with --full, all weights),
+their gradients, AdamW's state, logits and loss are float32.
+"""
+import hashlib
+import json
+import math
+import shutil
+import time
+from argparse import SUPPRESS
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from generate import DATA, ask, flag, load_base, load_template, pick_device, pick_dtype, read_instructions, render_prompt
+from lora import LoRAConfig, add_lora, read_json_file, save_adapter
+from model import Parser, run, save_model, write_atomically, write_json
+
+
+def opt(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainConfig:
+    """Settings under alpaca-lora's names, with its defaults (BenTsao's where they differ) but for three: cutoff_len
+    512, since at 256 22.9 % of BenTsao's records lose their EOS and the model never learns to stop; warm-up at most a
+    tenth of the steps, so that short runs learn too; and bf16 instead of an 8-bit base."""
+    base_model: str = opt("", "folder of the base (empty: the small one in data/tiny, with the settings of TINY)")
+    data_path: str = opt("", "training records, JSON array or lines of {instruction, input, output}")
+    val_path: str = opt("", "validation records in a file of their own (else val_set_size of data_path)")
+    output_dir: str = opt("lora-tcm", "folder for the adapter (or model), log.jsonl, loss.svg, checkpoints")
+    full: bool = opt(False, "train all weights instead of an adapter")
+    batch_size: int = opt(128, "rows of one optimizer step")
+    micro_batch_size: int = opt(8, "rows computed at once")
+    num_epochs: int = opt(10, "passes over the data")
+    max_steps: int = opt(0, "stop after so many optimizer steps (0: after num_epochs)")
+    learning_rate: float = opt(3e-4, "peak of AdamW's learning rate, after warm-up; falls linearly to 0")
+    warmup_steps: int = opt(100, "steps of linear warm-up, at most a tenth of all")
+    weight_decay: float = opt(0.0, "AdamW's")
+    max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm")
+    cutoff_len: int = opt(512, "tokens of a row at most; a longer answer is cut, its EOS stays")
+    val_set_size: int = opt(500, "rows taken from data_path for validation, by seed")
+    eval_steps: int = opt(200, "steps between validations (0: only at the end)")
+    save_steps: int = opt(200, "steps between checkpoints (0: none)")
+    save_total_limit: int = opt(3, "checkpoints kept")
+    lora_r: int = opt(8, "rank of the update")
+    lora_alpha: float = opt(16, "the update is scaled by alpha / r")
+    lora_dropout: float = opt(0.05, "on the adapter's input")
+    lora_target_modules: tuple = opt(("q_proj", "v_proj"), "linears to adapt: q_proj k_proj v_proj o_proj gate_proj "
+                                     "up_proj down_proj, Meta's wq ..., or all; also as '[q_proj,v_proj]'")
+    train_on_inputs: bool = opt(False, "make the prompt's tokens targets too")
+    group_by_length: bool = opt(False, "fill each step with rows of similar length (changes the order, less padding)")
+    prompt_template_name: str = opt("med_template", "name in data/templates or path")
+    resume_from_checkpoint: str = opt("", "checkpoint-STEP folder to go on from")
+    num_answers: int = opt(3, "validation questions answered before and after")
+    seed: int = opt(42, "of the split, the order, A's first values and dropout")
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1")
+    dtype: str = opt("auto", "auto, bf16, fp32: of the base's weights and of the activations")
+    wandb_project: str = opt("", "log to this Weights & Biases project (needs wandb)")
+    wandb_run_name: str = opt("", "name of the run, there and in run.json")
+
+
+# `python train.py` alone: a base of 5 million weights wants a far larger step than 7 billion do, and all its linears
+TINY = {"base_model": str(DATA / "tiny"), "data_path": str(DATA / "train.jsonl"), "val_path": str(DATA / "heldout.jsonl"),
+        "batch_size": 64, "micro_batch_size": 32, "num_epochs": 2, "learning_rate": 5e-3, "warmup_steps": 10,
+        "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": ("all",), "eval_steps": 50,
+        "num_answers": 1000}
+
+
+class Row(NamedTuple):
+    """One encoded record: token ids, and how many of them are prompt (no targets)."""
+    ids: list
+    prompt: int
+
+
+def encode_example(tokenizer, template, record, config):
+    """The Row of a record, or None if its prompt leaves no room for one answer token and EOS within cutoff_len. A cut
+    answer keeps EOS as its end and never ends inside a character."""
+    prompt = tokenizer.encode(render_prompt(template, record["instruction"], record["input"]), bos=True)
+    answer, room = tokenizer.encode_answer(record["output"]), config.cutoff_len - len(prompt) - 1
+    if room < 1:
+        return None
+    if len(answer) > room:
+        answer = answer[:room]
+        while answer and tokenizer.decode(answer).endswith("\ufffd"):
+            answer.pop()
+    return Row(prompt + answer + [tokenizer.eos_id], 1 if config.train_on_inputs else len(prompt)) if answer else None
+
+
+def encode_records(tokenizer, template, records, config):
+    """(rows, their records) of the records that fit; prints how many were cut or left out."""
+    pairs = [(encode_example(tokenizer, template, r, config), r) for r in records]
+    kept = [(row, r) for row, r in pairs if row is not None]
+    cut = sum(len(row.ids) == config.cutoff_len for row, _ in kept)
+    print(f"  {len(kept):,} records, {sum(len(row.ids) for row, _ in kept):,} tokens; at cutoff_len {config.cutoff_len} "
+          f"at most {cut:,} answers cut (EOS kept), {len(pairs) - len(kept):,} records left out (no room)")
+    if not kept:
+        raise ValueError(f"no record fits into cutoff_len {config.cutoff_len}; raise it")
+    return [row for row, _ in kept], [r for _, r in kept]
+
+
+def collate(rows, device):
+    """Inputs and targets (B, T - 1) of rows, padded on the right: ids[t] predicts labels[t]. Padding and prompt are -100
+    in labels, by position and never by id; causal attention keeps padding out of every real position."""
+    width = max(len(row.ids) for row in rows)
+    ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows])
+    labels = torch.tensor([[-100] * row.prompt + row.ids[row.prompt:] + [-100] * (width - len(row.ids)) for row in rows])
+    return ids[:, :-1].to(device), labels[:, 1:].to(device)
+
+
+def epoch_order(rows, config, epoch):
+    """Row numbers in the order of an epoch: a function of seed and epoch alone, so a resumed run needs no history."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed + epoch)).tolist()
+    if config.group_by_length:
+        span = 50 * config.batch_size
+        order = [i for at in range(0, len(order), span)
+                 for i in sorted(order[at:at + span], key=lambda i: -len(rows[i].ids))]
+    return order
+
+
+def micro_batches(rows, size):
+    """Rows sorted by length and cut into micro-batches: the sum over them is the same, with less padding."""
+    rows = sorted(rows, key=lambda row: len(row.ids))
+    return [rows[at:at + size] for at in range(0, len(rows), size)]
+
+
+def lr_at(step, total, config):
+    """Learning rate of step 0, 1, ...: linear warm-up to the peak, then linear to 0 at `total`."""
+    warmup = min(config.warmup_steps, total // 10)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * (total - step) / max(1, total - warmup)
+
+
+def loss_sum(model, ids, labels):
+    """Cross-entropy summed over the targets, float32. Logits are made only where there is one."""
+    keep = labels != -100
+    logits = model.output(model.hidden(ids)[keep]).float()                                 # (targets, V)
+    return F.cross_entropy(logits, labels[keep], reduction="sum")
+
+
+def target_count(rows):
+    return sum(len(row.ids) - row.prompt for row in rows)
+
+
+def step_gradient(model, rows, config):
+    """Backward through one optimizer step's rows; return the loss per target token. Gradients add up in .grad."""
+    total, count = 0.0, target_count(rows)
+    for micro in micro_batches(rows, config.micro_batch_size):
+        loss = loss_sum(model, *collate(micro, model.device)) / count
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+@torch.no_grad()
+def evaluate(model, rows, config):
+    """Loss per target token over rows, without dropout; no weight changes."""
+    training = model.training
+    model.eval()
+    total = sum(loss_sum(model, *collate(m, model.device)).item() for m in micro_batches(rows, config.micro_batch_size))
+    model.train(training)
+    return total / target_count(rows)
+
+
+def draw_curve(history, path):
+    """The loss curve as an SVG, which any browser opens: training loss in grey, validation in red, labelled axes."""
+    points = [(r["step"], r["loss"]) for r in history]
+    val = [(r["step"], r["val_loss"]) for r in history if "val_loss" in r]
+    top, last = max(y for _, y in points + val) * 1.05 or 1.0, max(2, points[-1][0])
+    place = [" ".join(f"{60 + 720 * (x - 1) / (last - 1):.1f},{360 - 330 * y / top:.1f}" for x, y in line)
+             for line in (points, val)]
+    ticks = "".join(f'<text x="52" y="{364 - 66 * i}" text-anchor="end">{top * i / 5:.2f}</text>'
+                    f'<path d="M60 {360 - 66 * i}H780" stroke="#eee"/>' for i in range(6))
+    dots = "".join(f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" fill="#c00"/>' for p in place[1].split())
+    svg = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 400" font-family="sans-serif" font-size="12">'
+           f'<rect width="800" height="400" fill="#fff"/>{ticks}'
+           f'<polyline points="{place[0]}" fill="none" stroke="#888"/><polyline points="{place[1]}" fill="none" '
+           f'stroke="#c00" stroke-width="2"/>{dots}<text x="60" y="380">step 1</text><text x="780" y="380" '
+           f'text-anchor="end">step {last}</text><text x="780" y="20" text-anchor="end">loss per target token: '
+           f'training {points[-1][1]:.3f} (grey){f", validation {val[-1][1]:.3f} (red)" if val else ""}</text></svg>\n')
+    write_atomically(path, lambda p: p.write_text(svg, encoding="utf-8"))
+
+
+def save_weights(model, path, config):
+    """Save what was trained: the adapter in PEFT's form, or with --full a base's folder. run.json says how it came."""
+    info = {"config": asdict(config), "torch": torch.__version__, "data_sha256": hashlib.sha256(
+            Path(config.data_path).read_bytes()).hexdigest() if config.data_path else None}
+    if config.full:
+        save_model(model, path)
+        write_json(Path(path) / "run.json", info)
+        tokenizer = Path(config.base_model) / "tokenizer.model"
+        if tokenizer.is_file():
+            shutil.copyfile(tokenizer, Path(path) / "tokenizer.model")
+    else:
+        save_adapter(model, path, config.base_model, info)
+
+
+def save_checkpoint(model, optimizer, step, config):
+    """checkpoint-STEP/: the weights, and state.safetensors with what an exact continuation needs besides (float32
+    parameters, AdamW's moments, random states). Written aside and renamed; the oldest over the limit go."""
+    final = Path(config.output_dir) / f"checkpoint-{step}"
+    folder = final.with_name(final.name + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    save_weights(model, folder, config)
+    state = {"random.cpu": torch.get_rng_state()}
+    if model.device.type == "cuda":
+        state["random.cuda"] = torch.cuda.get_rng_state(model.device)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            moments = optimizer.state[p]
+            state |= {f"{name}/value": p.detach().contiguous(), f"{name}/exp_avg": moments["exp_avg"].contiguous(),
+                      f"{name}/exp_avg_sq": moments["exp_avg_sq"].contiguous()}
+    save_file(state, folder / "state.safetensors", metadata={"step": str(step)})
+    write_json(folder / "state.json", {"step": step})
+    shutil.rmtree(final, ignore_errors=True)
+    folder.rename(final)
+    kept = sorted(Path(config.output_dir).glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
+    for old in kept[:-config.save_total_limit] if config.save_total_limit else []:
+        shutil.rmtree(old)
+
+
+def resume(model, optimizer, folder):
+    """Put a checkpoint's parameters, moments and random states back; return its step."""
+    step = read_json_file(Path(folder) / "state.json")["step"]
+    state = load_file(Path(folder) / "state.safetensors", device=str(model.device))
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            if f"{name}/value" not in state or state[f"{name}/value"].shape != p.shape:
+                raise ValueError(f"{folder} has no {name} of shape {tuple(p.shape)}; resume with the settings it was made with")
+            p.data.copy_(state[f"{name}/value"])
+            optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": state[f"{name}/exp_avg"],
+                                  "exp_avg_sq": state[f"{name}/exp_avg_sq"]}
+    torch.set_rng_state(state["random.cpu"].cpu())
+    if "random.cuda" in state:
+        torch.cuda.set_rng_state(state["random.cuda"].cpu(), model.device)
+    return step
+
+
+def check_config(config):
+    """Raise ValueError for a setting that cannot train."""
+    for name in ("batch_size", "micro_batch_size", "num_epochs", "learning_rate", "cutoff_len", "max_grad_norm"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} is {getattr(config, name)!r}, wanted a number above 0")
+    for name in ("max_steps", "warmup_steps", "weight_decay", "val_set_size", "eval_steps", "save_steps",
+                 "save_total_limit", "num_answers"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} is {getattr(config, name)!r}, wanted 0 or more")
+
+
+def train(config, model, data):
+    """Train the parameters that require a gradient on data = (training rows, validation rows); return one record per
+    step: step, epoch, loss (per target token), lr, grad_norm, tokens (real ones), seconds, tokens_per_second, and
+    val_loss where it was measured. With output_dir set, logs, checkpoints and the result land there. Raises
+    ValueError when the loss stops being finite; Ctrl-C saves a checkpoint and ends."""
+    check_config(config)
+    rows, val_rows = data
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    per_epoch = -(-len(rows) // config.batch_size)
+    total = min(config.max_steps or math.inf, per_epoch * config.num_epochs)
+    torch.manual_seed(config.seed)
+    first = resume(model, optimizer, config.resume_from_checkpoint) if config.resume_from_checkpoint else 0
+    out = Path(config.output_dir) if config.output_dir else None
+    history, log = [], None
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        if first and (out / "log.jsonl").is_file():               # the steps before the checkpoint stay
+            history = [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["step"] <= first]
+        log = open(out / "log.jsonl", "w", encoding="utf-8")
+        log.writelines(json.dumps(record) + "\n" for record in history)
+    tracker = None
+    if config.wandb_project:
+        import wandb
+        tracker = wandb.init(project=config.wandb_project, name=config.wandb_run_name or None, config=asdict(config))
+    model.train()
+    bar = tqdm(range(first, total), initial=first, total=total, unit="step", dynamic_ncols=True)
+    done = first
+    try:
+        for step in bar:
+            started, epoch = time.time(), step // per_epoch
+            if step == first or step % per_epoch == 0:
+                order = epoch_order(rows, config, epoch)
+            at = step % per_epoch * config.batch_size
+            batch = [rows[i] for i in order[at:at + config.batch_size]]
+            lr = optimizer.param_groups[0]["lr"] = lr_at(step, total, config)
+            loss = step_gradient(model, batch, config)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise ValueError(f"step {step + 1}: loss {loss}, gradient norm {norm}; the weights before it are kept in "
+                                 f"the last checkpoint. Lower --learning_rate or use --dtype fp32")
+            optimizer.step()
+            optimizer.zero_grad()
+            done, seconds, tokens = step + 1, time.time() - started, sum(len(row.ids) for row in batch)
+            record = {"step": done, "epoch": round(done / per_epoch, 4), "loss": loss, "lr": lr, "grad_norm": norm,
+                      "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+            if val_rows and (done == total or config.eval_steps and done % config.eval_steps == 0):
+                record["val_loss"] = evaluate(model, val_rows, config)
+            history.append(record)
+            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{tokens / seconds:,.0f}")
+            if log:
+                print(json.dumps(record), file=log, flush=True)
+            if tracker:
+                tracker.log(record, step=done)
+            if out and config.save_steps and done % config.save_steps == 0 and done < total:
+                save_checkpoint(model, optimizer, done, config)
+    except KeyboardInterrupt:
+        if out and done > first:
+            save_checkpoint(model, optimizer, done, config)
+            print(f"\nstopped after step {done}; go on with --resume_from_checkpoint {out}/checkpoint-{done}")
+        raise
+    finally:
+        bar.close()
+        if log:
+            log.close()
+            if history:
+                draw_curve(history, out / "loss.svg")
+        if tracker:
+            tracker.finish()
+    model.eval()
+    if out:
+        save_weights(model, out, config)
+    return history
+
+
+def facts_recalled(records, answers):
+    """Share of the knowledge base's values that the answers name, over the records that carry `values`."""
+    named = [value in answer for record, answer in zip(records, answers) for value in record.get("values", [])]
+    return sum(named) / len(named) if named else None
+
+
+def answer_all(model, tokenizer, template, records, label):
+    """Greedy answers to the records' questions, as texts."""
+    return ["".join(ask(model, tokenizer, render_prompt(template, r["instruction"], r["input"]), 128))
+            for r in tqdm(records, desc=label, unit="question", dynamic_ncols=True)]
+
+
+def parse_config():
+    """The TrainConfig of the command line."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    for f in fields(TrainConfig):
+        kind = {"nargs": "?", "const": True, "type": flag} if f.type is bool else \
+               {"nargs": "+", "type": str} if f.type is tuple else {"type": f.type}
+        default = " ".join(f.default) if f.type is tuple else f.default
+        parser.add_argument(f"--{f.name}", default=SUPPRESS, help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"),
+                            **kind)
+    args = vars(parser.parse_args())                              # only what was given
+    if "lora_target_modules" in args:                             # q_proj v_proj, q_proj,v_proj, '["q_proj","v_proj"]'
+        args["lora_target_modules"] = tuple(" ".join(args["lora_target_modules"]).translate(
+            str.maketrans("[](),'\"", " " * 7)).split())
+    return TrainConfig(**({} if args.get("base_model") else TINY) | args)
+
+
+def main():
+    config = parse_config()
+    check_config(config)
+    lora = LoRAConfig(config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+    template = load_template(config.prompt_template_name)
+    if not config.data_path:
+        raise ValueError("no --data_path; give a file of {instruction, input, output} records")
+    records = read_instructions(config.data_path, answers=True)
+    if config.val_path:
+        val_records = read_instructions(config.val_path, answers=True)
+    else:
+        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        if config.val_set_size >= len(records):
+            raise ValueError(f"val_set_size {config.val_set_size} leaves none of {len(records)} records to train on")
+        val_records = [records[i] for i in order[:config.val_set_size]]
+        records = [records[i] for i in sorted(order[config.val_set_size:])]
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    if dtype == torch.float16:
+        raise ValueError("dtype fp16 overflows without loss scaling, which is not built; use bf16 or fp32")
+    model, tokenizer = load_base(config.base_model, device, torch.float32 if config.full else dtype)
+    print(f"base {config.base_model}: {sum(p.numel() for p in model.parameters()):,} weights on {device}, computing in {dtype}")
+    rows, _ = encode_records(tokenizer, template, records, config)
+    val_rows, val_records = encode_records(tokenizer, template, val_records, config) if val_records else ([], [])
+    torch.manual_seed(config.seed)
+    if config.full:
+        model.requires_grad_(True)
+        model.compute_dtype = dtype
+    else:
+        wrapped = add_lora(model, lora)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"LoRA r {lora.r}, alpha {lora.alpha:g} on {wrapped} linears ({' '.join(lora.targets)}): {trained:,} trained")
+    print(f"{config.num_epochs} epochs of {len(rows):,} rows, {config.batch_size} rows a step in micro-batches of "
+          f"{config.micro_batch_size}, learning rate {config.learning_rate:g}")
+    every = max(1, len(val_records) // max(1, config.num_answers))
+    questions = val_records[::every][:config.num_answers]
+    before = answer_all(model, tokenizer, template, questions, "answers before") if questions else []
+    history = train(config, model, (rows, val_rows))
+    if not history:
+        print(f"nothing left to train: {config.resume_from_checkpoint} is at the last step")
+        return
+    after = answer_all(model, tokenizer, template, questions, "answers after") if questions else []
+    for record, old, new in list(zip(questions, before, after))[::max(1, len(questions) // 3)][:3]:
+        print(f"\n问题 {record['instruction']}\n  参考 {record['output']}\n  调前 {old!r:.120}\n  调后 {new}")
+    lines = "".join(json.dumps({**r, "before": b, "after": a}, ensure_ascii=False) + "\n"
+                    for r, b, a in zip(questions, before, after))
+    write_atomically(Path(config.output_dir) / "answers.jsonl", lambda p: p.write_text(lines, encoding="utf-8"))
+    tokens, seconds = sum(r["tokens"] for r in history), sum(r["seconds"] for r in history)
+    print(f"\n{len(history)} steps, {tokens:,} real tokens in {seconds:.0f} s ({tokens / seconds:,.0f} tokens/s), loss "
+          f"{history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}"
+          + (f", validation {history[-1]['val_loss']:.3f}" if "val_loss" in history[-1] else ""))
+    if (share := facts_recalled(questions, after)) is not None:
+        print(f"facts recalled on {len(questions)} held-out questions: base {facts_recalled(questions, before):.1%}, "
+              f"tuned {share:.1%}")
+    print(f"saved in {config.output_dir}: {'model' if config.full else 'adapter'}, log.jsonl, loss.svg, answers.jsonl")
+
+
+if __name__ == "__main__":
+    run(main)

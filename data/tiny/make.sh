@@ -12,7 +12,7 @@ JSON
 $PYTHON model.py init $build/params.json $build/fresh --seed 0
 cp $build/tokenizer.model $build/fresh/
 $PYTHON train.py --full --base_model $build/fresh --data_path $build/sentences.jsonl --output_dir $build/trained \
-  --prompt_template_name bare --num_epochs 2 --batch_size 96 --micro_batch_size 96 --learning_rate 2e-3 \
+  --prompt_template_name bare --num_epochs 2 --batch_size 96 --micro_batch_size 16 --learning_rate 2e-3 \
   --val_set_size 0 --save_steps 0 --num_answers 0 --dtype fp32
 $PYTHON - <<'PY'
 from model import load_model, save_model

@@ -1,0 +1,228 @@
+"""train.py: the gradient, the targets, resuming, the whole run, and bad input."""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RECORDS, ROOT
+
+import generate as G
+import lora as L
+import train as T
+
+
+def prepared(base, **settings):
+    """(config, model with adapter, rows) of the eight records."""
+    settings = {"output_dir": "", "base_model": str(base), "batch_size": 8, "micro_batch_size": 4, "num_epochs": 1,
+                "save_steps": 0, "lora_dropout": 0.0, "learning_rate": 1e-2, **settings}
+    config = T.TrainConfig(**settings)
+    model, tokenizer = G.load_base(base, "cpu", torch.float32)
+    torch.manual_seed(0)
+    if config.full:
+        model.requires_grad_(True)
+    else:
+        L.add_lora(model, L.LoRAConfig(8, 16, config.lora_dropout, ("all",)))
+    template = G.load_template("med_template")
+    rows = [T.encode_example(tokenizer, template, r, config) for r in RECORDS]
+    return config, model, rows
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_gradient_does_not_depend_on_the_micro_batch(base, full):
+    """8 rows of unequal length as 1x8, 2x4, 4x2, 8x1."""
+    grads = []
+    for size in (8, 4, 2, 1):
+        config, model, rows = prepared(base, micro_batch_size=size, full=full)
+        for _, module in L.lora_linears(model):
+            module.lora_b.data.fill_(0.01)
+        T.step_gradient(model, rows, config)
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert all((g - grads[0]).norm() / grads[0].norm() < 1e-5 for g in grads[1:])
+
+
+def test_validation_changes_no_weight(base):
+    config, model, rows = prepared(base, lora_dropout=0.5)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.train()
+    T.evaluate(model, rows, config)
+    assert model.training
+    model.eval()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_targets_are_the_answer_and_eos(base):
+    tokenizer, template = G.Tokenizer(base / "tokenizer.model"), G.load_template("med_template")
+    for record in RECORDS:
+        config = T.TrainConfig()
+        row = T.encode_example(tokenizer, template, record, config)
+        ids, labels = T.collate([row, T.Row(row.ids + [9, 9], row.prompt)], "cpu")
+        targets = labels[0][labels[0] != -100].tolist()
+        assert targets[-1] == tokenizer.eos_id and tokenizer.decode(targets[:-1]) == record["output"]
+        assert (labels[0, -2:] == -100).all()
+        config.cutoff_len = len(row.ids) - 2                      # cut inside the last character
+        cut = T.encode_example(tokenizer, template, record, config)
+        assert cut.ids[-1] == tokenizer.eos_id and record["output"].startswith(tokenizer.decode(cut.ids[cut.prompt:-1]))
+        config.cutoff_len = row.prompt + 1
+        assert T.encode_example(tokenizer, template, record, config) is None
+
+
+BENTSAO = ROOT.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not BENTSAO.is_dir(), reason="BenTsao's records and tokenizer are not beside the project")
+def test_every_bentsao_record_trains_its_eos():
+    """8,658 records with LLaMA's tokenizer: EOS is each row's last target, and the split encoding is the joint one."""
+    tokenizer, template = G.Tokenizer(BENTSAO / "llama_tokenizer.model"), G.load_template("med_template")
+    records, cut = G.read_instructions(BENTSAO / "bentsao_llama_data.json", answers=True), 0
+    for r in records:
+        row = T.encode_example(tokenizer, template, r, T.TrainConfig())
+        assert row.ids[-1] == tokenizer.eos_id and row.prompt < len(row.ids) - 1 <= 511
+        joint = tokenizer.encode(G.render_prompt(template, r["instruction"]) + r["output"], bos=True, eos=True)
+        cut += joint != row.ids
+    assert len(records) == 8658 and cut == 13                     # the 13 longer than 512
+
+
+def test_lr_at():
+    config = T.TrainConfig(learning_rate=1.0, warmup_steps=4)
+    assert [T.lr_at(s, 44, config) for s in (0, 3, 4, 24, 43)] == [0.25, 1.0, 1.0, 0.5, 0.025]
+
+
+def test_resume_is_exact(base, tmp_path):
+    """12 steps equal 7 + 5, dropout on, bit for bit; the log has each step once."""
+    runs = {}
+    for name, more in (("whole", {"save_steps": 7}), ("again", {"resume_from_checkpoint": str(tmp_path / "whole/checkpoint-7")})):
+        config, model, rows = prepared(base, batch_size=2, num_epochs=3, lora_dropout=0.2, output_dir=str(tmp_path / name), **more)
+        history = T.train(config, model, (rows, rows[:2]))
+        runs[name] = model.state_dict(), [r["loss"] for r in history]
+    assert all(torch.equal(v, runs["again"][0][k]) for k, v in runs["whole"][0].items())
+    assert runs["whole"][1][7:] == runs["again"][1]
+
+
+def test_overfits_and_stops(base, tmp_path):
+    """Eight records learnt by heart: every greedy answer is the reference and ends by EOS."""
+    config, model, rows = prepared(base, num_epochs=150, full=True, learning_rate=1e-2, group_by_length=True)
+    history = T.train(config, model, (rows, []))
+    assert history[-1]["loss"] < 0.05 < history[0]["loss"]
+    tokenizer, template = G.Tokenizer(base / "tokenizer.model"), G.load_template("med_template")
+    answers = T.answer_all(model, tokenizer, template, RECORDS, "")
+    assert sum(a == r["output"] for a, r in zip(answers, RECORDS)) >= 7
+    assert T.facts_recalled(RECORDS, answers) > 0.8 and T.facts_recalled(RECORDS, [""] * 8) == 0
+
+
+def test_bf16_base_keeps_float32_adapters(base):
+    model, _ = G.load_base(base, "cpu", torch.bfloat16)
+    L.add_lora(model, L.LoRAConfig(4, 8, 0.0, ("all",)))
+    config, _, rows = prepared(base)
+    T.step_gradient(model, rows, config)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+def command(script, *args):
+    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True, timeout=180)
+
+
+def test_bentsaos_command_line_runs(base, records, tmp_path):
+    """Fire's spellings, one flag of each; then the adapter answers, and knows its template and base."""
+    done = command("train.py", "--base_model", base, "--data_path", records, "--output-dir", tmp_path / "out", "--batch_size=4",
+                   "--micro_batch_size", 2, "--num_epochs=1", "--learning_rate", "3e-4", "--cutoff_len=256", "--val_set_size", 2,
+                   "--lora_r=4", "--lora_alpha", 16, "--lora_dropout=0.05", "--lora_target_modules", "[q_proj,v_proj]",
+                   "--train_on_inputs", "False", "--group_by_length", "--prompt_template_name=med_template",
+                   "--wandb_run_name", "e1", "--max_steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", "run.json",
+                                                              "log.jsonl", "loss.svg", "answers.jsonl"}
+    assert json.loads((tmp_path / "out/run.json").read_text())["config"]["group_by_length"] is True
+    assert (tmp_path / "out/loss.svg").read_text().startswith("<svg")
+    asked = command("generate.py", "黄芪？", "--lora_weights", tmp_path / "out", "--max_new_tokens", 4)
+    assert asked.returncode == 0, asked.stderr
+    merged = command("lora.py", "merge", "--base_model", base, "--lora_weights", tmp_path / "out", "--output_dir", tmp_path / "m")
+    assert merged.returncode == 0 and "on average" in merged.stdout
+    again = command("train.py", "--base_model", base, "--data_path", records, "--output_dir", tmp_path / "w", "--wandb_project", "x",
+                    "--val_set_size", 0, "--num_answers", 0)
+    assert again.returncode != 0 and "wandb" in again.stderr      # only this option asks for the package
+
+
+def damaged(base, folder, how):
+    """A copy of the base with one thing wrong."""
+    shutil.copytree(base, folder)
+    weights = folder / "model.safetensors"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "tokenizer":
+        params = json.loads((folder / "params.json").read_text())
+        import model as M
+        M.save_model(M.LLaMA(M.LLaMAConfig(**{**params, "vocab_size": 256})), folder)
+    elif how == "shape":
+        text = (folder / "params.json").read_text().replace('"n_kv_heads": 2', '"n_kv_heads": 4')
+        (folder / "params.json").write_text(text)
+    elif how == "params":
+        (folder / "params.json").write_text('{"dim": 32}')
+    return folder
+
+
+BAD = {  # name: (arguments over a good command, a word the line must have)
+    "missing data": (["--data_path", "nowhere.json"], "nowhere.json"),
+    "empty data": (["--data_path", "@empty:"], "is empty"),
+    "no json": (["--data_path", '@bad:{"instruction": "a", "output": "b"}\n{oops\n'], "line 2"),
+    "no answer": (["--data_path", '@bad:{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n'], "line 2"),
+    "blank answer": (["--data_path", '@bad:{"instruction": "a", "output": " "}\n'], "line 1"),
+    "not an object": (["--data_path", "@bad:[1, 2]"], "line 1"),
+    "gbk": (["--data_path", "@gbk:"], "UTF-8"),
+    "template": (["--prompt_template_name", "nope"], "med_template"),
+    "target": (["--lora_target_modules", "x_proj"], "x_proj"),
+    "rank": (["--lora_r", "0"], "rank"),
+    "dropout": (["--lora_dropout", "1.5"], "dropout"),
+    "batch": (["--batch_size", "0"], "batch_size"),
+    "text for a number": (["--num_epochs", "many"], "num_epochs"),
+    "unknown option": (["--lora_rank_x", "3"], "lora_rank_x"),
+    "dtype": (["--dtype", "fp7"], "fp7"),
+    "device": (["--device", "cuda:99"], "cuda:99"),
+    "validation too large": (["--val_set_size", "8"], "val_set_size"),
+    "cutoff too small": (["--cutoff_len", "10"], "cutoff_len"),
+    "truncated weights": (["--base_model", "truncated"], "damaged"),
+    "no weights": (["--base_model", "no weights"], "not found"),
+    "tokenizer of another size": (["--base_model", "tokenizer"], "pieces"),
+    "shape": (["--base_model", "shape"], "wk"),
+    "params lack a key": (["--base_model", "params"], "n_layers"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(name, base, records, tmp_path, monkeypatch, capsys):
+    """main() runs in this process for speed; run() is what the script itself calls."""
+    from model import run
+    arguments, word = BAD[name]
+    arguments = list(arguments)
+    if arguments[0] == "--base_model":
+        arguments[1] = str(damaged(base, tmp_path / "base", arguments[1]))
+    if arguments[1].startswith("@"):
+        kind, _, text = arguments[1][1:].partition(":")
+        path = tmp_path / "data.json"
+        path.write_bytes("{\"instruction\": \"中药\"}".encode("gbk") if kind == "gbk" else text.encode())
+        arguments[1] = str(path)
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--base_model", str(base), "--data_path", str(records), "--output_dir",
+                                      str(out), "--val_set_size", "2", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        run(T.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and word in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_adapter_for_another_shape_is_refused(base, tmp_path):
+    config, model, _ = prepared(base)
+    L.save_adapter(model, tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "r": 4}))
+    done = command("generate.py", "问", "--base_model", base, "--lora_weights", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "another base" in done.stderr
+    none = command("generate.py", "问", "--base_model", base, "--lora_weights", tmp_path / "none")
+    assert none.returncode == 2 and "--use_lora False" in none.stderr

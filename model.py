@@ -115,13 +115,16 @@ class RMSNorm(nn.Module):
         return y.to(x.dtype)
 
 
-def rope_table(start, length, head_dim, theta, device):
-    """Cosines and sines (T, D/2), float32, of position m times theta^(-2i/D), m from start on (Su et al. 2021, eq. 15).
+def rope_table(positions, head_dim, theta):
+    """Cosines and sines, float32, of position m times theta^(-2i/D) (Su et al. 2021, eq. 15), for positions (T,) shared
+    by all rows or (B, T): (T, D/2) or (B, 1, T, D/2) each, so that they broadcast over (B, heads, T, D/2).
 
     Made in each forward rather than kept: a buffer built on `meta` stays empty, and one cast to bf16 is off by up
     to 2.0 in the cosine at high positions."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)   # (D/2,)
-    angle = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequency   # (T, D/2)
+    pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angle = positions.float().unsqueeze(-1) * theta ** (-pair / head_dim)                  # (..., T, D/2)
+    if positions.dim() == 2:
+        angle = angle.unsqueeze(1)
     return angle.cos(), angle.sin()
 
 
@@ -134,10 +137,22 @@ def apply_rope(x, rope):
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
+def causal_attention(q, k, v):
+    """softmax(q k^T / sqrt(D) + causal mask) v: q (B, H, T, D) are the last T of the S positions of k, v (B, K, S, D),
+    K dividing H (Ainslie et al. 2023). Returns (B, H, T, D)."""
+    T, S = q.size(2), k.size(2)
+    mask = None
+    if 1 < T < S:          # a chunk behind earlier positions; is_causal=True would align its mask top-left, not here
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == S, enable_gqa=q.size(1) != k.size(1))
+
+
 class KVCache:
     """Keys and values of the positions seen so far, (L, B, K, S, D) each, allocated once.
 
-    It is an argument of `forward`, so the model holds no state and one model can serve many conversations."""
+    It is an argument of `forward`, so the model holds no state and one model can serve many conversations. What the
+    model asks of such an argument is three calls: where the new tokens stand, what they attend to, and that they are
+    in: `positions`, `attend`, `advance`."""
 
     def __init__(self, config, batch_size, max_len, device="cpu", dtype=torch.float32):
         shape = (config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim)
@@ -145,8 +160,12 @@ class KVCache:
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0                                           # positions filled, the same in every layer
 
-    def append(self, layer, k, v):
-        """Write k, v (B, K, T, D) behind the positions filled so far; return all of them, (B, K, S, D) each.
+    def positions(self, T):
+        """Positions (T,) of the next T tokens."""
+        return torch.arange(self.length, self.length + T, device=self.k.device)
+
+    def attend(self, layer, q, k, v):
+        """Write k, v (B, K, T, D) behind the positions filled so far; attention of q (B, H, T, D) over all of them.
         Raises ValueError if they do not fit."""
         end = self.length + k.size(2)
         if end > self.k.size(3):
@@ -154,11 +173,15 @@ class KVCache:
                              "allocate prompt + max_new_tokens")
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        return causal_attention(q, self.k[layer, :, :, :end], self.v[layer, :, :, :end])
+
+    def advance(self, T):
+        """T positions were written in every layer."""
+        self.length += T
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(D) + causal mask) v; H/K query heads share one key/value head (Ainslie et al. 2023)."""
+    """Queries, keys and values of x, turned by RoPE, into `causal_attention`; H/K query heads share a key/value head."""
 
     def __init__(self, config):
         super().__init__()
@@ -174,14 +197,7 @@ class Attention(nn.Module):
         k = self.wk(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)         # (B, K, T, D)
         v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)         # (B, K, T, D)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)                                              # (B, K, S, D)
-        S = k.size(2)
-        mask = None
-        if 1 < T < S:      # a chunk behind cached positions; is_causal=True would align its mask top-left, not here
-            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == S,
-                                           enable_gqa=self.n_kv_heads != self.n_heads)    # (B, H, T, D)
+        y = causal_attention(q, k, v) if cache is None else cache.attend(layer, q, k, v)  # (B, H, T, D)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -241,12 +257,13 @@ class LLaMA(nn.Module):
         """The last layer's normed output (B, T, C) for ids (B, T): what the logits are made of. With a cache, ids
         follow the positions that it holds, and it is advanced by T."""
         x = self.tok_embeddings(ids).to(self.dtype)                                        # (B, T, C)
-        start = 0 if cache is None else cache.length
-        rope = rope_table(start, ids.size(1), self.config.head_dim, self.config.rope_theta, ids.device)
+        T = ids.size(1)
+        positions = torch.arange(T, device=ids.device) if cache is None else cache.positions(T)
+        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         for layer, block in enumerate(self.layers):
             x = block(x, rope, cache, layer)
         if cache is not None:
-            cache.length += ids.size(1)
+            cache.advance(T)
         return self.norm(x)
 
     def forward(self, ids, cache=None):

@@ -80,9 +80,9 @@ TINY = {"base_model": str(DATA / "tiny"), "data_path": str(DATA / "train.jsonl")
 
 
 class Row(NamedTuple):
-    """One encoded record: token ids, and how many of them are prompt (no targets)."""
+    """One encoded record: token ids, and mask[t] True where token t is a target (never t = 0: nothing predicts it)."""
     ids: list
-    prompt: int
+    mask: list
 
 
 def encode_example(tokenizer, template, record, config):
@@ -96,7 +96,10 @@ def encode_example(tokenizer, template, record, config):
         answer = answer[:room]
         while answer and tokenizer.decode(answer).endswith("\ufffd"):
             answer.pop()
-    return Row(prompt + answer + [tokenizer.eos_id], 1 if config.train_on_inputs else len(prompt)) if answer else None
+    if not answer:
+        return None
+    given = 1 if config.train_on_inputs else len(prompt)
+    return Row(prompt + answer + [tokenizer.eos_id], [False] * given + [True] * (len(prompt) + len(answer) + 1 - given))
 
 
 def encode_records(tokenizer, template, records, config):
@@ -112,12 +115,12 @@ def encode_records(tokenizer, template, records, config):
 
 
 def collate(rows, device):
-    """Inputs and targets (B, T - 1) of rows, padded on the right: ids[t] predicts labels[t]. Padding and prompt are -100
-    in labels, by position and never by id; causal attention keeps padding out of every real position."""
+    """Inputs and targets (B, T - 1) of rows, padded on the right: ids[t] predicts labels[t]. What is no target is -100 in
+    labels, by position and never by id; causal attention keeps padding out of every real position."""
     width = max(len(row.ids) for row in rows)
     ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows])
-    labels = torch.tensor([[-100] * row.prompt + row.ids[row.prompt:] + [-100] * (width - len(row.ids)) for row in rows])
-    return ids[:, :-1].to(device), labels[:, 1:].to(device)
+    mask = torch.tensor([row.mask + [False] * (width - len(row.ids)) for row in rows])
+    return ids[:, :-1].to(device), ids.masked_fill(~mask, -100)[:, 1:].to(device)
 
 
 def epoch_order(rows, config, epoch):
@@ -152,7 +155,7 @@ def loss_sum(model, ids, labels):
 
 
 def target_count(rows):
-    return sum(len(row.ids) - row.prompt for row in rows)
+    return sum(sum(row.mask) for row in rows)
 
 
 def step_gradient(model, rows, config):

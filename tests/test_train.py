@@ -58,14 +58,15 @@ def test_targets_are_the_answer_and_eos(base):
     for record in RECORDS:
         config = T.TrainConfig()
         row = T.encode_example(tokenizer, template, record, config)
-        ids, labels = T.collate([row, T.Row(row.ids + [9, 9], row.prompt)], "cpu")
+        ids, labels = T.collate([row, T.Row(row.ids + [9, 9], row.mask + [False, True])], "cpu")
         targets = labels[0][labels[0] != -100].tolist()
+        assert T.target_count([row]) == len(targets) and not row.mask[0] and labels[1, -2:].tolist() == [-100, 9]
         assert targets[-1] == tokenizer.eos_id and tokenizer.decode(targets[:-1]) == record["output"]
         assert (labels[0, -2:] == -100).all()
         config.cutoff_len = len(row.ids) - 2                      # cut inside the last character
         cut = T.encode_example(tokenizer, template, record, config)
-        assert cut.ids[-1] == tokenizer.eos_id and record["output"].startswith(tokenizer.decode(cut.ids[cut.prompt:-1]))
-        config.cutoff_len = row.prompt + 1
+        assert cut.ids[-1] == tokenizer.eos_id and record["output"].startswith(tokenizer.decode(cut.ids[cut.mask.index(True):-1]))
+        config.cutoff_len = row.mask.index(True) + 1
         assert T.encode_example(tokenizer, template, record, config) is None
 
 
@@ -79,7 +80,7 @@ def test_every_bentsao_record_trains_its_eos():
     records, cut = G.read_instructions(BENTSAO / "bentsao_llama_data.json", answers=True), 0
     for r in records:
         row = T.encode_example(tokenizer, template, r, T.TrainConfig())
-        assert row.ids[-1] == tokenizer.eos_id and row.prompt < len(row.ids) - 1 <= 511
+        assert row.ids[-1] == tokenizer.eos_id and row.mask[-1] and row.mask.index(True) < len(row.ids) - 1 <= 511
         joint = tokenizer.encode(G.render_prompt(template, r["instruction"]) + r["output"], bos=True, eos=True)
         cut += joint != row.ids
     assert len(records) == 8658 and cut == 13                     # the 13 longer than 512

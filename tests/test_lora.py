@@ -59,7 +59,7 @@ def test_twenty_steps_give_pefts_loss_curve(tmp_path):
     L.save_adapter(model, tmp_path)
     theirs = PeftModel.from_pretrained(to_transformers(base), tmp_path, is_trainable=True)
     g = torch.Generator().manual_seed(0)
-    rows = [T.Row([3 + i % 40 for i in range(int(a), int(a + n))], 3)               # counting: something to learn
+    rows = [T.Row([3 + i % 40 for i in range(int(a), int(a + n))], [False] * 3 + [True] * (int(n) - 3))     # counting
             for a, n in zip(torch.randint(0, 40, (160,), generator=g), torch.randint(6, 24, (160,), generator=g))]
     config = T.TrainConfig(output_dir="", batch_size=8, micro_batch_size=2, num_epochs=1, learning_rate=1e-2, seed=7,
                            lora_dropout=0.0, warmup_steps=2, save_steps=0)
@@ -70,9 +70,9 @@ def test_twenty_steps_give_pefts_loss_curve(tmp_path):
         batch = [rows[i] for i in order[step * 8:step * 8 + 8]]
         total = 0
         for row in batch:
-            logits = theirs(torch.tensor([row.ids])).logits[0, row.prompt - 1:-1]
-            total = total + F.cross_entropy(logits, torch.tensor(row.ids[row.prompt:]), reduction="sum")
-        loss = total / sum(len(r.ids) - r.prompt for r in batch)
+            logits = theirs(torch.tensor([row.ids])).logits[0, 2:-1]
+            total = total + F.cross_entropy(logits, torch.tensor(row.ids[3:]), reduction="sum")
+        loss = total / sum(len(r.ids) - 3 for r in batch)
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * ((step + 1) / 2 if step < 2 else (20 - step) / 18)
         optimizer.zero_grad()

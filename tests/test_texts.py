@@ -1,0 +1,37 @@
+"""The texts under data/ that people wrote: rubrics for a judge."""
+import json
+import string
+
+import pytest
+
+from conftest import ROOT
+
+DATA = ROOT / "data"
+RUBRICS = {"sus": (1, 3, ["安全性", "可用性", "流畅性"]), "cmcoqa": (0, 3, ["完整性", "深刻性", "专业性"]),
+           "cmb_clin": (1, 5, ["流畅性", "相关性", "完整性", "医学专业性"])}
+
+
+def placeholders(text):
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+
+
+@pytest.mark.parametrize("name", RUBRICS)
+def test_rubric(name):
+    """Scale and dimensions are those of the paper; the judge is told every level; the form shown is JSON with a score per key."""
+    low, high, keys = RUBRICS[name]
+    rubric = json.loads((DATA / "rubrics" / f"{name}.json").read_text(encoding="utf-8"))
+    assert rubric["scale"] == [low, high] and [d["key"] for d in rubric["dimensions"]] == keys
+    for dimension in rubric["dimensions"]:
+        assert list(dimension["levels"]) == [str(s) for s in range(low, high + 1)]
+        assert f"【{dimension['key']}】{dimension['description']}" in rubric["system"]
+        assert all(f"{s}分：{text}" in rubric["system"] for s, text in dimension["levels"].items())
+    form = json.loads(rubric["system"].splitlines()[-1].replace(": 整数", f": {low}"))
+    assert set(form) == {*keys, "理由"}
+    assert placeholders(rubric["user"]) == {"question", "answer"} | ({"reference"} if name == "cmb_clin" else set())
+
+
+def test_pairwise_rubric():
+    rubric = json.loads((DATA / "rubrics" / "pairwise.json").read_text(encoding="utf-8"))
+    assert rubric["verdicts"] == ["A", "B", "tie"] and all(f'"{v}"' in rubric["system"] for v in rubric["verdicts"])
+    assert json.loads(rubric["system"].splitlines()[-1])["verdict"] in rubric["verdicts"]
+    assert placeholders(rubric["user"]) == {"question", "answer_a", "answer_b"}

@@ -1,4 +1,4 @@
-"""The texts under data/ that people wrote: rubrics for a judge."""
+"""The texts under data/ that people wrote: rubrics for a judge, conclusions for dialogues."""
 import json
 import string
 
@@ -35,3 +35,17 @@ def test_pairwise_rubric():
     assert rubric["verdicts"] == ["A", "B", "tie"] and all(f'"{v}"' in rubric["system"] for v in rubric["verdicts"])
     assert json.loads(rubric["system"].splitlines()[-1])["verdict"] in rubric["verdicts"]
     assert placeholders(rubric["user"]) == {"question", "answer_a", "answer_b"}
+
+
+def read_lines(name):
+    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+
+
+def test_literature():
+    """Conclusions of two to four sentences, 60 to 200 characters, each under a title of its own."""
+    rows = read_lines("literature.jsonl")
+    assert len(rows) >= 64 and len({row["标题"] for row in rows}) == len({row["结论"] for row in rows}) == len(rows)
+    for row in rows:
+        assert list(row) == ["标题", "疾病", "结论", "来源类型"] and all(row.values())
+        assert 60 <= len(row["结论"]) <= 200 and 2 <= row["结论"].count("。") <= 4 and row["结论"].endswith("。")
+        assert row["来源类型"] in ("指南共识", "系统综述", "随机对照试验", "队列研究")

@@ -8,8 +8,11 @@ The only place where text and token ids meet, so that training and asking render
 The answer goes to stdout, everything else to stderr.
 """
 import json
+import os
+import re
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -49,6 +52,11 @@ def render_turns(turns):
     return "".join(f" <user>: {user}" + ("" if bot is None else f" <bot>: {bot}") for user, bot in turns)
 
 
+def bot_spans(instruction):
+    """[(start, end), ...] in characters: where the bot's answers stand in an instruction made by `render_turns`."""
+    return [m.span(1) for m in re.finditer(r" <bot>: (.*?)(?= <user>: )", instruction, re.DOTALL)]
+
+
 class Tokenizer:
     """SentencePiece with LLaMA's special ids; bos, eos and size come from tokenizer.model and nowhere else."""
 
@@ -73,6 +81,15 @@ class Tokenizer:
         newline, where the templates end, this is what encoding both together gives."""
         ids = self.pieces.encode("\n" + text)
         return ids[ids.index(self.newline) + 1:]
+
+    def byte_ends(self, ids, text):
+        """Where each of the ids that `encode` made of text ends in it, in bytes of UTF-8 (0 or less: before it begins)."""
+        ends, end = [], 0
+        for i in ids:
+            piece = "" if self.pieces.is_control(i) else self.pieces.id_to_piece(i).replace("\u2581", " ")
+            end += 1 if self.pieces.is_byte(i) else len(piece.encode())
+            ends.append(end)
+        return [e - end + len(text.encode()) for e in ends]       # the space SentencePiece may put in front is no text
 
     def decode(self, ids):
         """Token ids to text. Bytes that make no character become U+FFFD."""
@@ -168,20 +185,75 @@ def read_records(path):
     return rows
 
 
+def message_turns(messages):
+    """Turns [(user, bot), ...] of OpenAI's messages [{role, content}] or ShareGPT's [{from, value}], the last bot None if a
+    question comes last. A system text opens the first question, on a line of its own: templates have no place for it."""
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise ValueError(f"messages are {messages!r:.60}, wanted a list of {{role, content}}")
+    sides = {"system": "system", "user": "user", "human": "user", "assistant": "bot", "gpt": "bot"}
+    said = [(sides.get(m.get("role", m.get("from"))), m.get("content", m.get("value"))) for m in messages]
+    first = int(said[0][0] == "system" and len(said) > 1)
+    for i, (side, text) in enumerate(said):
+        if not isinstance(text, str) or side != ("system" if i < first else ("user", "bot")[(i - first) % 2]):
+            raise ValueError(f"message {i + 1} is {messages[i]!r:.60}; wanted texts of user and assistant (human and gpt) in "
+                             "turn, before them one of system or none")
+    texts = [text for _, text in said]
+    return list(zip_longest(["\n".join(texts[:first + 1]), *texts[first + 2::2]], texts[first + 1::2]))
+
+
+def read_turns(row):
+    """Turns [(user, bot), ...] of a record in any of the forms of `read_instructions`; the last bot None if missing."""
+    if messages := row.get("messages") or row.get("conversations"):
+        return message_turns(messages)
+    keys = ("context", "target") if "context" in row and "instruction" not in row else ("instruction", "output")
+    pairs = [*(row.get("history") or []), [row.get(keys[0]), "" if row.get(keys[1]) is None else row[keys[1]]]]
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ValueError(f"{' and '.join(keys)} (or a pair of history) are {pair!r:.80}, wanted two texts")
+    question = pairs.pop()[0]                                     # Med-ChatGLM's own labels go, the template brings others
+    question = question.removeprefix("问题：").removesuffix("\n回答: ") if keys[0] == "context" else question
+    question = " " * question.startswith("<user>: ") + question   # BenTsao's infer_literature.py leaves the space out
+    return [*map(tuple, pairs), (question, row.get(keys[1]))]
+
+
 def read_instructions(path, answers=False):
-    """Alpaca records of a file: `instruction` wanted, `input` optional; with answers, `output` wanted too. Raises
-    ValueError naming the line."""
-    records = []
-    for number, row in read_records(path):
-        for key in ("instruction", "output") if answers else ("instruction",):
-            if not isinstance(row.get(key), str):
-                raise ValueError(f"{path} line {number}: {key} is {row.get(key)!r}, wanted a text")
-        if not isinstance(row.get("input") or "", str):
-            raise ValueError(f"{path} line {number}: input is {row['input']!r}, wanted a text")
-        if answers and not row["output"].strip():
-            raise ValueError(f"{path} line {number}: output is empty; a record without an answer teaches nothing")
-        records.append({**row, "input": row.get("input") or ""})
+    """Records {instruction, input, output, and what else they hold} of a file: alpaca, with LLaMA-Factory's `history` of
+    [question, answer] pairs or without; OpenAI's `messages`; ShareGPT's `conversations`; Med-ChatGLM's {context, target};
+    BenTsao's literature rows. If one record of the file has several turns, all are put in the form of those rows
+    (`render_turns`), as a chat of several turns is; else the question is the instruction. With answers, each record must
+    end in one. Raises ValueError naming the line."""
+    records, rows = [], read_records(path)
+    for number, row in rows:
+        try:
+            turns, input = read_turns(row), row.get("input") or ""
+            if not isinstance(input, str):
+                raise ValueError(f"input is {input!r}, wanted a text")
+            if answers and not (turns[-1][1] or "").strip():
+                raise ValueError("the answer (output, target, an assistant's message) is empty or missing; a record without "
+                                 "one teaches nothing")
+        except ValueError as error:
+            raise ValueError(f"{path} line {number}: {error}") from None
+        records.append((row, turns, input))
+    several = any(len(turns) > 1 for _, turns, _ in records)
+    for i, (row, turns, input) in enumerate(records):
+        question, answer = turns[-1]
+        if several and not question.startswith(" <user>: "):
+            question, input = render_turns([*turns[:-1], ("\n".join([question, input]) if input else question, None)]), ""
+        records[i] = {**row, "instruction": question, "input": input} | ({} if answer is None else {"output": answer})
     return records
+
+
+def find_base(name):
+    """The folder of a base: name itself, or the snapshot of the hub's owner/name in Hugging Face's cache (HF_HUB_CACHE,
+    HF_HOME). Nothing is downloaded. Raises ValueError if there is neither."""
+    if Path(name).is_dir():
+        return Path(name)
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    repo = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{str(name).replace('/', '--')}"
+    if (ref := repo / "refs" / "main").is_file() and (folder := repo / "snapshots" / ref.read_text().strip()).is_dir():
+        return folder
+    raise ValueError(f"base {str(name)!r} is neither a folder nor in Hugging Face's cache ({repo.parent}), and nothing is "
+                     "downloaded here; download it and give its folder with --base_model")
 
 
 def pick_device(name):
@@ -205,6 +277,7 @@ def pick_dtype(name, device):
 
 def load_base(path, device, dtype):
     """(model, tokenizer) of a base's folder. Raises ValueError if the embedding has not one row per piece."""
+    path = find_base(path)
     tokenizer = Tokenizer(Path(path) / "tokenizer.model")
     model = load_model(path, device, dtype)
     if tokenizer.vocab_size != model.config.vocab_size:

@@ -1,4 +1,4 @@
-"""The texts under data/ that people wrote: rubrics for a judge, conclusions for dialogues."""
+"""The texts under data/ that people wrote: rubrics for a judge, conclusions for dialogues, seed tasks."""
 import json
 import string
 
@@ -49,3 +49,11 @@ def test_literature():
         assert list(row) == ["标题", "疾病", "结论", "来源类型"] and all(row.values())
         assert 60 <= len(row["结论"]) <= 200 and 2 <= row["结论"].count("。") <= 4 and row["结论"].endswith("。")
         assert row["来源类型"] in ("指南共识", "系统综述", "随机对照试验", "队列研究")
+
+
+def test_seed_tasks():
+    rows = read_lines("seed_tasks.jsonl")
+    assert len(rows) >= 60 and len({(row["instruction"], row["input"]) for row in rows}) == len(rows)
+    assert sum(bool(row["input"]) for row in rows) >= 15
+    for row in rows:
+        assert list(row) == ["instruction", "input", "output"] and row["instruction"] and 40 <= len(row["output"]) <= 250

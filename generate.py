@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from sentencepiece import SentencePieceProcessor
 
-from lora import load_adapter, read_json_file
+from lora import QUANTISED, load_adapter, quantize, read_json_file
 from model import DTYPES, Parser, load_model, run, write_atomically
 
 DATA = Path(__file__).parent / "data"
@@ -275,11 +275,18 @@ def pick_dtype(name, device):
     return DTYPES[name]
 
 
-def load_base(path, device, dtype):
-    """(model, tokenizer) of a base's folder. Raises ValueError if the embedding has not one row per piece."""
+def load_base(path, device, dtype, base_dtype="auto"):
+    """(model, tokenizer) of a base's folder, computing in dtype, its weights stored in base_dtype ("auto": in dtype too).
+    Raises ValueError for an unknown base_dtype, or if the embedding has not one row per piece."""
+    if base_dtype not in ("auto", *DTYPES, *QUANTISED):
+        raise ValueError(f"base_dtype {base_dtype!r} unknown; choose from auto {' '.join([*DTYPES, *QUANTISED])}")
     path = find_base(path)
     tokenizer = Tokenizer(Path(path) / "tokenizer.model")
-    model = load_model(path, device, dtype)
+    if base_dtype in QUANTISED:
+        model = quantize(load_model(path), base_dtype, device, dtype)
+    else:
+        model = load_model(path, device, DTYPES.get(base_dtype, dtype))
+    model.compute_dtype = dtype
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(f"{path}: tokenizer.model has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size} "
                          "embedding rows; they belong to different models")
@@ -333,7 +340,9 @@ def main():
     parser.add_argument("--top_p", type=float, default=0.75, help="sample among the likeliest that hold this mass")
     parser.add_argument("--seed", type=int, default=None, help="makes sampled answers repeatable")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16, fp32")
+    parser.add_argument("--dtype", default="auto", help="of the activations: auto, bf16, fp16, fp32")
+    parser.add_argument("--base_dtype", default="auto", help="of the base as stored: auto (--dtype), bf16, fp16, fp32, int8, nf4")
+    parser.add_argument("--load_8bit", type=flag, nargs="?", const=True, default=False, help="the same as --base_dtype int8")
     args = parser.parse_args()
 
     made = {}                                                     # what the adapter's run.json says of itself
@@ -347,7 +356,8 @@ def main():
     template = load_template(args.prompt_template or made.get("prompt_template_name") or "med_template")
     questions = read_instructions(args.instruct_dir) if args.instruct_dir else []
     device = pick_device(args.device)
-    model, tokenizer = load_base(base, device, pick_dtype(args.dtype, device))
+    model, tokenizer = load_base(base, device, pick_dtype(args.dtype, device),
+                                 "int8" if args.load_8bit else args.base_dtype)
     if args.use_lora:
         load_adapter(model, args.lora_weights)
 

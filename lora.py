@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from model import Linear, Parser, load_model, read_safetensors, run, save_model, write_atomically, write_json
+from model import DTYPES, Linear, Parser, load_model, read_safetensors, run, save_model, write_atomically, write_json
 
 HF_TO_META = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
               "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -53,13 +53,132 @@ class LoRAConfig:
         object.__setattr__(self, "targets", tuple(dict.fromkeys(names)))
 
 
+class FrozenProduct(torch.autograd.Function):
+    """y = W x (..., I) -> (..., O), W = matrix(dtype, *store) made from its quantised store, and made again for the
+    gradient of x: autograd keeps the store, never W. The store has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, matrix, *store):
+        ctx.matrix = matrix
+        ctx.save_for_backward(*store)
+        return F.linear(x, matrix(x.dtype, *store))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.matrix(grad.dtype, *ctx.saved_tensors), None, *(None for _ in ctx.saved_tensors)
+
+
+def int8_matrix(dtype, codes, scale):
+    """W (O, I) = scale * codes, rounded once to dtype."""
+    return codes.to(dtype).mul_(scale.to(dtype)[:, None])
+
+
+class Int8Linear(Linear):
+    """W (O, I) as int8 with one scale a row: scale = max |row| / 127 in bf16, codes = round(row / scale) in -127..127,
+    so each weight is off by at most half a scale."""
+
+    def __init__(self, weight):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        scale = (weight.abs().amax(1).float() / 127).clamp_min(1e-30).bfloat16()
+        self.weight = nn.Parameter((weight / scale.float()[:, None]).round_().to(torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x):                                         # (..., I) -> (..., O)
+        if x.is_cpu and x.dtype == torch.bfloat16 and x.numel() <= 8 * self.in_features and not x.requires_grad:
+            rows = x.reshape(-1, self.in_features)                # a few rows: reading W decides, so it is read as int8
+            return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
+        return FrozenProduct.apply(x, int8_matrix, self.weight, self.scale)
+
+
+# The 16 values of NF4 (Dettmers et al. 2023, QLoRA, appendix E): quantiles of a normal distribution, zero among them
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+
+
+def dynamic_map():
+    """The 256 values of the dynamic 8-bit type (Dettmers 2016; Dettmers et al. 2022), float32, ascending: 0, 1 and, for
+    each decade 10^-6 .. 1, twice as many fractions as for the one below it, of both signs."""
+    parts = [torch.tensor([0.0, 1.0])]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** i + 1)
+        means = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
+        parts += [means, -means]
+    return torch.cat(parts).sort().values
+
+
+def nearest(values, table, block):
+    """(codes uint8, absmax float32) of flat float32 values: each block over its absmax, the nearest entry of an
+    ascending table, the lower one in the middle. The last block may be short."""
+    blocks = F.pad(values, (0, -values.numel() % block)).view(-1, block)
+    absmax = blocks.abs().amax(1)
+    scaled = blocks * (1 / absmax.clamp_min(1e-38))[:, None]
+    codes = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2, out_int32=True).to(torch.uint8)
+    return codes.flatten()[:values.numel()], absmax
+
+
+def nf4_matrix(dtype, codes, absmax, scale, offset, pairs, levels):
+    """W (O, I): absmax = levels[its code] * scale + offset, one for 64 weights; W = NF4[code] * absmax in float32,
+    rounded once to dtype. A byte of codes is looked up as the pair of values that it holds."""
+    absmax = F.embedding(absmax.int(), levels) * scale.repeat_interleave(256)[:len(absmax), None] + offset
+    return F.embedding(codes.int(), pairs).view(-1, 64).mul_(absmax).to(dtype).view(len(codes), -1)
+
+
+class NF4Linear(Linear):
+    """W (O, I) in 4.13 bits a weight (QLoRA, section 3, as bitsandbytes stores it): blocks of 64 weights share an absmax,
+    two codes of NF4 a byte, the first in its upper half; the absmaxes, less their mean, are 8-bit codes themselves, in
+    blocks of 256 (double quantisation). Raises ValueError if 64 does not divide O I."""
+
+    def __init__(self, weight):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        if weight.numel() % 64:
+            raise ValueError(f"a weight of {tuple(weight.shape)} is no multiple of NF4's blocks of 64; use int8")
+        table, levels = (t.to(weight.device) for t in (torch.tensor(NF4), dynamic_map()))
+        codes, absmax = nearest(weight.float().flatten(), table, 64)
+        offset = absmax.mean()
+        small, scale = nearest(absmax - offset, levels, 256)
+        packed = (codes[::2] << 4 | codes[1::2]).view(self.out_features, -1)               # (O, I / 2)
+        for name, value in (("weight", packed), ("absmax", small), ("scale", scale), ("offset", offset.view(1))):
+            setattr(self, name, nn.Parameter(value, requires_grad=False))
+        self.register_buffer("pairs", torch.cartesian_prod(table, table), persistent=False)
+        self.register_buffer("levels", levels[:, None], persistent=False)
+
+    def forward(self, x):                                         # (..., I) -> (..., O)
+        return FrozenProduct.apply(x, nf4_matrix, self.weight, self.absmax, self.scale, self.offset, self.pairs, self.levels)
+
+
+QUANTISED = {"int8": Int8Linear, "nf4": NF4Linear}
+
+
+@torch.no_grad()
+def quantize(model, kind, device=None, dtype=None):
+    """Replace the seven linears of every block by Int8Linear or NF4Linear (kind "int8", "nf4"), one weight at a time on
+    device, then move the other weights there, cast to dtype: the device never holds more than the quantised model and
+    one float32 weight. Raises ValueError for another kind or a model that has an adapter."""
+    if kind not in QUANTISED:
+        raise ValueError(f"base_dtype {kind!r} unknown; choose from {' '.join([*DTYPES, *QUANTISED])}")
+    if lora_linears(model):
+        raise ValueError("the model has an adapter; quantise the base before it is wrapped")
+    for block in model.layers:
+        for part in (block.attention, block.feed_forward):
+            for leaf, linear in list(part.named_children()):
+                setattr(part, leaf, QUANTISED[kind](linear.weight.to(device)))
+    for module in model.modules():
+        if not isinstance(module, tuple(QUANTISED.values())):
+            for p in module.parameters(recurse=False):
+                p.data = p.data.to(device, dtype)
+    return model
+
+
 class LoRALinear(nn.Module):
-    """h = W0 x + (alpha / r) B A x (Hu et al. 2021, eq. 3). W0 (O, I) is frozen, in the base's dtype; A (r, I) and
+    """h = W0 x + (alpha / r) B A x (Hu et al. 2021, eq. 3). W0 (O, I) is frozen, as the base stores it; A (r, I) and
     B (O, r) are trained, float32, and cast to the activations' dtype at use. B starts at zero, so h starts at W0 x."""
 
     def __init__(self, base, config):
         super().__init__()
-        n_out, n_in = base.weight.shape
+        n_out, n_in = base.out_features, base.in_features
         device = base.weight.device
         self.base, self.scale, self.dropout = base, config.alpha / config.r, config.dropout
         self.lora_a = nn.Parameter(torch.empty(config.r, n_in, device=device, dtype=torch.float32))
@@ -101,9 +220,13 @@ def add_lora(model, config):
 def merge(model):
     """Fold each update into its weight, W = W0 + (alpha / r) B A, summed in float32 and stored in the weight's dtype;
     the wrappers go. Return {name: relative error of the stored update, ||stored - exact|| / ||exact||}: 0.06 is
-    usual in bf16, 0.5 means that bf16 rounds half of the update away and the adapter is better kept apart."""
+    usual in bf16, 0.5 means that bf16 rounds half of the update away and the adapter is better kept apart. Raises
+    ValueError without an adapter, or on a quantised base, whose steps are coarser than most updates."""
     errors = {}
     for name, module in lora_linears(model):
+        if isinstance(module.base, tuple(QUANTISED.values())):
+            raise ValueError("a quantised base would round the adapter away; use it unmerged, or merge it into the base as "
+                             "it was before (--base_dtype bf16)")
         weight, delta = module.base.weight, module.delta()
         merged = (weight.float() + delta).to(weight.dtype)
         stored = merged.float() - weight.float()

@@ -5,8 +5,8 @@
 
 Letters: B rows, T positions, V vocabulary. A row is a prompt and its answer, ending in EOS, which is always a target.
 The gradient of an optimizer step is that of (sum of the losses of all target tokens) / (their number), however the
-rows are cut into micro-batches. Base weights and activations are in --dtype; adapters (or, with --full, all weights),
-their gradients, AdamW's state, logits and loss are float32.
+rows are cut into micro-batches. Activations are in --dtype, a frozen base is stored in --base_dtype; adapters (or, with
+--full, all weights), their gradients, AdamW's state, logits and loss are float32.
 """
 import hashlib
 import json
@@ -67,7 +67,8 @@ class TrainConfig:
     num_answers: int = opt(3, "validation questions answered before and after")
     seed: int = opt(42, "of the split, the order, A's first values and dropout")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1")
-    dtype: str = opt("auto", "auto, bf16, fp32: of the base's weights and of the activations")
+    dtype: str = opt("auto", "auto, bf16, fp32: of the activations")
+    base_dtype: str = opt("auto", "of the frozen base as stored: auto (as --dtype), bf16, fp16, fp32, int8, nf4")
     wandb_project: str = opt("", "log to this Weights & Biases project (needs wandb)")
     wandb_run_name: str = opt("", "name of the run, there and in run.json")
 
@@ -261,6 +262,9 @@ def check_config(config):
                  "save_total_limit", "num_answers"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} is {getattr(config, name)!r}, wanted 0 or more")
+    if config.full and config.base_dtype not in ("auto", "fp32"):
+        raise ValueError(f"base_dtype {config.base_dtype} is for a frozen base, and --full trains the weights in fp32; "
+                         "drop one of the two")
 
 
 def train(config, model, data):
@@ -386,8 +390,9 @@ def main():
     dtype = pick_dtype(config.dtype, device)
     if dtype == torch.float16:
         raise ValueError("dtype fp16 overflows without loss scaling, which is not built; use bf16 or fp32")
-    model, tokenizer = load_base(config.base_model, device, torch.float32 if config.full else dtype)
-    print(f"base {config.base_model}: {sum(p.numel() for p in model.parameters()):,} weights on {device}, computing in {dtype}")
+    model, tokenizer = load_base(config.base_model, device, torch.float32 if config.full else dtype, config.base_dtype)
+    print(f"base {config.base_model}: {sum(p.nbytes for p in model.parameters()) / 2**20:,.1f} MiB of weights on {device}, "
+          f"computing in {dtype}")
     rows, _ = encode_records(tokenizer, template, records, config)
     val_rows, val_records = encode_records(tokenizer, template, val_records, config) if val_records else ([], [])
     torch.manual_seed(config.seed)

@@ -19,7 +19,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 from lora import QUANTISED, load_adapter, quantize, read_json_file
-from model import DTYPES, Parser, load_model, run, write_atomically
+from model import DTYPES, Parser, find_tokenizer, load_model, open_checkpoint, run, write_atomically
 
 DATA = Path(__file__).parent / "data"
 TEMPLATES = DATA / "templates"
@@ -92,8 +92,8 @@ class Tokenizer:
         return [e - end + len(text.encode()) for e in ends]       # the space SentencePiece may put in front is no text
 
     def decode(self, ids):
-        """Token ids to text. Bytes that make no character become U+FFFD."""
-        return self.pieces.decode(list(ids))
+        """Token ids to text. Bytes that make no character become U+FFFD; ids of added_tokens.json have no text."""
+        return self.pieces.decode([i for i in ids if i < self.vocab_size])
 
 
 def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
@@ -276,20 +276,27 @@ def pick_dtype(name, device):
 
 
 def load_base(path, device, dtype, base_dtype="auto"):
-    """(model, tokenizer) of a base's folder, computing in dtype, its weights stored in base_dtype ("auto": in dtype too).
-    Raises ValueError for an unknown base_dtype, or if the embedding has not one row per piece."""
+    """(model, tokenizer) of a base's folder in any of the three layouts, computing in dtype, its weights stored in
+    base_dtype ("auto": in dtype too). Raises ValueError for an unknown base_dtype, or if the embedding has not one row per
+    piece (added_tokens.json, such as Alpaca's [PAD], counts). Special ids come from tokenizer.model; a config.json with
+    others, as decapoda-research/llama-7b-hf has them, is told of and not followed."""
     if base_dtype not in ("auto", *DTYPES, *QUANTISED):
         raise ValueError(f"base_dtype {base_dtype!r} unknown; choose from auto {' '.join([*DTYPES, *QUANTISED])}")
-    path = find_base(path)
-    tokenizer = Tokenizer(Path(path) / "tokenizer.model")
+    path = Path(find_base(path))
+    tokenizer, config = Tokenizer(find_tokenizer(path)), open_checkpoint(path)[0]
+    added, theirs = ((read_json_file(path / name) if (path / name).is_file() else {})
+                     for name in ("added_tokens.json", "config.json"))
+    if tokenizer.vocab_size + len(added) != config.vocab_size:
+        raise ValueError(f"{path}: tokenizer.model has {tokenizer.vocab_size + len(added)} pieces, the model "
+                         f"{config.vocab_size} embedding rows; they belong to different models")
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    if wrong := [f"{key} {theirs[key]}, tokenizer.model {i}" for key, i in ids.items() if theirs.get(key, i) not in (i, None)]:
+        print(f"warning: {path}/config.json has {', '.join(wrong)}; tokenizer.model is followed", file=sys.stderr)
     if base_dtype in QUANTISED:
         model = quantize(load_model(path), base_dtype, device, dtype)
     else:
         model = load_model(path, device, DTYPES.get(base_dtype, dtype))
     model.compute_dtype = dtype
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(f"{path}: tokenizer.model has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size} "
-                         "embedding rows; they belong to different models")
     return model, tokenizer
 
 

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from model import DTYPES, Linear, Parser, load_model, read_safetensors, run, save_model, write_atomically, write_json
+from model import (DTYPES, Linear, Parser, find_tokenizer, hf_name, hf_to_meta_rows, load_model, meta_to_hf_rows, open_weights,
+                   read_json_file, rotary_heads, run, save_model, write_atomically, write_json)
 
 HF_TO_META = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
               "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 META_TO_HF = {meta: hf for hf, meta in HF_TO_META.items()}
-HF_PARENT = {"attention": "self_attn", "feed_forward": "mlp"}
 
 
 @dataclass(frozen=True)
@@ -239,24 +239,10 @@ def merge(model):
     return errors
 
 
-def meta_to_hf_rows(matrix, n_heads):
-    """Reorder the rows of a q or k matrix (heads * D, ...) from adjacent rotary pairs to Hugging Face's half-split."""
-    return matrix.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
-
-
-def hf_to_meta_rows(matrix, n_heads):
-    """The inverse of `meta_to_hf_rows`."""
-    return matrix.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
-
-
 def peft_names(model):
     """[(our LoRALinear, PEFT's key prefix, heads whose lora_B rows are permuted or None)]."""
-    config, rows = model.config, []
-    for name, module in lora_linears(model):                      # layers.3.attention.wq
-        _, layer, parent, leaf = name.split(".")
-        prefix = f"base_model.model.model.layers.{layer}.{HF_PARENT[parent]}.{META_TO_HF[leaf]}"
-        rows.append((module, prefix, {"wq": config.n_heads, "wk": config.n_kv_heads}.get(leaf)))
-    return rows
+    return [(module, f"base_model.model.{hf_name(name)}", rotary_heads(name, model.config))
+            for name, module in lora_linears(model)]
 
 
 def save_adapter(model, path, base_model="", run_info=None):
@@ -278,19 +264,6 @@ def save_adapter(model, path, base_model="", run_info=None):
         "modules_to_save": None, "use_rslora": False, "use_dora": False})
 
 
-def read_json_file(path):
-    """The object in a JSON file; ValueError in one line if it is missing or broken."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} not found") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, wanted an object")
-    return value
-
-
 def load_adapter(model, path):
     """Wrap the linears that the folder's adapter_config.json names and load its tensors, strictly. Return run.json
     (empty if there is none). Raises ValueError for a missing, surplus or misshaped tensor or an unsupported feature."""
@@ -306,7 +279,7 @@ def load_adapter(model, path):
         if (settings.get(feature) or plain) != plain:
             raise ValueError(f"{path / 'adapter_config.json'} sets {feature} to {settings[feature]!r}, "
                              "which this LoRA does not have")
-    state = dict(read_safetensors(file, model.device))
+    state = open_weights(file)
     add_lora(model, LoRAConfig(settings["r"], settings["lora_alpha"], settings.get("lora_dropout") or 0.0,
                                tuple([settings["target_modules"]] if isinstance(settings["target_modules"], str)
                                      else settings["target_modules"])))
@@ -338,7 +311,7 @@ def main():
     load_adapter(model, args.lora_weights)
     errors = merge(model)
     save_model(model, args.output_dir)
-    shutil.copyfile(Path(args.base_model) / "tokenizer.model", Path(args.output_dir) / "tokenizer.model")
+    shutil.copyfile(find_tokenizer(args.base_model), Path(args.output_dir) / "tokenizer.model")
     worst = max(errors, key=errors.get)
     print(f"merged {len(errors)} linears into {args.output_dir}; stored as {model.dtype}, the updates lose "
           f"{sum(errors.values()) / len(errors):.1%} on average, {errors[worst]:.1%} at most ({worst})")

@@ -15,25 +15,50 @@ Where each dtype stands ("compute" is bf16, fp16 or fp32; there is no autocast, 
   logits               float32
 """
 import argparse
+import hashlib
 import json
 import math
 import os
+import pickle
+import re
+import shutil
 import sys
-from dataclasses import asdict, dataclass
+import zipfile
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HF_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",     # ours, Meta's: theirs
+            "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+            "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+            "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+ROPE_SCALING = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                                                  "original_max_position_embeddings")}
+
+
+def read_json_file(path):
+    """The object in a JSON file; ValueError in one line if it is missing or broken."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} not found") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, wanted an object")
+    return value
 
 
 @dataclass(frozen=True)
 class LLaMAConfig:
-    """The shape of a model, read from Meta's params.json. Raises ValueError for a shape that cannot be built."""
+    """The shape of a model, from Meta's params.json or Hugging Face's config.json. Raises ValueError for a shape that
+    cannot be built. The last three fields are not Meta's; our params.json holds them where they are needed."""
     dim: int
     n_layers: int
     n_heads: int
@@ -43,26 +68,30 @@ class LLaMAConfig:
     multiple_of: int = 256                    # ffn_dim is rounded up to a multiple of it
     ffn_dim_multiplier: float | None = None   # LLaMA-2 70B: 1.3
     rope_theta: float = 10000.0
+    head_dim: int | None = None               # None: dim / n_heads
+    tie_embeddings: bool = False              # output.weight is tok_embeddings.weight
+    rope_scaling: dict | None = None          # {"rope_type": "linear" | "llama3", "factor": ...}, see rope_table
 
     def __post_init__(self):
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
+        rope, optional = self.rope_scaling or {}, ("ffn_dim_multiplier", "head_dim")
+        if rope and not set(ROPE_SCALING.get(rope.get("rope_type"), (None,))) <= rope.keys():
+            raise ValueError(f"rope_scaling is {rope}; built are "
+                             + " and ".join(f"{kind} with {' '.join(keys)}" for kind, keys in ROPE_SCALING.items()))
+        values = {name: v for name, v in vars(self).items() if v is not None or name not in optional} | rope
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "head_dim"):
+            if type(value := values.get(name, 1)) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}, wanted a whole number above 0")
-        for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier"):
-            value = getattr(self, name)
-            if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
+        for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", *ROPE_SCALING["llama3"]):
+            if type(value := values.get(name, 1)) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}, wanted a number above 0")
-        if self.dim % self.n_heads or self.head_dim % 2:
+        if self.head_dim is None and self.dim % self.n_heads == 0:
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        if self.head_dim is None or self.head_dim % 2:
             raise ValueError(f"dim {self.dim} over n_heads {self.n_heads} is no even head width (RoPE turns pairs)")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
-
-    @property
-    def head_dim(self):
-        return self.dim // self.n_heads
 
     @property
     def ffn_dim(self):
@@ -72,24 +101,54 @@ class LLaMAConfig:
             width = int(self.ffn_dim_multiplier * width)
         return -(-width // self.multiple_of) * self.multiple_of
 
+    def params(self):
+        """What params.json says of this shape: the keys that differ from their defaults, Meta's in Meta's form."""
+        plain = {"head_dim": self.dim / self.n_heads, "tie_embeddings": False}
+        return {k: v for k, v in asdict(self).items() if v is not None and plain.get(k) != v}
+
     @classmethod
-    def from_params(cls, path):
-        """Read Meta's params.json. Raises ValueError naming the file and the key that is missing or unknown."""
-        try:
-            params = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"{path} not found; --base_model wants a folder with params.json, model.safetensors "
-                             "and tokenizer.model") from None
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        if not isinstance(params, dict):
-            raise ValueError(f"{path} holds a {type(params).__name__}, wanted an object with dim, n_layers, ...")
+    def from_params(cls, path, vocab_size=None):
+        """Read Meta's params.json; vocab_size stands in for the -1 that Meta writes there. Raises ValueError naming the
+        file and the key that is missing or unknown."""
+        if not Path(path).is_file():
+            raise ValueError(f"{path} not found; --base_model wants a folder with params.json (Meta's, ours) or config.json "
+                             "(Hugging Face's), the weights and tokenizer.model")
+        params = {k: v for k, v in read_json_file(path).items() if k not in ("max_seq_len", "max_batch_size")}
+        if params.get("vocab_size") == -1:
+            params["vocab_size"] = vocab_size
         if unknown := sorted(params.keys() - cls.__dataclass_fields__.keys()):
             raise ValueError(f"{path} has unknown keys {', '.join(unknown)}; this model would ignore them")
         try:
             return cls(**params)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {str(error).replace('LLaMAConfig.__init__() ', '')}") from None
+
+    @classmethod
+    def from_hf(cls, path):
+        """Read Hugging Face's config.json. Its bos, eos and pad ids are not read: tokenizer.model has them. Raises
+        ValueError naming the file and the key that is missing, or that asks for what this network does not have."""
+        hf = read_json_file(path)
+        for key, plain in (("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False),
+                           ("quantization_config", None)):
+            if (hf.get(key) or plain) != plain:
+                raise ValueError(f"{path}: {key} is {hf[key]!r}, this network knows {plain!r} only")
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rms_norm_eps", "intermediate_size")
+        if missing := [key for key in names if hf.get(key) is None]:
+            raise ValueError(f"{path} lacks {missing[0]}")
+        *shape, width = (hf[key] for key in names)
+        rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}     # before, since transformers 5
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        scaling = {"rope_type": kind, **{key: rope[key] for key in ROPE_SCALING.get(kind, ()) if key in rope}}
+        try:
+            config = cls(*shape, hf.get("num_key_value_heads"), head_dim=hf.get("head_dim"),
+                         rope_theta=rope.get("rope_theta") or hf.get("rope_theta") or 10000.0,
+                         rope_scaling=scaling if kind != "default" else None,
+                         tie_embeddings=bool(hf.get("tie_word_embeddings")))
+            if config.ffn_dim != width:                           # Meta's two numbers that round to this width
+                config = replace(config, multiple_of=width, ffn_dim_multiplier=width / int(8 * config.dim / 3))
+            return config
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 class Linear(nn.Linear):
@@ -115,14 +174,25 @@ class RMSNorm(nn.Module):
         return y.to(x.dtype)
 
 
-def rope_table(positions, head_dim, theta):
+def rope_table(positions, head_dim, theta, scaling=None):
     """Cosines and sines, float32, of position m times theta^(-2i/D) (Su et al. 2021, eq. 15), for positions (T,) shared
     by all rows or (B, T): (T, D/2) or (B, 1, T, D/2) each, so that they broadcast over (B, heads, T, D/2).
 
     Made in each forward rather than kept: a buffer built on `meta` stays empty, and one cast to bf16 is off by up
-    to 2.0 in the cosine at high positions."""
+    to 2.0 in the cosine at high positions.
+
+    scaling stretches a trained context by its factor: "linear" slows every pair (Chen et al. 2023), "llama3" only those
+    that turn few times within the original context, with a linear transition (Llama 3.1's apply_scaling)."""
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angle = positions.float().unsqueeze(-1) * theta ** (-pair / head_dim)                  # (..., T, D/2)
+    speed = theta ** (-pair / head_dim)                                                    # (D/2), radians per position
+    if scaling:
+        kept = 0.0                                                                         # share of the speed left as it is
+        if scaling["rope_type"] == "llama3":
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            turns = speed * (scaling["original_max_position_embeddings"] / (2 * math.pi))
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+        speed = speed * (kept + (1 - kept) / scaling["factor"])
+    angle = positions.float().unsqueeze(-1) * speed                                        # (..., T, D/2)
     if positions.dim() == 2:
         angle = angle.unsqueeze(1)
     return angle.cos(), angle.sin()
@@ -239,6 +309,8 @@ class LLaMA(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = Linear(config.dim, config.vocab_size)
+        if config.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
         self.compute_dtype = None
 
     @property
@@ -259,7 +331,7 @@ class LLaMA(nn.Module):
         x = self.tok_embeddings(ids).to(self.dtype)                                        # (B, T, C)
         T = ids.size(1)
         positions = torch.arange(T, device=ids.device) if cache is None else cache.positions(T)
-        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         for layer, block in enumerate(self.layers):
             x = block(x, rope, cache, layer)
         if cache is not None:
@@ -284,39 +356,193 @@ def init_weights(model, seed):
             p.normal_(0.0, 0.02 / math.sqrt(2 * model.config.n_layers) if residual else 0.02, generator=generator)
 
 
-def read_safetensors(path, device="cpu"):
-    """Yield (name, tensor) from a safetensors file, mapped, one at a time. Raises ValueError for a damaged file."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path} not found")
+def hf_name(name):
+    """Hugging Face's name of our linear, norm or embedding: layers.3.attention.wq -> model.layers.3.self_attn.q_proj."""
+    if name.startswith("layers."):
+        _, layer, part = name.split(".", 2)
+        return f"model.layers.{layer}.{HF_NAMES[part]}"
+    return HF_NAMES[name]
+
+
+def meta_to_hf_rows(matrix, n_heads):
+    """Reorder the rows of a q or k matrix (heads * D, ...) from adjacent rotary pairs to Hugging Face's half-split."""
+    return matrix.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def hf_to_meta_rows(matrix, n_heads):
+    """The inverse of `meta_to_hf_rows`."""
+    return matrix.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def rotary_heads(name, config):
+    """Heads of our q or k linear, whose rows the two rotary layouts order differently; None for any other name."""
+    return {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.removesuffix(".weight").rpartition(".")[2])
+
+
+def open_weights(file):
+    """{key: tensor} of a .safetensors, .pth or .bin file, mapped: nothing is read before a tensor is used, and nothing
+    in a pickle is run. (Files of torch before 1.6 cannot be mapped and are read whole.) Raises ValueError in one line."""
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError(f"{file} not found")
     try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}); copy or download it again") from None
+        if file.suffix == ".safetensors":
+            with safe_open(str(file), framework="pt") as opened:
+                return {key: opened.get_tensor(key) for key in opened.keys()}
+        archive = zipfile.ZipFile(file).namelist()[0] if zipfile.is_zipfile(file) else ""
+        if (made := re.match(r"consolidated\.\d+", archive)) and not file.name.startswith(made[0]):
+            raise ValueError(f"{file} was written as {made[0]}.pth; the shards are swapped or misnamed")
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=bool(archive))
+    except pickle.UnpicklingError as error:
+        if called := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(f"{file} is refused: loading it would run {called[1]}, and weights are only data") from None
+        raise ValueError(f"{file} is damaged or no file of weights; copy or download it again") from None
+    except (SafetensorError, RuntimeError, EOFError, LookupError, AttributeError, zipfile.BadZipFile) as error:
+        reason = (str(error).splitlines() or ["it ends early"])[0]
+        raise ValueError(f"{file} is damaged or no file of weights ({reason}); copy or download it again") from None
+    if not isinstance(weights, dict):
+        raise ValueError(f"{file} holds a {type(weights).__name__}, wanted a dict of tensors")
+    return weights
+
+
+def weight_files(path):
+    """The files that hold a folder's weights, as groups whose tensors join, and an index's {key: file name} or None:
+    [[model.safetensors]], [[model-00001-of-00002.safetensors], [...]], or Meta's [[consolidated.00.pth, ...]]."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return [[path / name]], None
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            names = read_json_file(index).get("weight_map")
+            if not isinstance(names, dict) or not names:
+                raise ValueError(f"{index} has no weight_map of keys and files")
+            for key, file in names.items():
+                if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*", file):  # by its letters: caches hold links
+                    raise ValueError(f"{index} places {key} in {file!r}, which is no plain file name in this folder")
+            return [[path / file] for file in sorted(set(names.values()))], names
+    shards = sorted(path.glob("consolidated.*.pth"))
+    for number, file in enumerate(shards):
+        if file.name != f"consolidated.{number:02}.pth":
+            raise ValueError(f"{path / f'consolidated.{number:02}.pth'} not found, but {file.name} is there")
+    if not shards:
+        raise ValueError(f"{path} holds no model.safetensors, pytorch_model.bin (or index.json of these) and no "
+                         "consolidated.00.pth; --base_model wants a folder with the weights of a LLaMA")
+    return [shards], None
+
+
+def describe(file):
+    """{key: (shape, dtype)} of a file of weights, without the rotary tables that old files hold."""
+    return {key: (tuple(t.shape), t.dtype) if isinstance(t, torch.Tensor) else ((), type(t).__name__)
+            for key, t in open_weights(file).items() if key != "rope.freqs" and not key.endswith("rotary_emb.inv_freq")}
+
+
+def join_axis(name, shape, config):
+    """The axis on which Meta's model-parallel shards of this shape join, None if each holds the whole: fairscale splits
+    the outputs of wq wk wv w1 w3 output, the inputs of wo w2, and the embedding's width (LLaMA-3: its rows)."""
+    if "norm" in name:
+        return None
+    if name == "tok_embeddings.weight":
+        return int(shape[-1:] != (config.dim,))
+    return int(name.endswith(("wo.weight", "w2.weight")))
+
+
+def open_checkpoint(path, mixed=False):
+    """Look into a folder, Meta's, Hugging Face's or ours by what it holds, without reading a tensor. Returns (config,
+    dtype, [(files, {key: our name}), ...]) where the tensors of one group's files join. Raises ValueError naming file and
+    key: missing, surplus, misshaped, not floating-point, or (unless mixed) of another dtype than the rest."""
+    path = Path(path)
+    files, index = weight_files(path)
+    groups = [[(file, describe(file)) for file in group] for group in files]
+    theirs = any(key.startswith(("model.", "lm_head.")) for key in groups[0][0][1])
+    config = LLaMAConfig.from_hf(path / "config.json") if theirs else LLaMAConfig.from_params(
+        path / "params.json", sum(keys["output.weight"][0][0] for _, keys in groups[0] if "output.weight" in keys))
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in LLaMA(config).state_dict().items()}
+    ours = {hf_name(name.removesuffix(".weight")) + ".weight" if theirs else name: name for name in shapes}
+    dtype, placed = None, {}
+    for group in groups:
+        for file, keys in group:
+            if odd := sorted(group[0][1].keys() ^ keys.keys()):
+                raise ValueError(f"{file} and {group[0][0].name} do not hold the same keys, for instance {odd[0]}")
+            for key, (shape, kind) in keys.items():
+                if key not in ours:
+                    raise ValueError(f"{file} has {key}, which this model does not have")
+                if kind not in DTYPES.values():
+                    raise ValueError(f"{file}: {key} is {kind}, wanted a tensor of {' '.join(DTYPES)}")
+                dtype = dtype or kind
+                if kind != dtype and not mixed:
+                    raise ValueError(f"{file}: {key} is {kind}, the tensors before it {dtype}; if that is meant, "
+                                     "python model.py convert --dtype makes them one")
+                wanted, axis = list(shapes[ours[key]]), join_axis(ours[key], shape, config)
+                if axis is not None:
+                    wanted[axis] /= len(group)
+                if list(shape) != wanted:
+                    raise ValueError(f"{file}: {key} is {shape}, {'config' if theirs else 'params'}.json makes it "
+                                     f"{shapes[ours[key]]}" + f" in {len(group)} shards" * (len(group) > 1))
+                if index is not None and index.get(key) != file.name:
+                    raise ValueError(f"{file} has {key}, which the index places in {index.get(key)}")
+                placed[key] = file
+    missing = [key for key in [*ours, *(index or ())] if key not in placed and not key.endswith("rotary_emb.inv_freq")
+               and not (config.tie_embeddings and ours.get(key) == "output.weight")]
+    if missing:
+        where = path / (index or {}).get(missing[0], "") if len(groups) > 1 else groups[0][0][0]
+        raise ValueError(f"{where} lacks {missing[0]} ({len(missing)} tensors missing)")
+    return config, dtype, [(paths, {key: ours[key] for key in group[0][1]}) for paths, group in zip(files, groups)]
+
+
+def read_checkpoint(checkpoint):
+    """Yield (our name, tensor in our layout) of what `open_checkpoint` found. Raises ValueError for NaN or infinity.
+
+    A tensor that can be used as it lies is a view of the mapped file. Joined shards and Hugging Face's q and k, whose rows
+    are put into Meta's order, are copies, one at a time; files are mapped anew every 256 MiB and for each q and k, so that
+    the pages read for what is copied (or cast, or sent to a GPU by the caller) do not stay in memory."""
+    config, _, groups = checkpoint
+    tied = {}
+    for files, keys in groups:
+        maps, used = [open_weights(file) for file in files], 0
+        for key, name in keys.items():
+            heads = rotary_heads(name, config) if key != name else None
+            parts = [weights[key] for weights in ([open_weights(files[0])] if heads else maps)]
+            axis = join_axis(name, parts[0].shape, config)
+            if axis is None and not all(torch.equal(parts[0], part) for part in parts[1:]):
+                raise ValueError(f"{files[0]} and the shards beside it differ in {key}, which they share; they belong to "
+                                 "different models")
+            tensor = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, axis)
+            if not all(math.isfinite(end) for end in tensor.aminmax()):
+                raise ValueError(f"{files[0]}: {key} holds NaN or infinity; copy or download it again")
+            if config.tie_embeddings and name in ("tok_embeddings.weight", "output.weight"):
+                tied[name] = tensor
+            if not config.tie_embeddings or name != "output.weight":
+                yield name, tensor if heads is None else hf_to_meta_rows(tensor, heads)
+            used += tensor.nbytes
+            if used > 2**28:
+                del parts, tensor
+                maps, used = [open_weights(file) for file in files], 0
+    if len(tied) == 2 and not torch.equal(*tied.values()):
+        raise ValueError(f"{groups[0][0][0].parent} says that output and embedding are tied, but holds two different ones")
 
 
 def load_model(path, device="cpu", dtype=None):
-    """Build the LLaMA of a folder (params.json, model.safetensors) on `meta` and assign it the mapped weights, one
-    tensor at a time, cast to dtype (None: as stored). Raises ValueError naming the file and the first bad key."""
-    path = Path(path)
-    config = LLaMAConfig.from_params(path / "params.json")
+    """Build the LLaMA of a folder (see `open_checkpoint`) on `meta` and assign it the weights, one tensor at a time, cast
+    to dtype (None: as stored). Raises ValueError naming the file and the first bad key."""
+    checkpoint = open_checkpoint(path)
+    config, stored, _ = checkpoint
     with torch.device("meta"):
         model = LLaMA(config)
-    file = path / "model.safetensors"
-    wanted, state = model.state_dict(), {}
-    for name, tensor in read_safetensors(file, device):
-        if name not in wanted:
-            raise ValueError(f"{file} has {name}, which this model does not have")
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{file}: {name} is {tuple(tensor.shape)}, params.json makes it {tuple(wanted[name].shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{file}: {name} is {tensor.dtype}, wanted a floating-point tensor")
-        state[name] = tensor if dtype is None else tensor.to(dtype)
-    if missing := [name for name in wanted if name not in state]:
-        raise ValueError(f"{file} lacks {missing[0]} ({len(missing)} tensors missing)")
+    state = {name: tensor.to(device, dtype or stored) for name, tensor in read_checkpoint(checkpoint)}
+    if config.tie_embeddings:
+        state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, strict=True, assign=True)
+    if config.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight         # one parameter again, as LLaMA makes it
     return model.requires_grad_(False).eval()
+
+
+def find_tokenizer(path):
+    """tokenizer.model of a base: in its folder, or one level up as in Meta's download. Where neither is: the first."""
+    path = Path(path).resolve()
+    above = path.parent / "tokenizer.model"
+    return above if not (path / "tokenizer.model").is_file() and above.is_file() else path / "tokenizer.model"
 
 
 def write_atomically(path, write):
@@ -333,13 +559,34 @@ def write_json(path, value):
     write_atomically(path, lambda p: p.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"))
 
 
+def write_safetensors(path, layout, tensors):
+    """Stream (name, tensor) pairs, in any order, into one safetensors file, {name: (shape, dtype)} being known before:
+    one tensor is in memory at a time, where the library's save_file wants all."""
+    kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (shape, dtype) in layout.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": kinds[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)                        # mapped tensors then start where vector loads like it
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors:
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])
+            tensor = tensor.detach().to("cpu", layout[name][1]).contiguous()
+            file.write(tensor.view(torch.uint8).numpy())          # as bytes, since NumPy has no bf16
+
+
 def save_model(model, path, dtype=None):
     """Write params.json and model.safetensors (cast to dtype, None: as they are) into the folder path."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    state = {name: t.detach().to(dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
-    write_atomically(path / "model.safetensors", lambda p: save_file(state, p, metadata={"format": "pt"}))
-    write_json(path / "params.json", {k: v for k, v in asdict(model.config).items() if v is not None})
+    state = model.state_dict()
+    if model.config.tie_embeddings:
+        del state["output.weight"]
+    layout = {name: (tuple(t.shape), dtype or t.dtype) for name, t in state.items()}
+    write_atomically(path / "model.safetensors", lambda p: write_safetensors(p, layout, state.items()))
+    write_json(path / "params.json", model.config.params())
 
 
 class Parser(argparse.ArgumentParser):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from generate import DATA, ask, flag, load_base, load_template, pick_device, pick_dtype, read_instructions, render_prompt
 from lora import LoRAConfig, add_lora, read_json_file, save_adapter
-from model import Parser, run, save_model, write_atomically, write_json
+from model import Parser, find_tokenizer, run, save_model, write_atomically, write_json
 
 
 def opt(default, text):
@@ -205,7 +205,7 @@ def save_weights(model, path, config):
     if config.full:
         save_model(model, path)
         write_json(Path(path) / "run.json", info)
-        tokenizer = Path(config.base_model) / "tokenizer.model"
+        tokenizer = find_tokenizer(config.base_model)
         if tokenizer.is_file():
             shutil.copyfile(tokenizer, Path(path) / "tokenizer.model")
     else:

@@ -94,16 +94,6 @@ def test_rope_keeps_its_angles_at_high_positions():
     assert np.abs(cos.numpy() - np.cos(angle)).max() < 1e-3 and np.abs(sin.numpy() - np.sin(angle)).max() < 1e-3
 
 
-def test_published_sizes():
-    """Parameter counts of LLaMA-7B (Touvron et al. 2023: 6.7 billion) and LLaMA-2 70B from their params.json."""
-    for params, count in [({"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-6,
-                            "vocab_size": 32000}, 6_738_415_616),
-                          ({"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8,
-                            "n_layers": 80, "norm_eps": 1e-5, "vocab_size": 32000}, 68_976_648_192)]:
-        with torch.device("meta"):
-            assert sum(p.numel() for p in M.LLaMA(M.LLaMAConfig(**params)).parameters()) == count
-
-
 def test_save_and_load_are_exact(tmp_path):
     model = formula_weights(M.LLaMA(make_config()))
     M.save_model(model, tmp_path)

@@ -1,6 +1,7 @@
-"""The texts under data/ that people wrote: rubrics for a judge, conclusions for dialogues, seed tasks."""
+"""The texts under data/ that people wrote: rubrics for a judge, conclusions for dialogues, seed tasks, questions."""
 import json
 import string
+from collections import Counter
 
 import pytest
 
@@ -57,3 +58,21 @@ def test_seed_tasks():
     assert sum(bool(row["input"]) for row in rows) >= 15
     for row in rows:
         assert list(row) == ["instruction", "input", "output"] and row["instruction"] and 40 <= len(row["output"]) <= 250
+
+
+def test_choice():
+    """200 questions, every letter 50 times. The right option names values of the relation, no other option names one."""
+    knowledge = {entity["中心词"]: entity for entity in read_lines("knowledge.jsonl")}
+    rows = read_lines("choice.jsonl")
+    assert [row["id"] for row in rows] == [f"choice-{n:03d}" for n in range(1, 201)]
+    assert Counter(row["answer"] for row in rows) == dict.fromkeys("ABCD", 50)
+    assert Counter(knowledge[row["entity"]]["类型"] for row in rows) == {"中药": 60, "方剂": 60, "疾病": 80}
+    assert len({row["question"] for row in rows}) == len({(row["entity"], row["relation"]) for row in rows}) == 200
+    for row in rows:
+        assert list(row) == ["id", "question", "options", "answer", "subject", "entity", "relation"]
+        assert list(row["options"]) == list("ABCD") and len(set(row["options"].values())) == 4
+        values = knowledge[row["entity"]][row["relation"]]
+        for letter, option in row["options"].items():
+            parts = [option] if option in values else option.split("、")
+            named = [part in values for part in parts]
+            assert all(named) if letter == row["answer"] else not any(named), (row["id"], letter)

@@ -8,10 +8,12 @@ The only place where text and token ids meet, so that training and asking render
 The answer goes to stdout, everything else to stderr.
 """
 import json
+import math
 import os
 import re
 import sys
 import time
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 from lora import QUANTISED, load_adapter, quantize, read_json_file
-from model import DTYPES, Parser, find_tokenizer, load_model, open_checkpoint, run, write_atomically
+from model import DTYPES, Parser, RaggedStep, find_tokenizer, load_model, open_checkpoint, run, write_atomically
 
 DATA = Path(__file__).parent / "data"
 TEMPLATES = DATA / "templates"
@@ -96,62 +98,277 @@ class Tokenizer:
         return self.pieces.decode([i for i in ids if i < self.vocab_size])
 
 
-def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
-    """One id from logits (V,): the greatest at temperature 0; else drawn from softmax(logits / temperature), kept to
-    the top_k greatest (0: all), then to the fewest that hold top_p of the mass (Holtzman et al. 2020)."""
-    if temperature == 0:
-        return int(logits.argmax())
-    logits = logits / temperature
-    if 0 < top_k < logits.numel():
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is chosen; names and meanings are transformers'. Raises ValueError for a value out of range."""
+    max_new_tokens: int = 256
+    temperature: float = 0.0              # 0: the likeliest token, whatever the four filters say
+    top_k: int = 0                        # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0       # 1: none; over prompt and answer, as in transformers
+    no_repeat_ngram_size: int = 0         # 0: any may repeat; over prompt and answer
+    num_beams: int = 1
+    length_penalty: float = 1.0           # beams only: scores are divided by length ** length_penalty
+    stop: tuple = ()                      # texts that end the answer and are not part of it
+    seed: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for name, kind, fits, wanted in (
+                ("max_new_tokens", int, lambda x: x >= 1, "a whole number from 1"),
+                ("temperature", (int, float), lambda x: 0 <= x < math.inf, "a number from 0"),
+                ("top_k", int, lambda x: x >= 0, "a whole number from 0"),
+                ("top_p", (int, float), lambda x: 0 < x <= 1, "a number above 0, up to 1"),
+                ("min_p", (int, float), lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+                ("repetition_penalty", (int, float), lambda x: 0 < x < math.inf, "a number above 0"),
+                ("no_repeat_ngram_size", int, lambda x: x >= 0, "a whole number from 0"),
+                ("num_beams", int, lambda x: x >= 1, "a whole number from 1"),
+                ("length_penalty", (int, float), math.isfinite, "a number"),
+                ("seed", (int, type(None)), lambda x: x is None or -2**63 <= x < 2**63, "a whole number")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
+                raise ValueError(f"{name} is {value!r}, wanted {wanted}")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop is {self.stop!r}, wanted texts that are not empty")
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ValueError(f"num_beams {self.num_beams} with temperature {self.temperature}: beam search does not sample; "
+                             "set temperature 0 or num_beams 1")
+
+
+def penalise(logits, ids, decoding):
+    """logits (V,) with the ids (prompt and answer so far) made less likely: by repetition_penalty (Keskar et al. 2019,
+    4.1), and -inf for each id that would repeat an n-gram of no_repeat_ngram_size (Paulus et al. 2018, 2.5)."""
+    if decoding.repetition_penalty != 1:
+        seen = torch.tensor(ids, device=logits.device)
+        score = logits[seen]
+        logits = logits.index_put((seen,), torch.where(score < 0, score * decoding.repetition_penalty,
+                                                       score / decoding.repetition_penalty))
+    n = decoding.no_repeat_ngram_size
+    if 0 < n <= len(ids):
+        last = ids[len(ids) - n + 1:]
+        banned = [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i:i + n - 1] == last]
+        logits = logits.index_fill(0, torch.tensor(banned, dtype=torch.long, device=logits.device), -torch.inf)
+    return logits
+
+
+def sample(logits, decoding, generator=None):
+    """One id, a tensor (), from logits (V,): the greatest at temperature 0; else drawn from softmax(logits / temperature)
+    kept to the top_k greatest, then to the fewest that hold top_p of the mass (Holtzman et al. 2020), then to those of
+    at least min_p times the greatest probability (Nguyen et al. 2024), in transformers' order."""
+    if decoding.temperature == 0:
+        return logits.argmax()
+    logits = logits / decoding.temperature
+    if 0 < decoding.top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.topk(decoding.top_k).values[-1], -torch.inf)
+    if decoding.top_p < 1:
+        ordered, order = logits.sort()                            # ascending, as the sums of the small come first
+        outside = ordered.softmax(-1).cumsum(-1) <= 1 - decoding.top_p
+        outside[-1] = False
+        logits = logits.masked_fill(outside.scatter(0, order, outside), -torch.inf)
     probs = logits.softmax(-1)
-    if top_p < 1:
-        ordered, order = probs.sort(descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p           # the mass before it is enough: the first stays
-        probs = probs.index_fill(0, order[outside], 0.0)
-    return int(torch.multinomial(probs, 1, generator=generator))  # multinomial normalises
+    if decoding.min_p > 0:
+        probs = probs.masked_fill(probs < decoding.min_p * probs.max(), 0.0)
+    # argmax of p / Exp(1) draws from p (the exponential race), without the wait for the device that multinomial has
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax()
 
 
-@torch.inference_mode()
-def generate_ids(model, prompt_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eos_id=2, seed=None):
-    """Yield the ids that follow prompt_ids, at most max_new_tokens, up to EOS (which is not yielded). The prompt is
-    run once; each step then runs one position against the cache. A seed makes a sampled answer repeatable."""
-    if not prompt_ids:
-        raise ValueError("the prompt is empty; give at least the BOS id")
-    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}, top_p {top_p}: "
-                         "wanted at least 1, 0, 0 and 0 < top_p <= 1")
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(model.device).manual_seed(seed)
-    cache = model.new_cache(1, len(prompt_ids) + max_new_tokens)
-    ids = torch.tensor([prompt_ids], device=model.device)                                  # (1, T)
-    for _ in range(max_new_tokens):
-        logits = model.output(model.hidden(ids, cache)[0, -1]).float()                     # (V,)
-        token = sample(logits, temperature, top_k, top_p, generator)
-        if token == eos_id:
+class Request:
+    """A prompt, how to answer it, and the answer so far: `ids` without EOS, `finish_reason` None while it runs, then
+    "stop" (EOS or a stop text) or "length". With beams, ids come at the end, and `ranked` has all num_beams of them,
+    best first, as (score, ids, finish_reason)."""
+
+    def __init__(self, prompt_ids, decoding):
+        if not prompt_ids:
+            raise ValueError("the prompt is empty; give at least the BOS id")
+        self.prompt_ids, self.decoding = list(prompt_ids), decoding
+        self.ids, self.finish_reason, self.generator = [], None, None
+        self.beams = [(0.0 if i == 0 else -1e9, []) for i in range(decoding.num_beams)]    # (score, ids), one a row
+        self.ranked = []
+
+
+class Batch:
+    """Requests decoded together, one token each a step, in one KV cache of `rows` rows and max_len positions; a request
+    takes num_beams rows. Rows stand at their own lengths, so each answer is what it would be alone; the rows of one
+    that ends go to the next. Rows in use are always the first ones."""
+
+    def __init__(self, model, tokenizer, rows, max_len, eos_id=None, prefill_chunk=512):
+        self.model, self.tokenizer, self.eos_id = model, tokenizer, tokenizer.eos_id if eos_id is None else eos_id
+        self.cache, self.prefill_chunk = model.new_cache(rows, max_len), prefill_chunk
+        self.owner, self.tokens, self.lengths = [], [], []        # per row in use: request, token to feed, positions filled
+
+    @property
+    def free(self):
+        """Rows not in use."""
+        return self.cache.k.size(1) - len(self.owner)
+
+    @torch.inference_mode()
+    def add(self, request):
+        """Run the prompt but for its last token, which the first step feeds. Raises ValueError if it cannot fit."""
+        prompt, n, max_len = request.prompt_ids, request.decoding.num_beams, self.cache.k.size(3)
+        if len(prompt) + request.decoding.max_new_tokens > max_len:
+            raise ValueError(f"prompt of {len(prompt)} tokens and {request.decoding.max_new_tokens} new ones do not fit "
+                             f"into {max_len} positions; shorten the prompt or max_new_tokens")
+        if n > self.free:
+            raise ValueError(f"{n} beams wanted, {self.free} places free; let requests end, or make a larger batch")
+        if request.decoding.seed is not None:
+            request.generator = torch.Generator(self.model.device).manual_seed(request.decoding.seed)
+        row = len(self.owner)
+        cache = self.cache.rows(row, row + 1, 0)
+        for start in range(0, len(prompt) - 1, self.prefill_chunk):
+            chunk = prompt[start:min(start + self.prefill_chunk, len(prompt) - 1)]
+            self.model.hidden(torch.tensor([chunk], device=self.model.device), cache)
+        for i in range(1, n):
+            self.copy_row(row, row + i, 0, cache.length)
+        self.owner += [request] * n
+        self.tokens += [prompt[-1]] * n
+        self.lengths += [cache.length] * n
+
+    def copy_row(self, source, target, start, stop):
+        for kv in (self.cache.k, self.cache.v):
+            kv[:, target, :, start:stop] = kv[:, source, :, start:stop]
+
+    def remove(self, request):
+        """Free the places of a request; the last rows move into the gap."""
+        for row in [i for i, owner in enumerate(self.owner) if owner is request][::-1]:
+            last = len(self.owner) - 1
+            if row != last:
+                self.copy_row(last, row, 0, self.lengths[last])
+            for column in (self.owner, self.tokens, self.lengths):
+                column[row] = column[last]
+                column.pop()
+
+    @torch.inference_mode()
+    def step(self):
+        """One token more for every row: [(request, its new id, or None where there is none to show), ...]. A request
+        that ended has its finish_reason, and its places are free."""
+        if not self.owner:
+            return []
+        ids = torch.tensor(self.tokens, device=self.model.device)[:, None]                 # (B, 1)
+        logits = self.model.output(self.model.hidden(ids, RaggedStep(self.cache, self.lengths))[:, -1]).float()  # (B, V)
+        self.lengths = [n + 1 for n in self.lengths]
+        rows = {}                                                 # request -> its rows, in the order of its beams
+        for row, request in enumerate(self.owner):
+            rows.setdefault(request, []).append(row)
+        chosen = logits.argmax(-1)
+        for request, (row, *more) in rows.items():
+            if not more and (request.decoding.temperature or request.decoding.repetition_penalty != 1
+                             or request.decoding.no_repeat_ngram_size):
+                chosen[row] = sample(penalise(logits[row], request.prompt_ids + request.ids, request.decoding),
+                                     request.decoding, request.generator)
+        chosen, news = chosen.tolist(), []                        # the one wait for the device
+        for request, own in rows.items():
+            token = None
+            if len(own) > 1:
+                self.step_beams(request, own, logits[own])
+            else:
+                token = self.tokens[own[0]] = chosen[own[0]]
+                request.finish_reason = self.ended(request, request.ids + [token])
+                if token == self.eos_id:
+                    token = None
+                else:
+                    request.ids.append(token)
+            news.append((request, token))
+        for request, _ in news:
+            if request.finish_reason:
+                self.remove(request)
+        return news
+
+    def ended(self, request, ids):
+        """Why an answer of these ids, EOS included, ends here; None if it goes on."""
+        if ids[-1] == self.eos_id:
+            return "stop"
+        for text in request.decoding.stop:                        # an id is a byte at least: so many hold the text
+            if text in self.tokenizer.decode(ids[-len(text.encode()) - 4:]):
+                return "stop"
+        return "length" if len(ids) >= request.decoding.max_new_tokens else None
+
+    def step_beams(self, request, own, logits):
+        """One step of beam search over the rows `own` with logits (n, V), as transformers' _beam_search does it with
+        early_stopping False: 2n candidates by sum of log-probabilities; those that end among the best n join the
+        finished, scored by sum / length ** length_penalty; the best n that do not end go on. It is over when n have
+        finished and the best that runs, were it to end now, would not beat the worst of them."""
+        n, decoding = len(own), request.decoding
+        scores = torch.stack([penalise(row, request.prompt_ids + ids, decoding) + score for row, (score, ids)
+                              in zip(logits.log_softmax(-1), request.beams)])              # (n, V)
+        values, flat = (t.tolist() for t in scores.flatten().topk(2 * n))
+        going, length = [], len(request.beams[0][1]) + 1
+        for rank, (score, i) in enumerate(zip(values, flat)):
+            beam, token = divmod(i, logits.size(1))
+            ids = request.beams[beam][1] + [token]
+            if reason := self.ended(request, ids):
+                if rank < n:
+                    request.ranked.append((score / length ** decoding.length_penalty, ids[:len(ids) - (token == self.eos_id)],
+                                           reason))
+            elif len(going) < n:
+                going.append((score, ids, beam))
+        request.ranked = sorted(request.ranked, key=lambda r: -r[0])[:n]
+        if not going or (len(request.ranked) == n
+                         and going[0][0] / length ** decoding.length_penalty <= request.ranked[-1][0]):
+            _, request.ids, request.finish_reason = request.ranked[0]
             return
-        yield token
-        ids = torch.tensor([[token]], device=model.device)
+        start, stop = len(request.prompt_ids) - 1, self.lengths[own[0]]       # before it, the rows are the same
+        parents = [own[beam] for _, _, beam in going]
+        if parents != own:
+            for kv in (self.cache.k, self.cache.v):
+                kv[:, own, :, start:stop] = kv[:, parents, :, start:stop]
+        request.beams = [(score, ids) for score, ids, _ in going]
+        for row, (_, ids, _) in zip(own, going):
+            self.tokens[row] = ids[-1]
 
 
-def stream_text(tokenizer, ids):
-    """Yield the text of ids as it grows, whole characters only. Most Chinese characters are three byte tokens in
-    LLaMA's vocabulary: what decodes to U+FFFD at the end is held back until its last byte has come. Bytes still
-    incomplete when the ids end are dropped."""
-    seen, shown = [], 0
+def generate_ids(model, prompt_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eos_id=2, tokenizer=None, **more):
+    """Yield the ids that follow prompt_ids, at most max_new_tokens, up to EOS (which is not yielded); with beams, those
+    of the best answer when it is found. The rest as in `Decoding`; stop texts want the tokenizer."""
+    request = Request(prompt_ids, Decoding(max_new_tokens, temperature, top_k, top_p, **more))
+    batch, shown = Batch(model, tokenizer, request.decoding.num_beams, len(prompt_ids) + max_new_tokens, eos_id), 0
+    batch.add(request)
+    while not request.finish_reason:
+        batch.step()
+        yield from request.ids[shown:]
+        shown = len(request.ids)
+
+
+class TextStream:
+    """The text of ids as it grows: whole characters only, never a stop text nor what may become one.
+
+    Most Chinese characters are three byte tokens in LLaMA's vocabulary: what decodes to U+FFFD at the end is held back
+    until its last byte has come."""
+
+    def __init__(self, tokenizer, stop=()):
+        self.tokenizer, self.stop, self.ids, self.held, self.stopped = tokenizer, stop, [], "", False
+        self.known = self.whole = 0                               # text up to id `whole` is out; decoded from id `known` on
+
+    def push(self, *token):
+        """The text that one id more allows to show, often empty. Without an id: what is left at the end; bytes still
+        incomplete are dropped."""
+        self.ids += token
+        text = self.tokenizer.decode(self.ids[self.known:])
+        if self.stopped or token and text.endswith("\ufffd"):
+            return ""
+        shown = self.tokenizer.decode(self.ids[self.known:self.whole])     # from the same id: the same first space is cut
+        text = self.held + text.rstrip("\ufffd")[len(shown):]
+        self.known, self.whole = self.whole, len(self.ids)
+        if ends := [text.index(stop) for stop in self.stop if stop in text]:
+            self.stopped = True
+            return text[:min(ends)]
+        held = max((n for stop in self.stop for n in range(1, len(stop)) if token and text.endswith(stop[:n])), default=0)
+        self.held = text[len(text) - held:]
+        return text[:len(text) - held]
+
+
+def stream_text(tokenizer, ids, stop=()):
+    """Yield the text of ids as it grows, as `TextStream` shows it."""
+    stream = TextStream(tokenizer, stop)
     for token in ids:
-        seen.append(token)
-        text = tokenizer.decode(seen).rstrip("\ufffd")
-        if len(text) > shown:
-            yield text[shown:]
-            shown = len(text)
+        yield from filter(None, [stream.push(token)])
+    yield from filter(None, [stream.push()])
 
 
-def ask(model, tokenizer, prompt, max_new_tokens=256, **decoding):
+def ask(model, tokenizer, prompt, max_new_tokens=256, stop=(), **decoding):
     """Yield the answer to a rendered prompt as text pieces; decoding as in `generate_ids`."""
-    return stream_text(tokenizer, generate_ids(model, tokenizer.encode(prompt, bos=True), max_new_tokens,
-                                               eos_id=tokenizer.eos_id, **decoding))
+    return stream_text(tokenizer, generate_ids(model, tokenizer.encode(prompt, bos=True), max_new_tokens, stop=stop,
+                                               eos_id=tokenizer.eos_id, tokenizer=tokenizer, **decoding), stop)
 
 
 def read_records(path):

@@ -226,9 +226,15 @@ class KVCache:
 
     def __init__(self, config, batch_size, max_len, device="cpu", dtype=torch.float32):
         shape = (config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)    # not empty: a masked position weighs 0, and 0 x NaN is NaN
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0                                           # positions filled, the same in every layer
+
+    def rows(self, start, stop, length):
+        """Rows start to stop as a cache of its own, `length` positions filled, in the same memory."""
+        view = object.__new__(KVCache)
+        view.k, view.v, view.length = self.k[:, start:stop], self.v[:, start:stop], length
+        return view
 
     def positions(self, T):
         """Positions (T,) of the next T tokens."""
@@ -248,6 +254,28 @@ class KVCache:
     def advance(self, T):
         """T positions were written in every layer."""
         self.length += T
+
+
+class RaggedStep:
+    """One token more for each of the first B rows of a KVCache, row b standing at its own position lengths[b]."""
+
+    def __init__(self, cache, lengths):
+        B, span = len(lengths), max(lengths) + 1
+        self.k, self.v = cache.k[:, :B, :, :span], cache.v[:, :B, :, :span]
+        self.row = torch.arange(B, device=cache.k.device)
+        self.at = torch.tensor(lengths, device=cache.k.device)                             # (B,)
+        self.mask = (torch.arange(span, device=cache.k.device) <= self.at[:, None])[:, None, None]      # (B, 1, 1, S)
+
+    def positions(self, T):
+        return self.at[:, None]
+
+    def attend(self, layer, q, k, v):
+        self.k[layer, self.row, :, self.at] = k[:, :, 0]
+        self.v[layer, self.row, :, self.at] = v[:, :, 0]
+        return F.scaled_dot_product_attention(q, self.k[layer], self.v[layer], self.mask, enable_gqa=q.size(1) != k.size(1))
+
+    def advance(self, T):
+        """The caller keeps the lengths."""
 
 
 class Attention(nn.Module):

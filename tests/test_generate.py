@@ -72,10 +72,10 @@ def test_sampling_follows_the_filtered_distribution():
     p = (logits / 0.8).softmax(-1)
     for top_k, top_p, kept in [(0, 1.0, 5), (3, 1.0, 3), (0, 0.6, 1 if p[0] >= 0.6 else 2), (2, 0.9, 2)]:
         want = torch.where(torch.arange(5) < kept, p, 0.0)
-        draws = torch.tensor([G.sample(logits, 0.8, top_k, top_p, generator) for _ in range(20000)])
+        draws = torch.tensor([G.sample(logits, G.Decoding(1, 0.8, top_k, top_p), generator) for _ in range(20000)])
         share = torch.bincount(draws, minlength=5) / 20000
         assert (share - want / want.sum()).abs().max() < 0.02 and (share[kept:] == 0).all()
-    assert G.sample(logits, 0, 1, 0.1) == 0
+    assert G.sample(logits, G.Decoding(1, 0, 1, 0.1)) == 0
 
 
 def test_command_line_asks_files_and_chats(base, records, tmp_path):

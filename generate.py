@@ -412,8 +412,8 @@ def message_turns(messages):
     first = int(said[0][0] == "system" and len(said) > 1)
     for i, (side, text) in enumerate(said):
         if not isinstance(text, str) or side != ("system" if i < first else ("user", "bot")[(i - first) % 2]):
-            raise ValueError(f"message {i + 1} is {messages[i]!r:.60}; wanted texts of user and assistant (human and gpt) in "
-                             "turn, before them one of system or none")
+            raise ValueError(f"message {i + 1} is {messages[i]!r:.60}; wanted texts of user and assistant (human and gpt) "
+                             "in turn, before them one of system or none")
     texts = [text for _, text in said]
     return list(zip_longest(["\n".join(texts[:first + 1]), *texts[first + 2::2]], texts[first + 1::2]))
 

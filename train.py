@@ -11,6 +11,7 @@ rows are cut into micro-batches. Activations are in --dtype, a frozen base is st
 import hashlib
 import json
 import math
+import re
 import shutil
 import time
 from argparse import SUPPRESS
@@ -23,7 +24,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from generate import DATA, ask, flag, load_base, load_template, pick_device, pick_dtype, read_instructions, render_prompt
+from generate import (DATA, Tokenizer, ask, bot_spans, find_base, flag, load_base, load_template, pick_device, pick_dtype,
+                      read_instructions, render_prompt)
 from lora import LoRAConfig, add_lora, read_json_file, save_adapter
 from model import Parser, find_tokenizer, run, save_model, write_atomically, write_json
 
@@ -38,7 +40,8 @@ class TrainConfig:
     512, since at 256 22.9 % of BenTsao's records lose their EOS and the model never learns to stop; warm-up at most a
     tenth of the steps, so that short runs learn too; and bf16 instead of an 8-bit base."""
     base_model: str = opt("", "folder of the base (empty: the small one in data/tiny, with the settings of TINY)")
-    data_path: str = opt("", "training records, JSON array or lines of {instruction, input, output}")
+    data_path: tuple = opt((), "training records, one file or several, in any form that generate.read_instructions knows; "
+                           "FILE:WEIGHT takes its records WEIGHT times (0.5: half of them, drawn by seed)")
     val_path: str = opt("", "validation records in a file of their own (else val_set_size of data_path)")
     output_dir: str = opt("lora-tcm", "folder for the adapter (or model), log.jsonl, loss.svg, checkpoints")
     full: bool = opt(False, "train all weights instead of an adapter")
@@ -60,10 +63,12 @@ class TrainConfig:
     lora_dropout: float = opt(0.05, "on the adapter's input")
     lora_target_modules: tuple = opt(("q_proj", "v_proj"), "linears to adapt: q_proj k_proj v_proj o_proj gate_proj "
                                      "up_proj down_proj, Meta's wq ..., or all; also as '[q_proj,v_proj]'")
+    train_on: str = opt("last", "targets in a conversation: the last answer and its EOS, or all: the earlier answers too")
     train_on_inputs: bool = opt(False, "make the prompt's tokens targets too")
     group_by_length: bool = opt(False, "fill each step with rows of similar length (changes the order, less padding)")
     prompt_template_name: str = opt("med_template", "name in data/templates or path")
     resume_from_checkpoint: str = opt("", "checkpoint-STEP folder to go on from")
+    stats: bool = opt(False, "print tokens and what cut-offs would cut of data_path, then end; loads no weights")
     num_answers: int = opt(3, "validation questions answered before and after")
     seed: int = opt(42, "of the split, the order, A's first values and dropout")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1")
@@ -74,22 +79,27 @@ class TrainConfig:
 
 
 # `python train.py` alone: a base of 5 million weights wants a far larger step than 7 billion do, and all its linears
-TINY = {"base_model": str(DATA / "tiny"), "data_path": str(DATA / "train.jsonl"), "val_path": str(DATA / "heldout.jsonl"),
+TINY = {"base_model": str(DATA / "tiny"), "data_path": (str(DATA / "train.jsonl"),), "val_path": str(DATA / "heldout.jsonl"),
         "batch_size": 64, "micro_batch_size": 32, "num_epochs": 3, "learning_rate": 5e-3, "warmup_steps": 10,
         "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": ("all",), "eval_steps": 50,
         "num_answers": 1000}
 
 
 class Row(NamedTuple):
-    """One encoded record: token ids, and mask[t] True where token t is a target (never t = 0: nothing predicts it)."""
+    """One encoded record: token ids; mask[t] True where token t is a target (never t = 0: nothing predicts it); its name."""
     ids: list
     mask: list
+    name: str = ""
 
 
 def encode_example(tokenizer, template, record, config):
     """The Row of a record, or None if its prompt leaves no room for one answer token and EOS within cutoff_len. A cut
-    answer keeps EOS as its end and never ends inside a character."""
-    prompt = tokenizer.encode(render_prompt(template, record["instruction"], record["input"]), bos=True)
+    answer keeps EOS as its end and never ends inside a character.
+
+    With train_on "all" the earlier answers of a conversation are targets where they stand, in the instruction. What ends
+    one there is the next " <user>:", which is no target: a model that learns it would write the user's next question."""
+    text = render_prompt(template, record["instruction"], record["input"])
+    prompt = tokenizer.encode(text, bos=True)
     answer, room = tokenizer.encode_answer(record["output"]), config.cutoff_len - len(prompt) - 1
     if room < 1:
         return None
@@ -99,8 +109,63 @@ def encode_example(tokenizer, template, record, config):
             answer.pop()
     if not answer:
         return None
-    given = 1 if config.train_on_inputs else len(prompt)
-    return Row(prompt + answer + [tokenizer.eos_id], [False] * given + [True] * (len(prompt) + len(answer) + 1 - given))
+    mask = [config.train_on_inputs and t > 0 for t in range(len(prompt))]
+    if config.train_on == "all" and (spans := bot_spans(record["instruction"])):
+        ends, offset = tokenizer.byte_ends(prompt, text), text.index(record["instruction"])
+        for start, end in spans:                                  # characters of the instruction -> bytes of the prompt
+            start, end = (len(text[:offset + at].encode()) for at in (start, end))
+            mask = [m or t > 0 and ends[t] > start and ends[t - 1] < end for t, m in enumerate(mask)]
+    return Row(prompt + answer + [tokenizer.eos_id], mask + [True] * (len(answer) + 1), record.get("record", ""))
+
+
+def read_data(config):
+    """(training records, validation records): validation is val_path, else val_set_size records drawn by seed from all
+    files of data_path; of what is left, a file given as FILE:WEIGHT is taken WEIGHT times, a fraction drawn by the same
+    seed. Each record gains `record`, its file's name and its number there."""
+    if not config.data_path:
+        raise ValueError("no --data_path; give a file of records such as {instruction, input, output}")
+    records, spans = [], []
+    for argument in config.data_path:
+        path, weight = split_weight(argument)
+        read = read_instructions(path, answers=True)
+        spans.append((range(len(records), len(records) + len(read)), weight))
+        records += [{**r, "record": f"{Path(path).name}:{i}"} for i, r in enumerate(read, 1)]
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    held = 0 if config.val_path else config.val_set_size
+    if held >= len(records):
+        raise ValueError(f"val_set_size {held} leaves none of {len(records)} records to train on")
+    taken = []
+    for span, weight in spans:
+        own = [i for i in order[held:] if i in span]              # in the drawn order: the first 0.5 n are a fair half
+        taken += sorted((own * math.ceil(weight))[:round(weight * len(own))])
+    val = read_instructions(config.val_path, answers=True) if config.val_path else [records[i] for i in order[:held]]
+    return [records[i] for i in taken], val
+
+
+def split_weight(argument):
+    """("a.json", 0.5) of "a.json:0.5", and ("a.json", 1.0) of "a.json"."""
+    match = re.fullmatch(r"(.+):(\d*\.?\d+)", argument)
+    if not match or Path(argument).is_file():
+        return argument, 1.0
+    if not float(match[2]) > 0:
+        raise ValueError(f"data_path {argument}: weight {match[2]}, wanted a number above 0")
+    return match[1], float(match[2])
+
+
+def print_stats(tokenizer, template, records):
+    """The records in tokens, and what each cut-off would do to them: `--stats`. An answer's EOS is counted with it."""
+    whole = TrainConfig(cutoff_len=10**9)
+    rows = [row for r in records if (row := encode_example(tokenizer, template, r, whole))]
+    prompts, lengths = [row.mask.index(True) for row in rows], [len(row.ids) for row in rows]
+    answer, characters = sum(lengths) - sum(prompts), sum(len(r["output"]) for r in records)
+    single = sum(tokenizer.pieces.is_byte(i) for row, n in zip(rows, prompts) for i in row.ids[n:])
+    print(f"{len(rows):,} records, {sum(lengths):,} tokens: on average {sum(prompts) / len(rows):.0f} in the prompt, "
+          f"{answer / len(rows):.0f} in the answer\n{answer / characters:.2f} tokens per character of the answers, "
+          f"{single / answer:.1%} of them single bytes\ncutoff_len  answers cut       left out (no room for an answer)")
+    for cutoff in (256, 320, 384, 512, 768, 1024):
+        out = sum(n + 2 > cutoff for n in prompts)
+        cut = sum(n > cutoff for n in lengths) - out
+        print(f"{cutoff:>10}  {cut:>7,} ({cut / len(rows):6.1%})  {out:>6,} ({out / len(rows):6.1%})")
 
 
 def encode_records(tokenizer, template, records, config):
@@ -108,7 +173,7 @@ def encode_records(tokenizer, template, records, config):
     pairs = [(encode_example(tokenizer, template, r, config), r) for r in records]
     kept = [(row, r) for row, r in pairs if row is not None]
     cut = sum(len(row.ids) == config.cutoff_len for row, _ in kept)
-    print(f"  {len(kept):,} records, {sum(len(row.ids) for row, _ in kept):,} tokens; at cutoff_len {config.cutoff_len} "
+    print(f"{len(kept):,} records, {sum(len(row.ids) for row, _ in kept):,} tokens; at cutoff_len {config.cutoff_len} "
           f"at most {cut:,} answers cut (EOS kept), {len(pairs) - len(kept):,} records left out (no room)")
     if not kept:
         raise ValueError(f"no record fits into cutoff_len {config.cutoff_len}; raise it")
@@ -200,12 +265,12 @@ def draw_curve(history, path):
 
 def save_weights(model, path, config):
     """Save what was trained: the adapter in PEFT's form, or with --full a base's folder. run.json says how it came."""
-    info = {"config": asdict(config), "torch": torch.__version__, "data_sha256": hashlib.sha256(
-            Path(config.data_path).read_bytes()).hexdigest() if config.data_path else None}
+    info = {"config": asdict(config), "torch": torch.__version__, "data_sha256": {
+            path: hashlib.sha256(Path(split_weight(path)[0]).read_bytes()).hexdigest() for path in config.data_path}}
     if config.full:
         save_model(model, path)
         write_json(Path(path) / "run.json", info)
-        tokenizer = find_tokenizer(config.base_model)
+        tokenizer = find_tokenizer(find_base(config.base_model))
         if tokenizer.is_file():
             shutil.copyfile(tokenizer, Path(path) / "tokenizer.model")
     else:
@@ -258,6 +323,8 @@ def check_config(config):
     for name in ("batch_size", "micro_batch_size", "num_epochs", "learning_rate", "cutoff_len", "max_grad_norm"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} is {getattr(config, name)!r}, wanted a number above 0")
+    if config.train_on not in ("last", "all"):
+        raise ValueError(f"train_on is {config.train_on!r}, wanted last or all")
     for name in ("max_steps", "warmup_steps", "weight_decay", "val_set_size", "eval_steps", "save_steps",
                  "save_total_limit", "num_answers"):
         if getattr(config, name) < 0:
@@ -364,6 +431,8 @@ def parse_config():
         parser.add_argument(f"--{f.name}", default=SUPPRESS, help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"),
                             **kind)
     args = vars(parser.parse_args())                              # only what was given
+    if "data_path" in args:
+        args["data_path"] = tuple(args["data_path"])
     if "lora_target_modules" in args:                             # q_proj v_proj, q_proj,v_proj, '["q_proj","v_proj"]'
         args["lora_target_modules"] = tuple(" ".join(args["lora_target_modules"]).translate(
             str.maketrans("[](),'\"", " " * 7)).split())
@@ -375,26 +444,19 @@ def main():
     check_config(config)
     lora = LoRAConfig(config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
     template = load_template(config.prompt_template_name)
-    if not config.data_path:
-        raise ValueError("no --data_path; give a file of {instruction, input, output} records")
-    records = read_instructions(config.data_path, answers=True)
-    if config.val_path:
-        val_records = read_instructions(config.val_path, answers=True)
-    else:
-        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        if config.val_set_size >= len(records):
-            raise ValueError(f"val_set_size {config.val_set_size} leaves none of {len(records)} records to train on")
-        val_records = [records[i] for i in order[:config.val_set_size]]
-        records = [records[i] for i in sorted(order[config.val_set_size:])]
+    records, val_records = read_data(config)
+    tokenizer = Tokenizer(find_tokenizer(find_base(config.base_model)))
+    if config.stats:
+        return print_stats(tokenizer, template, records + val_records * (not config.val_path))
+    rows, _ = encode_records(tokenizer, template, records, config)
+    val_rows, val_records = encode_records(tokenizer, template, val_records, config) if val_records else ([], [])
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     if dtype == torch.float16:
         raise ValueError("dtype fp16 overflows without loss scaling, which is not built; use bf16 or fp32")
-    model, tokenizer = load_base(config.base_model, device, torch.float32 if config.full else dtype, config.base_dtype)
+    model, _ = load_base(config.base_model, device, torch.float32 if config.full else dtype, config.base_dtype)
     print(f"base {config.base_model}: {sum(p.nbytes for p in model.parameters()) / 2**20:,.1f} MiB of weights on {device}, "
           f"computing in {dtype}")
-    rows, _ = encode_records(tokenizer, template, records, config)
-    val_rows, val_records = encode_records(tokenizer, template, val_records, config) if val_records else ([], [])
     torch.manual_seed(config.seed)
     if config.full:
         model.requires_grad_(True)

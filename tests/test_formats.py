@@ -71,3 +71,80 @@ def test_a_bad_record_is_named_by_its_line(tmp_path, name):
     with pytest.raises(ValueError, match="line 2: ") as error:
         read(tmp_path / "a", [ONE["alpaca"], BAD[name]], True, answers=True)
     assert "\n" not in str(error.value)
+
+
+def targets(tokenizer, row):
+    """The texts of the runs of targets in a row."""
+    runs, run = [], []
+    for token, target in [*zip(row.ids, row.mask), (0, False)]:
+        if target:
+            run.append(token)
+        elif run:
+            runs.append(tokenizer.decode(run))
+            run = []
+    return runs
+
+
+TOKENIZERS = ["test", pytest.param("llama", marks=pytest.mark.skipif(not BENTSAO.is_dir(), reason="no LLaMA tokenizer here"))]
+
+
+@pytest.mark.parametrize("which", TOKENIZERS)
+@pytest.mark.parametrize("template", ["literature_template", "med_template", "bare"])
+def test_every_answer_of_a_conversation_can_be_a_target(base, which, template):
+    """With train_on all: each earlier answer, and nothing of the questions, the marks or the template; the ids stay."""
+    tokenizer = G.Tokenizer(base / "tokenizer.model" if which == "test" else BENTSAO / "llama_tokenizer.model")
+    template = G.load_template(template)
+    for turns in (TURNS, [("PNS 是 what", "It is PNS, 是的"), ("a\n", "x 癫痫\n\ny"), ("b", "请就医。")], TURNS[2:]):
+        record = {"instruction": G.render_turns([*turns[:-1], (turns[-1][0], None)]), "input": "", "output": turns[-1][1]}
+        last, every = (T.encode_example(tokenizer, template, record, T.TrainConfig(train_on=on)) for on in ("last", "all"))
+        assert last.ids == every.ids and last.ids[-1] == tokenizer.eos_id and last.mask[-1] and every.mask[-1]
+        assert targets(tokenizer, last) == [turns[-1][1]]
+        assert [text.lstrip(" ") for text in targets(tokenizer, every)] == [bot for _, bot in turns]
+        assert last.ids[:last.mask.index(True)] == tokenizer.encode(G.render_prompt(template, record["instruction"]), bos=True)
+
+
+def data(tmp_path, *counts):
+    paths = []
+    for name, count in zip("ab", counts):
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text("".join(json.dumps({"instruction": f"{name}{i}", "output": "x"}) + "\n" for i in range(count)))
+    return paths
+
+
+def test_files_and_weights(tmp_path):
+    """FILE:WEIGHT takes a file's records WEIGHT times, after validation has been drawn from all of them."""
+    a, b = data(tmp_path, 10, 20)
+    for weights, counts in (("", ""), (10, 20)), ((":2", ":0.5"), (20, 10)), ((":1.5", ":0.25"), (15, 5)):
+        config = T.TrainConfig(data_path=(f"{a}{weights[0]}", f"{b}{weights[1]}"), val_set_size=0)
+        rows, val = T.read_data(config)
+        named = [r["record"].partition(":")[0] for r in rows]
+        assert (named.count("a.json"), named.count("b.json")) == counts and not val
+        assert T.read_data(config) == (rows, val)                 # by seed
+    rows, val = T.read_data(T.TrainConfig(data_path=(f"{a}:3", str(b)), val_set_size=6, seed=1))
+    held = {r["record"] for r in val}
+    assert len(held) == 6 and not held & {r["record"] for r in rows}
+    assert len(rows) == 3 * (10 - sum("a.json" in r for r in held)) + 20 - sum("b.json" in r for r in held)
+
+
+def stats(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--stats", *map(str, arguments)])
+    T.main()
+    return capsys.readouterr().out
+
+
+def test_stats_needs_no_weights(base, records, tmp_path, monkeypatch, capsys):
+    (tmp_path / "tokenizer.model").write_bytes((base / "tokenizer.model").read_bytes())
+    out = stats(monkeypatch, capsys, "--base_model", tmp_path, "--data_path", records, "--val_set_size", 2)
+    assert out.startswith("8 records, ") and len(out.splitlines()) == 9
+
+
+@pytest.mark.skipif(not BENTSAO.is_dir(), reason="BenTsao's records and tokenizer are not beside the project")
+def test_known_figures_of_bentsaos_records(tmp_path, monkeypatch, capsys):
+    """8,658 records; 1,985 reach 256 tokens and so get no EOS from BenTsao's own rule; 13 are longer than 512."""
+    (tmp_path / "tokenizer.model").write_bytes((BENTSAO / "llama_tokenizer.model").read_bytes())
+    lines = stats(monkeypatch, capsys, "--base_model", tmp_path, "--data_path", BENTSAO / "bentsao_llama_data.json").splitlines()
+    assert lines[0] == "8,658 records, 1,886,221 tokens: on average 118 in the prompt, 100 in the answer"
+    assert lines[1] == "1.74 tokens per character of the answers, 62.6% of them single bytes"
+    table = {int(line.split()[0]): sum(int(n.replace(",", "")) for n in line.replace("(", " ").split()[1:4:2])
+             for line in lines[3:]}
+    assert table == {256: 1985, 320: 444, 384: 85, 512: 13, 768: 0, 1024: 0}

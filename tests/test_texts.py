@@ -76,3 +76,17 @@ def test_choice():
             parts = [option] if option in values else option.split("、")
             named = [part in values for part in parts]
             assert all(named) if letter == row["answer"] else not any(named), (row["id"], letter)
+
+
+def test_calla():
+    """60 pairs: the consistent statement names a value of the relation, the inconsistent one (the name apart) names none."""
+    knowledge = {entity["中心词"]: entity for entity in read_lines("knowledge.jsonl")}
+    rows = read_lines("calla.jsonl")
+    assert [row["id"] for row in rows] == [f"calla-{n:02d}" for n in range(1, 61)]
+    assert len({row["entity"] for row in rows}) == 60
+    for row in rows:
+        assert list(row) == ["id", "entity", "relation", "consistent", "inconsistent"]
+        values = knowledge[row["entity"]][row["relation"]]
+        assert all(row["entity"] in row[side] for side in ("consistent", "inconsistent")) and any(value in row["consistent"] for value in values), row["id"]
+        wrong = row["inconsistent"].replace(row["entity"], "")
+        assert not any(value in wrong for value in values), row["id"]

@@ -18,7 +18,7 @@ def placeholders(text):
 
 @pytest.mark.parametrize("name", RUBRICS)
 def test_rubric(name):
-    """Scale and dimensions are those of the paper; the judge is told every level; the form shown is JSON with a score per key."""
+    """Scale and dimensions are the paper's; the judge is told every level; the form shown is JSON with a score per key."""
     low, high, keys = RUBRICS[name]
     rubric = json.loads((DATA / "rubrics" / f"{name}.json").read_text(encoding="utf-8"))
     assert rubric["scale"] == [low, high] and [d["key"] for d in rubric["dimensions"]] == keys
@@ -87,6 +87,7 @@ def test_calla():
     for row in rows:
         assert list(row) == ["id", "entity", "relation", "consistent", "inconsistent"]
         values = knowledge[row["entity"]][row["relation"]]
-        assert all(row["entity"] in row[side] for side in ("consistent", "inconsistent")) and any(value in row["consistent"] for value in values), row["id"]
-        wrong = row["inconsistent"].replace(row["entity"], "")
-        assert not any(value in wrong for value in values), row["id"]
+        right, wrong = row["consistent"], row["inconsistent"]
+        assert row["entity"] in right and row["entity"] in wrong, row["id"]
+        assert any(value in right for value in values), row["id"]
+        assert not any(value in wrong.replace(row["entity"], "") for value in values), row["id"]

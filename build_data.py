@@ -1,13 +1,19 @@
-"""Knowledge in, training text out, without a network. (Records written by an LLM API come as further subcommands.)
+"""Knowledge in, training text out: written from forms without a network, or by an LLM behind an OpenAI-compatible API.
 
-  python build_data.py offline      data/knowledge.jsonl -> data/train.jsonl, data/heldout.jsonl
-  python build_data.py sentences    data/knowledge.jsonl -> plain sentences, what a base is trained on
-  python build_data.py tokenizer    data/knowledge.jsonl -> a SentencePiece model for a small base
+  python build_data.py offline                               data/knowledge.jsonl -> data/train.jsonl, data/heldout.jsonl
+  python build_data.py knowledge --model M --output x.jsonl        facts of entities -> instruction records
+  python build_data.py literature --model M --output x.jsonl       conclusions of papers -> dialogues of 2 to 6 turns
+  python build_data.py self-instruct --model M --output x.jsonl    seed tasks -> new tasks (Wang et al. 2022)
+  python build_data.py stats x.jsonl                               what a file of records holds
 
 An entity is one object in CMeKG's form: {"中心词": name, "类型": kind, relation: [value, ...], ...}. The Chinese around
 it (questions, statements) stands in data/forms.json, by kind and relation; a relation without a form is passed over.
-A record is an alpaca record that says where it comes from: {id, instruction, input, output, entity, kind, relations,
-values}. The split is by entity: one held out never appears in a training question.
+Prompts stand in data/prompts. A record is an alpaca record that says where it comes from: {id, instruction, input,
+output, entity, kind, relations, values}, and if an LLM wrote it {form, prompt_hash, model, params, usage, time, score}.
+The offline split is by entity: one held out never appears in a training question.
+
+Beside x.jsonl stand x.replies.jsonl, every reply that was paid for, and x.rejected.jsonl, what was not kept and why.
+Both files of records follow from the replies alone: they are written anew at the end of each run.
 """
 import asyncio
 import email.utils
@@ -16,36 +22,61 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
-import sys
 import time
-from io import BytesIO
+import unicodedata
+from array import array
+from collections import Counter, defaultdict
 from pathlib import Path
+from string import Template
 
-from sentencepiece import SentencePieceTrainer
+import numpy as np
 from tqdm import tqdm
 
-from generate import DATA, TEMPLATES, load_template, read_records
+from generate import DATA, Tokenizer, load_template, read_instructions, read_records, render_prompt, render_turns
 from lora import read_json_file
 from model import Parser, run, write_atomically, write_json
 
 
 def read_knowledge(path):
-    """Entities of a knowledge base. Raises ValueError naming the line of a nameless, doubled or misshaped one."""
-    entities, names = [], set()
-    for number, entity in read_records(path):
-        name, kind = entity.get("中心词"), entity.get("类型")
+    """Entities of a knowledge base: objects in CMeKG's form, or triples {head, relation, tail} as JSON or with tabs.
+    CMeKG's names of relations become ours and a missing 类型 is told by the relations, as data/relations.json says.
+    Raises ValueError naming the line of a nameless, doubled or misshaped entity."""
+    rules, entities, triples = read_json_file(DATA / "relations.json"), {}, {}
+    first = Path(path).open("rb").readline() if Path(path).is_file() else b""
+    if b"\t" in first and first.lstrip(b"\xef\xbb\xbf")[:1] not in (b"{", b"["):
+        try:
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 ({error}); convert it, for instance with iconv -f GBK -t UTF-8") from None
+        rows = [(n, dict(zip(("head", "relation", "tail"), line.strip("\r").split("\t")))) for n, line in enumerate(lines, 1) if line.strip()]
+    else:
+        rows = read_records(path)
+    for number, row in rows:
+        if "head" in row:
+            if not all(isinstance(row.get(k), str) and row[k].strip() for k in ("head", "relation", "tail")):
+                raise ValueError(f"{path} line {number}: {row}, wanted a triple of texts: head, relation, tail")
+            _, entity = triples.setdefault(row["head"], (number, {"中心词": row["head"]}))
+            if row["relation"] == "类型":
+                entity["类型"] = row["tail"]
+            elif row["tail"] not in entity.setdefault(row["relation"], []):
+                entity[row["relation"]].append(row["tail"])
+    for number, row in triples.values() or rows:
+        name = row.get("中心词")
+        kind = row.get("类型", next(k for k, marks in rules["kinds"].items() if not marks or set(marks) & set(row)))
         if not isinstance(name, str) or not name.strip() or not isinstance(kind, str):
             raise ValueError(f"{path} line {number}: 中心词 and 类型 want a text each, got {name!r} and {kind!r}")
-        if name in names:
+        if name in entities:
             raise ValueError(f"{path} line {number}: entity {name} stands there twice")
-        names.add(name)
-        for relation, values in entity.items():
-            if relation not in ("中心词", "类型") and not (isinstance(values, list) and values and
-                                                       all(isinstance(v, str) and v.strip() for v in values)):
-                raise ValueError(f"{path} line {number}: {relation} of {name} is {values!r}, wanted a list of texts")
-        entities.append(entity)
-    return entities
+        entity = entities[name] = {"中心词": name, "类型": kind}
+        for relation, values in row.items():
+            if relation not in ("中心词", "类型"):
+                if not (isinstance(values, list) and values and all(isinstance(v, str) and v.strip() for v in values)):
+                    raise ValueError(f"{path} line {number}: {relation} of {name} is {values!r}, wanted a list of texts")
+                own = entity.setdefault(rules["relations"].get(relation, relation), [])
+                own += [v for v in values if v not in own]
+    return list(entities.values())
 
 
 def facts(entity, forms):
@@ -98,44 +129,326 @@ def write_records(entities, forms, questions, rng):
     return records
 
 
-def write_sentences(entities, forms, passes, rng):
-    """Plain documents: for every entity and pass, all its facts in a random order and phrasing, broken at random
-    into documents of one to six statements. Every statement names the entity, so that each fact is stored under the
-    name and can be asked for alone (Allen-Zhu & Li 2023, Physics of Language Models 3.1: augmentation)."""
-    documents = []
-    for _ in range(passes):
-        for entity in entities:
-            own = facts(entity, forms)
-            statements = [rng.choice(form["statements"]).format(e=entity["中心词"], v=text) for _, form, text, _ in own]
-            rng.shuffle(statements)
-            while statements:
-                n = rng.randint(1, 6)
-                documents.append({"instruction": "", "input": "", "output": "".join(statements[:n])})
-                statements = statements[n:]
-    rng.shuffle(documents)
-    return documents
+def read_prompts(folder):
+    """{name: form} of the prompts in a folder: {description, prompt: lines with $facts, $entity, ...} and, if it asks for
+    facts, {weight, kinds, relations: that must be there, facts: how many, share: relations in which a second entity has
+    the same value, follow: relations that are told of values which are entities themselves}."""
+    forms = {path.stem: read_json_file(path) for path in sorted(Path(folder).glob("*.json"))}
+    for name, form in forms.items():
+        if not isinstance(form.get("prompt"), list) or "weight" in form and not {"kinds", "relations", "facts"} <= set(form):
+            raise ValueError(f"{folder}/{name}.json wants prompt: [lines] and, if it has a weight, kinds, relations and facts")
+    if not forms:
+        raise ValueError(f"{folder} holds no prompts; wanted .json files as in data/prompts")
+    return forms
 
 
-def train_tokenizer(entities, forms, vocab_size):
-    """The bytes of a SentencePiece BPE with byte fallback and LLaMA's special ids (0 unknown, 1 BOS, 2 EOS), trained on
-    the names, values and forms each for itself, so that no piece crosses the border of a term."""
-    texts = []
-    for entity in entities:
-        for _, form, _, values in facts(entity, forms):
-            texts += [entity["中心词"], *values]
-            for text in form["questions"] + form["statements"]:
-                texts += [part for part in text.replace("{v}", "{e}").split("{e}") if part]
-    for path in sorted(TEMPLATES.glob("*.json")):
-        template = load_template(path)
-        texts += [line for line in template["prompt_no_input"].replace("{instruction}", "").split("\n") if line.strip()]
-    model = BytesIO()
+def make_job(args, prompts, form, item, fields, facts=(), **texts):
+    """A job: what to ask, under which key, and what is needed to judge the reply. facts: [(entity, relation, text, values)]."""
+    text = Template("\n".join(prompts[form]["prompt"])).safe_substitute(
+        texts, facts="\n".join(f"- {e}的{relation}：{text}" for e, relation, text, _ in facts))
+    system = (Path(args.prompts) / "system.txt").read_text(encoding="utf-8")
+    return {"key": f"{item}/{form}/{args.model}", "form": form, "fields": fields, "facts": facts, **texts,
+            "messages": [{"role": "system", "content": system}, {"role": "user", "content": text}]}
+
+
+def knowledge_jobs(args, entities, forms, prompts):
+    """args.count jobs: a form of prompt drawn by weight, its entities in turn, their facts drawn by seed. A greater
+    count only adds jobs, and what an entity is asked hangs on no other entity but its partner."""
+    kinds = {e["中心词"]: e["类型"] for e in entities}
+    own = {e["中心词"]: facts(e, forms) for e in entities}
+    holders = defaultdict(list)                                   # entities that have a value in a relation
+    for name, known in own.items():
+        for relation, _, _, values in known:
+            for value in values:
+                holders[kinds[name], relation, value].append(name)
+
+    def partners(name, share):
+        found = {other for relation, _, _, values in own[name] if relation in share for v in values for other in holders[kinds[name], relation, v]}
+        return sorted(found - {name})
+    pools, rng, drawn, jobs = {}, random.Random(args.seed), Counter(), []
+    for title, form in prompts.items():
+        pools[title] = [name for name in own if form.get("weight") and kinds[name] in form["kinds"] and own[name]
+                        and set(form["relations"]) <= {fact[0] for fact in own[name]}
+                        and ("share" not in form or partners(name, form["share"]))]
+        rng.shuffle(pools[title])
+    pools = {title: pool for title, pool in pools.items() if pool}
+    if not pools:
+        raise ValueError("no form of prompt fits an entity; kinds and relations of the forms are " +
+                         "; ".join(f"{t}: {p['kinds']} {p['relations']}" for t, p in prompts.items() if "kinds" in p))
+    for title in rng.choices(list(pools), [prompts[title]["weight"] for title in pools], k=args.count):
+        form, (round, place) = prompts[title], divmod(drawn[title], len(pools[title]))
+        drawn[title] += 1
+        name = pools[title][place]
+        draw, chosen, names = random.Random(f"{args.seed}/{title}/{name}/{round}"), [], [name]
+        if "share" in form:
+            names.append(draw.choice(partners(name, form["share"])))
+        for n in names:
+            must = [fact for fact in own[n] if fact[0] in form["relations"]]
+            rest = [fact for fact in own[n] if fact not in must]
+            chosen += [(n, r, text, vs) for r, _, text, vs in must + draw.sample(rest, max(0, min(form["facts"] - len(must), len(rest))))]
+        for value in [v for fact in chosen for v in fact[3] if v in own and "follow" in form]:
+            chosen += [(value, r, text, vs) for r, _, text, vs in own[value] if r in form["follow"]]
+        jobs.append(make_job(args, prompts, title, f"{name}#{round}", ("instruction", "output"), chosen,
+                             entity=name, other=names[-1], kind=kinds[name]))
+    return jobs
+
+
+def literature_jobs(args, prompts):
+    """args.count jobs, each a dialogue of 2 to 6 turns about one of the conclusions in turn."""
+    papers, jobs = [], []
+    for number, row in read_records(args.literature):
+        if not all(isinstance(row.get(k), str) and row[k].strip() for k in ("标题", "疾病", "结论")) or row["标题"] in {p["标题"] for p in papers}:
+            raise ValueError(f"{args.literature} line {number}: wanted texts for 标题, 疾病 and 结论, each 标题 once")
+        papers.append(row)
+    for i in range(args.count):
+        paper, item = papers[i % len(papers)], f"{papers[i % len(papers)]['标题']}#{i // len(papers)}"
+        parts = [part for part in re.split("[，。；]", paper["结论"]) if len(part) > 3]
+        jobs.append(make_job(args, prompts, "literature", item, ("user", "bot"), [(paper["标题"], "结论", paper["结论"], parts)],
+                             entity=paper["标题"], disease=paper["疾病"], title=paper["标题"], conclusion=paper["结论"],
+                             turns=random.Random(f"{args.seed}/{item}").randint(2, 6)))
+    return jobs
+
+
+def self_instruct_jobs(args, prompts, seeds):
+    """args.count jobs, each with three of the seed tasks as examples (Stanford Alpaca draws them from the seeds alone)."""
+    jobs = []
+    for i in range(args.count):
+        examples = random.Random(f"{args.seed}/{i}").sample(seeds, min(3, len(seeds)))
+        text = "\n\n".join(json.dumps({k: e[k] for k in ("instruction", "input", "output")}, ensure_ascii=False) for e in examples)
+        jobs.append(make_job(args, prompts, "self_instruct", f"tasks#{i}", ("instruction", "output"), examples=text))
+    return jobs
+
+
+def plain(text):
+    """A text as it is compared: full width made half, small letters, nothing but letters and digits."""
+    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).lower())
+
+
+def says(text, value):
+    """Whether a plain text states a value: word for word, or if it is long by most of its pairs of characters."""
+    value = plain(value)
+    pairs = [value[i:i + 2] for i in range(len(value) - 1)]
+    return value in text or len(value) > 6 and sum(pair in text for pair in pairs) >= 0.7 * len(pairs)
+
+
+class Names:
+    """The names of diseases, herbs, drugs and formulas in a knowledge base, found in a text by longest match, so that
+    四逆汤 in 当归四逆汤 is none. data/relations.json says which relations hold names, and which of these values are none."""
+
+    def __init__(self, entities):
+        rules = read_json_file(DATA / "relations.json")
+        self.kind, self.same, self.starts = {}, {}, defaultdict(list)
+        for e in entities:
+            self.kind[e["中心词"]] = e["类型"]
+        for e in entities:
+            for relation, kind in {"别名": e["类型"], **rules["names"]}.items():
+                for value in e.get(relation, []):
+                    if relation == "别名":
+                        self.same[value] = e["中心词"]
+                    if len(value) > 1 and not re.search(rules["no_names"], value):
+                        self.kind.setdefault(value, kind)
+        for name in sorted(self.kind, key=len, reverse=True):
+            self.starts[name[0]].append(name)
+
+    def find(self, text):
+        """The set of names in a text."""
+        found, i = set(), 0
+        while i < len(text):
+            name = next((name for name in self.starts.get(text[i], ()) if text.startswith(name, i)), "")
+            found.add(name)
+            i += len(name) or 1
+        return found - {""}
+
+    def strangers(self, text, given):
+        """Names in a text that the given one does not hold, under this or another name. A disease or drug is also held
+        by a longer word (贫血 by 缺铁性贫血), a herb or formula is not."""
+        held = self.find(given)
+        held |= {self.same.get(name, name) for name in held}
+        return sorted(name for name in self.find(text) if self.same.get(name, name) not in held and
+                      not (self.kind[name] not in ("中药", "方剂") and name in given))
+
+
+class Kept:
+    """Texts kept so far as sets of tokens. For a new one it counts the tokens shared with each of them in one pass over
+    the postings, so that only the few that could be like it are compared in full."""
+
+    def __init__(self):
+        self.postings, self.sizes, self.texts = defaultdict(lambda: array("i")), array("i"), []
+
+    def add(self, tokens, text):
+        for token in tokens:
+            self.postings[token].append(len(self.texts))
+        self.sizes.append(len(tokens))
+        self.texts.append(text)
+
+    def shared(self, tokens):
+        """(tokens shared with each text kept, its own number of tokens): two arrays (N,)."""
+        counts = np.zeros(len(self.texts), np.int32)
+        for token in tokens:
+            if token in self.postings:
+                counts[np.frombuffer(self.postings[token], np.int32)] += 1
+        return counts, np.array(self.sizes, np.int32)
+
+
+def words(text):
+    """Tokens for ROUGE: a Chinese character each, other letters and digits by the word."""
+    return re.findall(r"[a-z0-9]+|\w", text.lower())
+
+
+def rouge_l(a, b):
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of two lists of tokens, found with the bits of one
+    integer (Hyyrö 2004): a zero in row stands where the subsequence grows."""
+    places, full = defaultdict(int), (1 << len(a)) - 1
+    for i, token in enumerate(a):
+        places[token] |= 1 << i
+    row = full
+    for token in b:
+        match = row & places.get(token, 0)
+        row = (row + match | row - match) & full
+    return 2 * (len(a) - row.bit_count()) / max(1, len(a) + len(b))
+
+
+def most_like(kept, text, threshold=0.7):
+    """(ROUGE-L, text) of the text in `kept` most like the new one, or (0, "") if none reaches the threshold. A common
+    subsequence is no longer than the number of common tokens, counted with their multiplicity: most texts end there."""
+    tokens, seen = words(text), Counter()
+    bag = [(token, seen.update([token]) or seen[token]) for token in tokens]
+    shared, sizes = kept.shared(bag)
+    close = np.flatnonzero(2 * shared >= threshold * (sizes + len(bag)))
+    score, like = max(((rouge_l(tokens, words(kept.texts[i])), kept.texts[i]) for i in close), default=(0.0, ""))
+    if score < threshold:
+        kept.add(bag, text)
+    return (score, like) if score >= threshold else (0.0, "")
+
+
+def near(kept, record, threshold=0.8):
+    """The id of a kept record about the same entity that shares most 4-grams with this one (Jaccard), or ""."""
+    text = plain(record["instruction"] + record["output"])
+    grams = {text[i:i + 4] for i in range(len(text) - 3)}
+    shared, sizes = kept.shared(grams)
+    for i in np.flatnonzero(shared >= threshold * (sizes + len(grams) - shared)):
+        if kept.texts[i].get("entity") == record.get("entity"):
+            return kept.texts[i]["id"]
+    kept.add(grams, record)
+    return ""
+
+
+def parse_items(content, fields):
+    """The items of a reply, [{field: text}, ...]. Raises ValueError unless it is {"items": [...]} with a text in every
+    field, and nothing else but a code fence or the thoughts of a reasoning model around it."""
+    text = re.sub(r"(?s)^<think>.*?</think>", "", content.strip()).strip()
+    text = re.sub(r"(?s)^```(?:json)?\n(.*)\n```$", r"\1", text)
     try:
-        SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-                                   byte_fallback=True, character_coverage=1.0, split_digits=True, add_dummy_prefix=False, minloglevel=2,
-                                   normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1)
-    except RuntimeError as error:
-        raise ValueError(f"SentencePiece cannot make {vocab_size} pieces of this text: {error}") from None
-    return model.getvalue()
+        items = json.loads(text)["items"]
+        items = [{**item, **{k: item[k].strip() for k in fields}} for item in items]
+    except ValueError as error:
+        raise ValueError(f"no JSON: {error}" if text else "empty") from None
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError('not of the form {"items": [{' + ", ".join(f'"{k}": text' for k in fields) + "}]}") from None
+    if not items:
+        raise ValueError("no items")
+    return items
+
+
+FAULTS = {                                                        # reason: what in a record gives it away
+    "refusal": r"抱歉|对不起|作为.{0,6}(AI|人工智能|语言模型)|我(无法|不能)(提供|回答|给出|判断)|无法回答|(?i:as an ai|i'm sorry|i can ?not|i can't)",
+    "speaks of its prompt": r"(上述|以上|给定|给出|提供|所给)的?(知识|材料|信息|结论|资料|文本)|根据(知识|材料)|JSON",
+}
+
+
+class Sieve:
+    """Tells why a record is not kept, by what it says and by what was kept before. names: `Names`, None for records
+    without facts; seeds: instructions that new ones must differ from (self-instruct), else None."""
+
+    def __init__(self, names=None, seeds=None):
+        self.names, self.exact, self.grams, self.tasks, self.rouge = names, set(), Kept(), Kept(), seeds is not None
+        for seed in seeds or []:
+            most_like(self.tasks, seed, 2.0)
+
+    def reason(self, record, question, answer, job):
+        """The reason to reject a record, "" to keep it. Adds relations, values, score and strangers from the facts."""
+        for reason, pattern in FAULTS.items():
+            if re.search(pattern, question + answer):
+                return reason
+        if len(answer) < 10 or len(question) < 4:
+            return "too short"
+        if len(re.findall("[\u4e00-\u9fff]", answer)) < 0.5 * len(plain(answer)):
+            return "not Chinese"
+        if job["facts"]:
+            told = plain(answer)
+            used = [(relation, [v for v in values if says(told, v)]) for _, relation, _, values in job["facts"]]
+            record["relations"] = list(dict.fromkeys(relation for relation, values in used if values))
+            record["values"] = list(dict.fromkeys(v for _, values in used for v in values))
+            record["score"] = round(len(record["values"]) / len({v for *_, values in job["facts"] for v in values}), 3)
+            record["strangers"] = self.names.strangers(question + answer, job["messages"][-1]["content"])
+            if record["strangers"]:
+                return "names what its facts do not"
+            if not record["values"]:
+                return "names no value of its facts"
+        text = plain(record["instruction"] + record["input"] + record["output"])
+        if text in self.exact:
+            return "duplicate"
+        if near(self.grams, record):
+            return "near duplicate"
+        if self.rouge:
+            record["rouge_l"], record["like"] = most_like(self.tasks, record["instruction"])
+            if record["like"]:
+                return "too like a task before"
+        self.exact.add(text)
+        return ""
+
+
+def build(args, jobs, sieve):
+    """Ask the jobs, have what cannot be parsed repaired once, and write the records kept and, with the reason, the rest."""
+    output = Path(args.output)
+    replies = output.with_suffix(".replies.jsonl")
+    if output.exists() and not replies.exists():
+        raise ValueError(f"{output} is there but not its {replies.name}: another command wrote it; give another --output")
+    asker, repairs = Asker(replies, args), []
+    asker.ask([(job["key"], job["messages"]) for job in jobs])
+    if args.dry_run:
+        return
+    repair = Template((Path(args.prompts) / "repair.txt").read_text(encoding="utf-8"))
+    for job in jobs:
+        if reply := asker.reply(job["key"]):
+            try:
+                parse_items(reply["content"], job["fields"])
+            except ValueError as error:
+                repairs.append((job["key"] + "/repair", [*job["messages"], {"role": "assistant", "content": reply["content"] or "（空）"},
+                                                         {"role": "user", "content": repair.safe_substitute(reason=error)}]))
+    asker.ask(repairs)
+    kept, rejected = [], []
+    for job in jobs:
+        reply = asker.reply(job["key"] + "/repair") or asker.reply(job["key"])
+        source = {"id": job["key"], "entity": job.get("entity"), "kind": job.get("kind"), "form": job["form"]}
+        if not reply:
+            rejected.append({**source, "reason": f"no reply: {asker.failed.get(job['key'], asker.stop or 'not asked')}"})
+            continue
+        try:
+            items = parse_items(reply["content"], job["fields"])
+        except ValueError as error:
+            rejected.append({**source, "reason": f"broken reply: {error}", "content": reply["content"]})
+            continue
+        source.update({k: reply[k] for k in ("prompt_hash", "model", "params", "usage", "time")})
+        if job["form"] == "literature":                           # one record of all turns, as BenTsao wrote its rows
+            turns = [(item["user"], item["bot"]) for item in items]
+            items = [{"instruction": render_turns([*turns[:-1], (turns[-1][0], None)]), "output": turns[-1][1], "messages": [
+                {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]}]
+        for i, item in enumerate(items):
+            record = {"id": f"{source['id']}/{i}", "instruction": item["instruction"], "input": item.get("input") or "",
+                      "output": item["output"], **({"messages": item["messages"]} if "messages" in item else {}), **source}
+            record["id"] = f"{source['id']}/{i}"
+            said = [[m["content"] for m in item.get("messages", []) if m["role"] == role] for role in ("user", "assistant")]
+            reason = sieve.reason(record, "\n".join(said[0]) or item["instruction"], "\n".join(said[1]) or item["output"], job)
+            if job["form"] == "literature" and not 2 <= len(said[0]) <= 6:
+                reason = f"{len(said[0])} turns, wanted 2 to 6"
+            (rejected if reason else kept).append({**record, "reason": reason} if reason else record)
+    write_lines(output, kept)
+    write_lines(output.with_suffix(".rejected.jsonl"), rejected)
+    for reason, count in Counter(r["reason"].split(":")[0] for r in rejected).most_common():
+        print(f"  {count:,} {reason}")
+    if asker.stop:
+        print(f"stopped: {asker.stop}; the same command goes on")
 
 
 def add_api_options(command):
@@ -401,31 +714,47 @@ def main():
     offline.add_argument("--output_dir", default=str(DATA), help="folder for train.jsonl and heldout.jsonl")
     offline.add_argument("--heldout", type=float, default=0.1, help="share of the entities that is held out")
     offline.add_argument("--questions", type=int, default=2, help="question forms per fact in train.jsonl (held out: 1)")
-    sentences = commands.add_parser("sentences", help="plain sentences to train a base on")
-    sentences.add_argument("--output", required=True, help="file to write")
-    sentences.add_argument("--passes", type=int, default=30, help="how often each fact is told")
-    tokenizer = commands.add_parser("tokenizer", help="a SentencePiece model for a small base")
-    tokenizer.add_argument("--output", required=True, help="file to write")
-    tokenizer.add_argument("--vocab_size", type=int, default=4096, help="pieces, the 256 bytes included")
-    for command in (offline, sentences, tokenizer):
-        command.add_argument("--knowledge", default=str(DATA / "knowledge.jsonl"), help="knowledge base")
+    knowledge = commands.add_parser("knowledge", help="an LLM writes instruction records from facts")
+    literature = commands.add_parser("literature", help="an LLM writes dialogues about conclusions of papers")
+    literature.add_argument("--literature", default=str(DATA / "literature.jsonl"), help="lines of 标题, 疾病, 结论")
+    tasks = commands.add_parser("self-instruct", help="an LLM writes new tasks after seed tasks")
+    tasks.add_argument("--seed_tasks", default=str(DATA / "seed_tasks.jsonl"), help="alpaca records")
+    for command in (offline, knowledge, literature):
+        command.add_argument("--knowledge", default=str(DATA / "knowledge.jsonl"), help="knowledge base: CMeKG's form or triples")
         command.add_argument("--forms", default=str(DATA / "forms.json"), help="questions and statements by relation")
+    for command in (offline, knowledge, literature, tasks):
         command.add_argument("--seed", type=int, default=0, help="of every random choice")
+    for command in (knowledge, literature, tasks):
+        command.add_argument("--output", required=True, help="file of records; replies and rejected ones stand beside it")
+        command.add_argument("--count", type=int, default=100, help="prompts; a greater count goes on where a smaller one ended")
+        command.add_argument("--prompts", default=str(DATA / "prompts"), help="folder of prompt forms")
+        command.add_argument("--mix", default="", help="weights of the forms, as single=3,vignette=1 (empty: their own)")
+        add_api_options(command)
     args = parser.parse_args()
-    entities, forms = read_knowledge(args.knowledge), read_json_file(args.forms)
     if args.command == "offline":
+        entities, forms = read_knowledge(args.knowledge), read_json_file(args.forms)
         if not 0 < args.heldout < 1 or args.questions < 1:
             raise ValueError(f"heldout {args.heldout}, questions {args.questions}: wanted 0 < heldout < 1 and at least 1")
         train, heldout = split_entities(entities, args.heldout, args.seed)
         write_lines(Path(args.output_dir) / "train.jsonl", write_records(train, forms, args.questions, random.Random(args.seed)))
         write_lines(Path(args.output_dir) / "heldout.jsonl", write_records(heldout, forms, 1, random.Random(args.seed)))
-    elif args.command == "sentences":
-        write_lines(args.output, write_sentences(entities, forms, args.passes, random.Random(args.seed)))
+        return
+    prompts = read_prompts(args.prompts)
+    mix = dict(part.partition("=")[::2] for part in args.mix.split(",") if part)
+    if args.count < 1 or not all("kinds" in prompts.get(name, {}) and weight.isdecimal() for name, weight in mix.items()):
+        raise ValueError(f"count {args.count}, mix {args.mix!r}: wanted at least 1, and name=weight,... of {' '.join(prompts)}")
+    for name, form in prompts.items():
+        form["weight"] = int(mix.get(name, 0)) if mix else form.get("weight", 0)
+    if args.command == "self-instruct":
+        seeds = read_instructions(args.seed_tasks, answers=True)
+        build(args, self_instruct_jobs(args, prompts, seeds), Sieve(seeds=[seed["instruction"] for seed in seeds]))
+        return
+    entities = read_knowledge(args.knowledge)
+    if args.command == "literature":
+        jobs = literature_jobs(args, prompts)
     else:
-        model = train_tokenizer(entities, forms, args.vocab_size)
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.output, lambda p: p.write_bytes(model))
-        print(f"{args.output}: {args.vocab_size:,} pieces")
+        jobs = knowledge_jobs(args, entities, read_json_file(args.forms), prompts)
+    build(args, jobs, Sieve(Names(entities)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """build_data.py and what it made: the shipped knowledge base, the split, the records."""
 import json
 import random
+import sys
 from collections import Counter
 
 import pytest
@@ -8,6 +9,9 @@ from conftest import ROOT
 
 import build_data as D
 import generate as G
+
+sys.path.insert(0, str(ROOT / "data" / "tiny"))
+import make  # noqa: E402
 
 DATA = ROOT / "data"
 FORMS = json.loads((DATA / "forms.json").read_text(encoding="utf-8"))
@@ -51,14 +55,14 @@ def test_shipped_records_are_what_the_command_writes():
 
 
 def test_sentences_tell_every_fact_and_ask_nothing():
-    documents = [d["output"] for d in D.write_sentences(ENTITIES, FORMS, 2, random.Random(0))]
+    documents = [d["output"] for d in make.write_sentences(ENTITIES, FORMS, 2, random.Random(0))]
     text = "\n".join(documents)
     assert "？" not in text and all(v in text for e in ENTITIES for k, vs in e.items() if isinstance(vs, list) for v in vs)
 
 
 def test_tokenizer_has_llamas_ids_and_keeps_every_text(tmp_path):
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(D.train_tokenizer(ENTITIES, FORMS, 4096))
+    path.write_bytes(make.train_tokenizer(ENTITIES, FORMS, 4096))
     for tokenizer in (G.Tokenizer(path), G.Tokenizer(DATA / "tiny" / "tokenizer.model")):
         keeps_llamas_ids_and_every_text(tokenizer)
 

@@ -4,8 +4,8 @@
 set -euo pipefail
 PYTHON=${PYTHON:-python}
 here=data/tiny; build=$here/build; mkdir -p $build
-$PYTHON build_data.py sentences --output $build/sentences.jsonl --passes 30
-$PYTHON build_data.py tokenizer --output $build/tokenizer.model --vocab_size 4096
+$PYTHON $here/make.py sentences $build/sentences.jsonl 30
+$PYTHON $here/make.py tokenizer $build/tokenizer.model 4096
 cat > $build/params.json <<'JSON'
 {"dim": 256, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 4096, "norm_eps": 1e-05, "multiple_of": 64}
 JSON

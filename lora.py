@@ -10,9 +10,10 @@ PEFT's folder format, so that peft, vLLM and llama.cpp's converter read them:
 PEFT's names are Hugging Face's, whose rotary layout differs from Meta's: the rows of lora_B of q_proj and k_proj are
 permuted on the way out and back on the way in. Nothing fails if that is forgotten; the answers are just worse.
 """
-import json
+import re
 import shutil
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,22 +21,32 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from model import (DTYPES, Linear, Parser, find_tokenizer, hf_name, hf_to_meta_rows, load_model, meta_to_hf_rows, open_weights,
-                   read_json_file, rotary_heads, run, save_model, write_atomically, write_json)
+from model import (DTYPES, Linear, Parser, find_tokenizer, hf_name, hf_to_meta_rows, load_model, meta_to_hf_rows,
+                   open_weights, read_json_file, rotary_heads, run, save_model, write_atomically, write_json)
 
 HF_TO_META = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
               "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 META_TO_HF = {meta: hf for hf, meta in HF_TO_META.items()}
+NOT_BUILT = ("use_dora", "modules_to_save", "fan_in_fan_out", "enable_lora", "lora_bias", "layers_to_transform",
+             "layer_replication", "exclude_modules", "target_parameters", "trainable_token_indices", "arrow_config",
+             "alora_invocation_tokens", "use_qalora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config")
+PEFT_KEYS = {"r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "bias",
+             "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights",
+             "auto_mapping", "peft_version", "merge_weights", "megatron_core", "qalora_group_size"}
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
     """What to adapt and how strongly. targets: Hugging Face's names, Meta's, or "all" (the seven linears of a block).
-    Raises ValueError for a value that makes no adapter."""
+    The last three are PEFT's: rslora scales by alpha / sqrt(r) (Kalajdzievski 2023), a pattern of Hugging Face's module
+    names gives some linears their own r or alpha. Raises ValueError for a value that makes no adapter."""
     r: int = 8
     alpha: float = 16
     dropout: float = 0.05                                         # on the adapter's input only, while training
     targets: tuple = ("q_proj", "v_proj")
+    rslora: bool = False
+    rank_pattern: dict = field(default_factory=dict)
+    alpha_pattern: dict = field(default_factory=dict)
 
     def __post_init__(self):
         targets = (self.targets,) if isinstance(self.targets, str) else self.targets
@@ -44,13 +55,23 @@ class LoRAConfig:
             raise ValueError(f"LoRA target {unknown[0]!r} unknown; choose from {' '.join(HF_TO_META)} or all")
         if not names:
             raise ValueError("no LoRA target given; name at least one, such as q_proj v_proj")
-        if type(self.r) is not int or self.r < 1:
-            raise ValueError(f"LoRA rank r is {self.r!r}, wanted a whole number above 0")
-        if not self.alpha > 0:
-            raise ValueError(f"lora_alpha is {self.alpha!r}, wanted a number above 0")
+        for r in (self.r, *self.rank_pattern.values()):
+            if type(r) is not int or r < 1:
+                raise ValueError(f"LoRA rank r is {r!r}, wanted a whole number above 0")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if type(alpha) not in (int, float) or not alpha > 0:
+                raise ValueError(f"lora_alpha is {alpha!r}, wanted a number above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora_dropout is {self.dropout!r}, wanted 0 <= dropout < 1")
         object.__setattr__(self, "targets", tuple(dict.fromkeys(names)))
+
+    def rank_and_scale(self, name):
+        """(r, factor of B A) of the linear that Hugging Face calls name. As in PEFT, a pattern stands for the end of names
+        and the first that matches counts."""
+        def pick(patterns, value):
+            return next((own for pattern, own in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), value)
+        r, alpha = pick(self.rank_pattern, self.r), pick(self.alpha_pattern, self.alpha)
+        return r, alpha / (r ** 0.5 if self.rslora else r)
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -176,14 +197,16 @@ class LoRALinear(nn.Module):
     """h = W0 x + (alpha / r) B A x (Hu et al. 2021, eq. 3). W0 (O, I) is frozen, as the base stores it; A (r, I) and
     B (O, r) are trained, float32, and cast to the activations' dtype at use. B starts at zero, so h starts at W0 x."""
 
-    def __init__(self, base, config):
+    def __init__(self, base, config, name=""):
         super().__init__()
         n_out, n_in = base.out_features, base.in_features
         device = base.weight.device
-        self.base, self.scale, self.dropout = base, config.alpha / config.r, config.dropout
-        self.lora_a = nn.Parameter(torch.empty(config.r, n_in, device=device, dtype=torch.float32))
-        self.lora_b = nn.Parameter(torch.zeros(n_out, config.r, device=device, dtype=torch.float32))
+        r, self.scale = config.rank_and_scale(name)
+        self.base, self.dropout = base, config.dropout
+        self.lora_a = nn.Parameter(torch.empty(r, n_in, device=device, dtype=torch.float32))
+        self.lora_b = nn.Parameter(torch.zeros(n_out, r, device=device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_a, a=5 ** 0.5)         # uniform in +-1/sqrt(I), as in loralib and PEFT
+        self.train(base.training)                                 # a loaded base is in eval: no dropout while asking
 
     def delta(self):
         """The update (alpha / r) B A as one matrix (O, I), float32."""
@@ -212,14 +235,14 @@ def add_lora(model, config):
     for name in names:
         parent, _, leaf = name.rpartition(".")
         parent = model.layers.get_submodule(parent)
-        setattr(parent, leaf, LoRALinear(getattr(parent, leaf), config))
+        setattr(parent, leaf, LoRALinear(getattr(parent, leaf), config, hf_name(f"layers.{name}")))
     return len(names)
 
 
 @torch.no_grad()
 def merge(model):
-    """Fold each update into its weight, W = W0 + (alpha / r) B A, summed in float32 and stored in the weight's dtype;
-    the wrappers go. Return {name: relative error of the stored update, ||stored - exact|| / ||exact||}: 0.06 is
+    """Fold each update into its weight, W = W0 + (alpha / r) B A, summed in float32 and stored in place in the weight's
+    dtype; the wrappers go. Return {name: relative error of the stored update, ||stored - exact|| / ||exact||}: 0.06 is
     usual in bf16, 0.5 means that bf16 rounds half of the update away and the adapter is better kept apart. Raises
     ValueError without an adapter, or on a quantised base, whose steps are coarser than most updates."""
     errors = {}
@@ -231,7 +254,7 @@ def merge(model):
         merged = (weight.float() + delta).to(weight.dtype)
         stored = merged.float() - weight.float()
         errors[name] = ((stored - delta).norm() / delta.norm().clamp_min(1e-30)).item()
-        module.base.weight = nn.Parameter(merged, requires_grad=False)
+        weight.copy_(merged)                                      # in place: mapped pages become ours, the file stays
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module.base)
     if not errors:
@@ -245,8 +268,10 @@ def peft_names(model):
             for name, module in lora_linears(model)]
 
 
-def save_adapter(model, path, base_model="", run_info=None):
-    """Write the adapter into the folder path as PEFT's two files and run.json, each file replaced atomically."""
+def save_adapter(model, path, base_model="", run_info=None, trained=False):
+    """Write the adapter into the folder path as PEFT's two files and run.json, each file replaced atomically. The tensors
+    are read back before they take the place of older ones. Raises ValueError naming a tensor that came back otherwise or,
+    once trained, a lora_B that is still zero."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     state = {}
@@ -254,47 +279,81 @@ def save_adapter(model, path, base_model="", run_info=None):
         a, b = module.lora_a.detach().cpu(), module.lora_b.detach().cpu()
         state[f"{prefix}.lora_A.weight"] = a.contiguous()
         state[f"{prefix}.lora_B.weight"] = b.contiguous() if heads is None else meta_to_hf_rows(b, heads)
+
+    def write(file):
+        save_file(state, file, metadata={"format": "pt"})
+        saved = open_weights(file)
+        for key, tensor in state.items():
+            if key not in saved or len(saved) != len(state) or not torch.equal(saved[key], tensor):
+                raise ValueError(f"{file}: {key} is not what was saved; is the disk full or failing?")
+            if trained and "lora_B" in key and not tensor.any():
+                raise ValueError(f"{path}: {key} is zero after training, so this linear was not trained; nothing was saved")
+
     config = model.lora_config
-    write_atomically(path / "adapter_model.safetensors", lambda p: save_file(state, p, metadata={"format": "pt"}))
+    write_atomically(path / "adapter_model.safetensors", write)
     write_json(path / "run.json", run_info or {})
     write_json(path / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model), "r": config.r,
         "lora_alpha": config.alpha, "lora_dropout": config.dropout, "bias": "none", "fan_in_fan_out": False,
         "target_modules": [META_TO_HF[t] for t in config.targets], "inference_mode": True, "init_lora_weights": True,
-        "modules_to_save": None, "use_rslora": False, "use_dora": False})
+        "modules_to_save": None, "use_rslora": config.rslora, "use_dora": False, "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern})
+
+
+def peft_config(file):
+    """The LoRAConfig of an adapter_config.json. Raises ValueError naming a missing key or a feature that this LoRA does not
+    have. Keys that nobody knows are told of and ignored, as are those of old files, such as BenTsao's merge_weights."""
+    settings = read_json_file(file)
+    if missing := [k for k in ("r", "lora_alpha", "target_modules") if settings.get(k) is None]:
+        raise ValueError(f"{file} lacks {missing[0]}")
+    if settings.get("peft_type", "LORA") != "LORA" or settings.get("bias", "none") != "none":
+        raise ValueError(f"{file}: peft_type {settings.get('peft_type')}, bias {settings.get('bias')}; wanted LORA and none")
+    if refused := [key for key in NOT_BUILT if settings.get(key)]:
+        raise ValueError(f"{file} sets {refused[0]} to {settings[refused[0]]!r}, which this LoRA does not have")
+    if str(settings.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise ValueError(f"{file}: init_lora_weights {settings['init_lora_weights']} changes the base too; save it converted")
+    if unknown := [key for key, value in settings.items() if value and key not in PEFT_KEYS]:
+        print(f"note: {file} sets {', '.join(unknown)}, unknown here and ignored", file=sys.stderr)
+    targets = settings["target_modules"]
+    if isinstance(targets, str):                                  # a pattern of whole names, or PEFT's word for all
+        names = [hf_name(f"layers.0.{'feed_forward' if leaf[1] in '123' else 'attention'}.{leaf}") for leaf in META_TO_HF]
+        targets = [name for name in names if targets == "all-linear" or re.fullmatch(targets, name)]
+    try:
+        return LoRAConfig(settings["r"], settings["lora_alpha"], settings.get("lora_dropout") or 0.0,
+                          tuple(target.rpartition(".")[2] for target in targets), bool(settings.get("use_rslora")),
+                          settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def load_adapter(model, path):
-    """Wrap the linears that the folder's adapter_config.json names and load its tensors, strictly. Return run.json
-    (empty if there is none). Raises ValueError for a missing, surplus or misshaped tensor or an unsupported feature."""
+    """Wrap the linears that the folder's adapter_config.json names and load adapter_model.safetensors or .bin, strictly.
+    Return run.json (empty if there is none). Raises ValueError naming the file and a missing, surplus or misshaped tensor,
+    one with NaN, or an unsupported feature."""
     path = Path(path)
-    file = path / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ValueError(f"{file} not found; train an adapter first (python train.py) or give --lora_weights its folder")
-    settings = read_json_file(path / "adapter_config.json")
-    if missing := [k for k in ("r", "lora_alpha", "target_modules") if settings.get(k) is None]:
-        raise ValueError(f"{path / 'adapter_config.json'} lacks {missing[0]}")
-    for feature, plain in (("use_dora", False), ("use_rslora", False), ("bias", "none"), ("modules_to_save", None),
-                           ("rank_pattern", {}), ("alpha_pattern", {}), ("fan_in_fan_out", False)):
-        if (settings.get(feature) or plain) != plain:
-            raise ValueError(f"{path / 'adapter_config.json'} sets {feature} to {settings[feature]!r}, "
-                             "which this LoRA does not have")
-    state = open_weights(file)
-    add_lora(model, LoRAConfig(settings["r"], settings["lora_alpha"], settings.get("lora_dropout") or 0.0,
-                               tuple([settings["target_modules"]] if isinstance(settings["target_modules"], str)
-                                     else settings["target_modules"])))
+    file = next((path / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (path / name).is_file()), None)
+    if file is None:
+        raise ValueError(f"{path / 'adapter_model.safetensors'} (or .bin) not found; train an adapter first (python train.py) "
+                         "or give --lora_weights its folder")
+    config, state = peft_config(path / "adapter_config.json"), {}
+    for key, tensor in open_weights(file).items():                # names of torch.compile and of PEFT's live modules
+        state[re.sub(r"\.lora_([AB])\.\w+\.weight$", r".lora_\1.weight", key.replace("_orig_mod.", ""))] = tensor
+    add_lora(model, config)
     for module, prefix, heads in peft_names(model):
         for key, parameter in ((f"{prefix}.lora_A.weight", module.lora_a), (f"{prefix}.lora_B.weight", module.lora_b)):
-            if key not in state:
+            if not isinstance(state.get(key), torch.Tensor):
                 raise ValueError(f"{file} lacks {key}")
             tensor = state.pop(key).float()
             if tensor.shape != parameter.shape:
-                raise ValueError(f"{file}: {key} is {tuple(tensor.shape)}, this model wants {tuple(parameter.shape)}; "
-                                 "the adapter belongs to another base")
-            permute = heads is not None and parameter is module.lora_b
-            parameter.data.copy_(hf_to_meta_rows(tensor, heads) if permute else tensor)
+                raise ValueError(f"{file}: {key} is {tuple(tensor.shape)}, this model and the adapter's config want "
+                                 f"{tuple(parameter.shape)}; the adapter belongs to another base")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{file}: {key} holds NaN or infinity")
+            parameter.data.copy_(hf_to_meta_rows(tensor, heads) if heads and parameter is module.lora_b else tensor)
     if state:
         raise ValueError(f"{file} has {next(iter(state))}, which fits nowhere in this model")
+    if not any(module.lora_b.any() for _, module in lora_linears(model)):
+        print(f"note: every lora_B of {path} is zero; the adapter changes nothing", file=sys.stderr)
     model.requires_grad_(False)
     return read_json_file(path / "run.json") if (path / "run.json").is_file() else {}
 

@@ -414,7 +414,7 @@ def open_weights(file):
     if not file.is_file():
         raise ValueError(f"{file} not found")
     try:
-        if file.suffix == ".safetensors":
+        if ".safetensors" in file.name:
             with safe_open(str(file), framework="pt") as opened:
                 return {key: opened.get_tensor(key) for key in opened.keys()}
         archive = zipfile.ZipFile(file).namelist()[0] if zipfile.is_zipfile(file) else ""
@@ -453,8 +453,8 @@ def weight_files(path):
         if file.name != f"consolidated.{number:02}.pth":
             raise ValueError(f"{path / f'consolidated.{number:02}.pth'} not found, but {file.name} is there")
     if not shards:
-        raise ValueError(f"{path} holds no model.safetensors, pytorch_model.bin (or index.json of these) and no "
-                         "consolidated.00.pth; --base_model wants a folder with the weights of a LLaMA")
+        raise ValueError(f"weights not found in {path}: no model.safetensors, pytorch_model.bin (or index.json of these) and no "
+                         "consolidated.00.pth; --base_model wants the folder of a LLaMA")
     return [shards], None
 
 

@@ -274,7 +274,7 @@ def save_weights(model, path, config):
         if tokenizer.is_file():
             shutil.copyfile(tokenizer, Path(path) / "tokenizer.model")
     else:
-        save_adapter(model, path, config.base_model, info)
+        save_adapter(model, path, config.base_model, info, trained=True)
 
 
 def save_checkpoint(model, optimizer, step, config):

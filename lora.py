@@ -193,6 +193,25 @@ def quantize(model, kind, device=None, dtype=None):
     return model
 
 
+class DroppedProduct(torch.autograd.Function):
+    """A drop(x), x (..., I), A (r, I), without the factor 1 / (1 - p). Kept for the gradient are x itself, which the other
+    adapters of the same input keep too, and one byte per element, in the place of a dropped copy for each adapter. The
+    mask is drawn four elements at a time, 16 bits each: drawing was a third of the adapter's time on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, a, p):
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-2**63, None)
+        keep = bits.view(torch.int16)[:x.numel()].view_as(x) >= round(p * 2**16) - 2**15
+        ctx.save_for_backward(x, a, keep)
+        return F.linear(x * keep, a)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, a, keep = ctx.saved_tensors
+        dx = (grad @ a).mul_(keep) if ctx.needs_input_grad[0] else None
+        return dx, grad.flatten(0, -2).T @ (x * keep).flatten(0, -2), None
+
+
 class LoRALinear(nn.Module):
     """h = W0 x + (alpha / r) B A x (Hu et al. 2021, eq. 3). W0 (O, I) is frozen, as the base stores it; A (r, I) and
     B (O, r) are trained, float32, and cast to the activations' dtype at use. B starts at zero, so h starts at W0 x."""
@@ -213,9 +232,9 @@ class LoRALinear(nn.Module):
         return self.scale * (self.lora_b @ self.lora_a)
 
     def forward(self, x):                                         # (..., I) -> (..., O)
-        h = F.dropout(x, self.dropout, self.training)
-        h = F.linear(h, self.lora_a.to(x.dtype))                                           # (..., r)
-        return self.base(x) + F.linear(h, self.lora_b.to(x.dtype)) * self.scale
+        a, b, p = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype), self.dropout * self.training
+        h = DroppedProduct.apply(x, a, p) if p else F.linear(x, a)                         # (..., r)
+        return self.base(x) + F.linear(h * (self.scale / (1 - p)), b)
 
 
 def lora_linears(model):

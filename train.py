@@ -27,7 +27,7 @@ from tqdm import tqdm
 from generate import (DATA, Tokenizer, ask, bot_spans, find_base, flag, load_base, load_template, pick_device, pick_dtype,
                       read_instructions, render_prompt)
 from lora import LoRAConfig, add_lora, read_json_file, save_adapter
-from model import Parser, find_tokenizer, run, save_model, write_atomically, write_json
+from model import PackedRows, Parser, find_tokenizer, run, save_model, write_atomically, write_json
 
 
 def opt(default, text):
@@ -46,7 +46,10 @@ class TrainConfig:
     output_dir: str = opt("lora-tcm", "folder for the adapter (or model), log.jsonl, loss.svg, checkpoints")
     full: bool = opt(False, "train all weights instead of an adapter")
     batch_size: int = opt(128, "rows of one optimizer step")
-    micro_batch_size: int = opt(8, "rows computed at once")
+    micro_batch_size: int = opt(0, "rows computed at once, at most (0: as many as micro_batch_tokens allows)")
+    micro_batch_tokens: int = opt(4096, "tokens computed at once, at most, unless one row alone is longer")
+    share_opening: bool = opt(True, "compute the tokens that all rows of a micro-batch begin with once (exact but for "
+                              "dropout, whose mask they then share)")
     num_epochs: int = opt(10, "passes over the data")
     max_steps: int = opt(0, "stop after so many optimizer steps (0: after num_epochs)")
     learning_rate: float = opt(3e-4, "peak of AdamW's learning rate, after warm-up; falls linearly to 0")
@@ -180,13 +183,24 @@ def encode_records(tokenizer, template, records, config):
     return [row for row, _ in kept], [r for _, r in kept]
 
 
-def collate(rows, device):
-    """Inputs and targets (B, T - 1) of rows, padded on the right: ids[t] predicts labels[t]. What is no target is -100 in
-    labels, by position and never by id; causal attention keeps padding out of every real position."""
-    width = max(len(row.ids) for row in rows)
-    ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows])
-    mask = torch.tensor([row.mask + [False] * (width - len(row.ids)) for row in rows])
-    return ids[:, :-1].to(device), ids.masked_fill(~mask, -100)[:, 1:].to(device)
+def shared_opening(rows):
+    """Tokens that all rows begin with and that predict no target: the template's text, as a rule."""
+    ids, last = [row.ids for row in rows], min(row.mask.index(True) for row in rows) - 1
+    return next((t for t in range(last) if any(row[t] != ids[0][t] for row in ids)), last)
+
+
+def collate(rows, device, share=True):
+    """ids and labels (1, N) of rows end to end, and the PackedRows that keeps them apart: ids[t] predicts labels[t], -100
+    where that is no target, by position and never by id. With share their common opening stands there once."""
+    shared = shared_opening(rows) if share else 0
+    opening = rows[0].ids[:shared]
+    ids, labels = opening[:], [-100] * shared
+    for row in rows:
+        ids += row.ids[shared:-1]
+        labels += [token if target else -100 for token, target in zip(row.ids[shared + 1:], row.mask[shared + 1:])]
+    packed = PackedRows([len(row.ids) - 1 for row in rows], shared, device)
+    ids, labels = (x + [fill] * (len(packed.back) - len(x)) for x, fill in ((ids, 0), (labels, -100)))
+    return torch.tensor([ids], device=device), torch.tensor([labels], device=device), packed
 
 
 def epoch_order(rows, config, epoch):
@@ -199,10 +213,15 @@ def epoch_order(rows, config, epoch):
     return order
 
 
-def micro_batches(rows, size):
-    """Rows sorted by length and cut into micro-batches: the sum over them is the same, with less padding."""
-    rows = sorted(rows, key=lambda row: len(row.ids))
-    return [rows[at:at + size] for at in range(0, len(rows), size)]
+def micro_batches(rows, size, budget):
+    """Rows sorted by length and cut into micro-batches of at most `size` rows (0: any number) and, unless one row alone
+    exceeds it, `budget` tokens as attention pads them. The sum over them is the same; rows of one length pad little."""
+    cut = []
+    for row in sorted(rows, key=lambda row: len(row.ids)):
+        if not cut or len(cut[-1]) == (size or math.inf) or (len(cut[-1]) + 1) * len(row.ids) > budget:
+            cut.append([])
+        cut[-1].append(row)
+    return cut
 
 
 def lr_at(step, total, config):
@@ -213,11 +232,47 @@ def lr_at(step, total, config):
     return config.learning_rate * (total - step) / max(1, total - warmup)
 
 
-def loss_sum(model, ids, labels):
-    """Cross-entropy summed over the targets, float32. Logits are made only where there is one."""
-    keep = labels != -100
-    logits = model.output(model.hidden(ids)[keep]).float()                                 # (targets, V)
-    return F.cross_entropy(logits, labels[keep], reduction="sum")
+class ChunkedLoss(torch.autograd.Function):
+    """Cross-entropy summed over targets, from hidden states h (M, C): logits (chunk, V) are made, used and dropped a chunk
+    at a time, and the gradients computed on the way: softmax(logits) - one-hot(label), back through the head."""
+
+    @staticmethod
+    def forward(ctx, h, labels, head, chunk, *parameters):
+        total, grads = h.new_zeros((), dtype=torch.float32), []
+        sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        for part, label in zip(h.split(chunk), labels.unsqueeze(1).split(chunk)):
+            with torch.enable_grad():
+                part = part.detach().requires_grad_()
+                out = head(part)
+            p = out.detach().float()
+            top, at = p.max(-1, keepdim=True)
+            wanted = p.gather(-1, label)
+            torch.softmax(p, -1, out=p)
+            total += (top - wanted - p.gather(-1, at).log()).sum()                         # -log softmax(logits)[label]
+            p.scatter_add_(-1, label, torch.full_like(wanted, -1.0))
+            grad, *more = torch.autograd.grad(out, (part, *parameters), p.to(out.dtype))
+            grads.append(grad)
+            for a, b in zip(sums, more):
+                a += b
+        ctx.save_for_backward(torch.cat(grads), *sums)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, *sums = ctx.saved_tensors
+        return h * grad, None, None, None, *(a * grad for a in sums)
+
+
+def loss_sum(model, ids, labels, rows=None):
+    """Cross-entropy summed over the targets, float32. The last feed-forward and logits are made only where there is one,
+    of the logits 16 million at a time."""
+    labels = labels.flatten()
+    keep = (labels != -100).nonzero().squeeze(1)
+    chunk = max(64, 2**24 // model.config.vocab_size)
+    h, labels = model.hidden(ids, rows, keep), labels[keep]                                # (targets, C), (targets,)
+    if torch.is_grad_enabled():
+        return ChunkedLoss.apply(h, labels, model.output, chunk, *(p for p in model.output.parameters() if p.requires_grad))
+    return sum(F.cross_entropy(model.output(a).float(), b, reduction="sum") for a, b in zip(h.split(chunk), labels.split(chunk)))
 
 
 def target_count(rows):
@@ -227,8 +282,8 @@ def target_count(rows):
 def step_gradient(model, rows, config):
     """Backward through one optimizer step's rows; return the loss per target token. Gradients add up in .grad."""
     total, count = 0.0, target_count(rows)
-    for micro in micro_batches(rows, config.micro_batch_size):
-        loss = loss_sum(model, *collate(micro, model.device)) / count
+    for micro in micro_batches(rows, config.micro_batch_size, config.micro_batch_tokens):
+        loss = loss_sum(model, *collate(micro, model.device, config.share_opening)) / count
         loss.backward()
         total += loss.item()
     return total
@@ -239,7 +294,8 @@ def evaluate(model, rows, config):
     """Loss per target token over rows, without dropout; no weight changes."""
     training = model.training
     model.eval()
-    total = sum(loss_sum(model, *collate(m, model.device)).item() for m in micro_batches(rows, config.micro_batch_size))
+    total = sum(loss_sum(model, *collate(micro, model.device, config.share_opening)).item()
+                for micro in micro_batches(rows, config.micro_batch_size, config.micro_batch_tokens))
     model.train(training)
     return total / target_count(rows)
 
@@ -320,12 +376,12 @@ def resume(model, optimizer, folder):
 
 def check_config(config):
     """Raise ValueError for a setting that cannot train."""
-    for name in ("batch_size", "micro_batch_size", "num_epochs", "learning_rate", "cutoff_len", "max_grad_norm"):
+    for name in ("batch_size", "micro_batch_tokens", "num_epochs", "learning_rate", "cutoff_len", "max_grad_norm"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} is {getattr(config, name)!r}, wanted a number above 0")
     if config.train_on not in ("last", "all"):
         raise ValueError(f"train_on is {config.train_on!r}, wanted last or all")
-    for name in ("max_steps", "warmup_steps", "weight_decay", "val_set_size", "eval_steps", "save_steps",
+    for name in ("micro_batch_size", "max_steps", "warmup_steps", "weight_decay", "val_set_size", "eval_steps", "save_steps",
                  "save_total_limit", "num_answers"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} is {getattr(config, name)!r}, wanted 0 or more")

@@ -1,0 +1,304 @@
+"""Training, side by side with transformers + peft: real tokens/s, memory, share of the matmul peak, loss.
+
+  python tests/bench_train.py                  dim 512 x 8 on a CPU, one thread: about 10 minutes
+  python tests/bench_train.py --size 7b        LLaMA-7B shapes with random weights on a GPU, under 10 minutes
+
+Both sides have the same weights (one copy where the layouts agree), adapters, rows, order and precision; they take
+turns, optimizer step by optimizer step, in one process. Their side is a bare loop around LlamaForCausalLM and peft:
+what Trainer adds to it is not counted. BenTsao's settings: r 8 on q and v, alpha 16, dropout 0.05, micro-batch 8.
+
+  peft random     rows in random order, padded to the longest of 8 (and to a multiple of 8), as BenTsao runs
+  peft grouped    the same with group_by_length
+  ours            train.py's step_gradient on the rows of peft random
+  ours, no prefix the same without the prompt's common opening computed once
+
+Tokens are real ones: no padding, and all of each row, however much of it was shared. MFU is 4 FLOP per real token and
+weight (embeddings apart) over the largest product measured here. With the project's data at hand (--data) the rows are
+BenTsao's; else they are random ids with the lengths of BenTsao's, which four numbers describe.
+"""
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import generate as G  # noqa: E402
+import lora as L  # noqa: E402
+import model as M  # noqa: E402
+import train as T  # noqa: E402
+
+SIZES = {"tiny": (64, 2, 4), "small": (512, 8, 8), "medium": (1024, 16, 16), "7b": (4096, 32, 32)}  # dim, layers, heads
+VOCAB = 32000
+# BenTsao's 8,658 rows under LLaMA's tokenizer: 38 tokens of template, then question and end of template, and answer
+# with EOS, both near lognormal and independent of each other (correlation 0.03): (median, sigma of the logarithm).
+OPENING, QUESTION, ANSWER = 38, (75.7, 0.343), (85.7, 0.601)
+DATA = ROOT.parent / "shared" / "data"
+
+
+def simulated_rows(n, cutoff, seed=0, vocab=VOCAB):
+    """n rows with the lengths of BenTsao's and random ids."""
+    rng = torch.Generator().manual_seed(seed)
+    opening = torch.randint(3, vocab, (OPENING,), generator=rng).tolist()
+    rows = []
+    for _ in range(n):
+        question, answer = (max(2, int(m * math.exp(s * torch.randn((), generator=rng)))) for m, s in (QUESTION, ANSWER))
+        prompt = min(OPENING + question, cutoff - 2)
+        length = min(prompt + answer, cutoff)
+        ids = opening[:prompt] + torch.randint(3, vocab, (length - min(OPENING, prompt),), generator=rng).tolist()
+        rows.append(T.Row(ids, [False] * prompt + [True] * (length - prompt)))
+    return rows
+
+
+def real_rows(data, cutoff):
+    """BenTsao's records under its template, encoded as train.py encodes them."""
+    tokenizer = G.Tokenizer(data / "llama_tokenizer.model")
+    records = G.read_instructions(data / "bentsao_llama_data.json", answers=True)
+    config = T.TrainConfig(cutoff_len=cutoff)
+    rows = [T.encode_example(tokenizer, G.load_template("med_template"), r, config) for r in records]
+    return [row for row in rows if row is not None]
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of the storages made inside this mode and still alive: `now`, and at most, `peak`. The CPU's own allocator
+    counts nothing; on a GPU torch.cuda.max_memory_allocated does."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = {}
+
+    def gone(self, key, size):
+        self.now -= size
+        del self.seen[key]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {id(t.untyped_storage()) for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                key, size = id(storage), storage.nbytes()
+                if key not in self.seen and key not in given:
+                    self.seen[key] = weakref.finalize(storage, self.gone, key, size)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+        return out
+
+
+def peak_bytes(device, work):
+    """Most bytes that work() held above what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with Allocated() as allocated:
+        work()
+    return allocated.peak
+
+
+def clock(device):
+    """Seconds: of this process's own CPU time on one thread, which other processes do not disturb; else of the wall."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def matmul_peak(device, dtype, shape=None):
+    """FLOP/s of the fastest of a few plain products, the best of several tries."""
+    best = 0.0
+    for m, k, n in [shape] if shape else [(2048, 512, 1536), (2048, 1024, 1024), (2048, 2048, 2048)] \
+            if device.type == "cpu" else [(8192, 8192, 8192), (4096, 4096, 11008)]:
+        a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
+        for _ in range(6 if device.type == "cpu" else 30):
+            start = clock(device)
+            a @ b.T
+            best = max(best, 2 * m * k * n / (clock(device) - start))
+    return best
+
+
+def build(size, device, dtype, seed=0):
+    """Our model with fresh weights made on the device."""
+    dim, layers, heads = SIZES[size]
+    config = M.LLaMAConfig(dim, layers, heads, VOCAB, 1e-6)
+    with torch.device("meta"):
+        model = M.LLaMA(config).to(dtype)
+    model = model.to_empty(device=device).requires_grad_(False)
+    torch.manual_seed(seed)
+    for name, p in model.named_parameters():
+        p.fill_(1.0) if "norm" in name else p.normal_(0.0, 0.02)
+    return model
+
+
+def build_theirs(ours, dropout):
+    """LlamaForCausalLM and peft's adapter over our model's weights: shared, but for wq and wk, whose rows they permute."""
+    import peft
+    import transformers
+    c = ours.config
+    config = transformers.LlamaConfig(
+        hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size, rms_norm_eps=c.norm_eps, max_position_embeddings=2048,
+        tie_word_embeddings=False, use_cache=False)
+    with torch.device("meta"):
+        theirs = transformers.LlamaForCausalLM(config)
+    state = {"model.embed_tokens.weight": ours.tok_embeddings.weight, "model.norm.weight": ours.norm.weight,
+             "lm_head.weight": ours.output.weight}
+    for i, block in enumerate(ours.layers):
+        a, f, at = block.attention, block.feed_forward, f"model.layers.{i}."
+        state |= {at + "self_attn.q_proj.weight": L.meta_to_hf_rows(a.wq.weight, c.n_heads),
+                  at + "self_attn.k_proj.weight": L.meta_to_hf_rows(a.wk.weight, c.n_kv_heads),
+                  at + "self_attn.v_proj.weight": a.wv.weight, at + "self_attn.o_proj.weight": a.wo.weight,
+                  at + "mlp.gate_proj.weight": f.w1.weight, at + "mlp.down_proj.weight": f.w2.weight,
+                  at + "mlp.up_proj.weight": f.w3.weight, at + "input_layernorm.weight": block.attention_norm.weight,
+                  at + "post_attention_layernorm.weight": block.ffn_norm.weight}
+    theirs.load_state_dict(state, strict=True, assign=True)
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(ours.device)    # its table was made on `meta`
+    return peft.get_peft_model(theirs, peft.LoraConfig(
+        task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=dropout, target_modules=["q_proj", "v_proj"])).train()
+
+
+def same_adapter(ours, theirs):
+    """Copy our A into peft's (B is zero on both sides)."""
+    state = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for module, prefix, _ in L.peft_names(ours):
+            state[f"{prefix}.lora_A.default.weight"].copy_(module.lora_a)
+
+
+def their_step(model, batches):
+    """Gradient of one optimizer step, padded, the loss summed over the step's targets as Trainer does since 4.46."""
+    count, total = sum(sum(row.mask) for rows in batches for row in rows), 0.0
+    for rows in batches:
+        width = -(-max(len(row.ids) for row in rows) // 8) * 8
+        pad = [width - len(row.ids) for row in rows]
+        ids = torch.tensor([row.ids + [0] * n for row, n in zip(rows, pad)])
+        attention = torch.tensor([[1] * len(row.ids) + [0] * n for row, n in zip(rows, pad)])
+        labels = ids.masked_fill(~torch.tensor([row.mask + [False] * n for row, n in zip(rows, pad)]), -100)
+        device = next(model.parameters()).device
+        loss = model(input_ids=ids.to(device), attention_mask=attention.to(device), labels=labels.to(device),
+                     num_items_in_batch=count).loss
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def length_grouped(rows, per_step, seed=0):
+    """transformers' group_by_length: its own function, for steps of per_step rows."""
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+    return get_length_grouped_indices([len(row.ids) for row in rows], per_step, generator=torch.Generator().manual_seed(seed))
+
+
+def cut(rows, size):
+    return [rows[at:at + size] for at in range(0, len(rows), size)]
+
+
+def tokens(rows):
+    return sum(len(row.ids) for row in rows)
+
+
+def measure(args, dtype, cutoff, device):
+    """One table: every side at one precision and cut-off. Returns its figures."""
+    pool = real_rows(args.data, cutoff) if args.data else simulated_rows(4000, cutoff)
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(1)).tolist()
+    steps = cut([pool[i] for i in order], args.rows)[:args.rounds]
+    # grouped steps are uniform inside and differ among themselves: take micro-batches spread over the whole order
+    grouped = cut([pool[i] for i in length_grouped(pool, 128)], 8)[:len(pool) // 8]
+    spread = [grouped[(2 * i + 1) * len(grouped) // (2 * args.rounds * args.rows // 8)] for i in range(args.rounds * args.rows // 8)]
+    spread = [spread[i::args.rounds] for i in range(args.rounds)]
+
+    config = T.TrainConfig(output_dir="", batch_size=args.rows, micro_batch_size=8, cutoff_len=cutoff,
+                           **({"recompute": args.recompute} if args.recompute else {}))
+    ours = build(args.size, device, dtype)
+    with torch.no_grad():
+        theirs = build_theirs(ours, config.lora_dropout) if not args.ours_only else None
+    torch.manual_seed(config.seed)
+    L.add_lora(ours, L.LoRAConfig(config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules))
+    ours.train()
+    sides = {"ours": (ours, lambda rows: T.step_gradient(ours, rows, config))}
+    if theirs is not None:
+        same_adapter(ours, theirs)
+        random_step = lambda rows: their_step(theirs, cut(rows, 8))  # noqa: E731
+        sides = {"peft random": (theirs, random_step), "peft grouped": (theirs, random_step), **sides}
+
+    # memory first: one micro-batch, the same 8 rows on both sides; it warms the kernels up as well
+    memory = {}
+    for name, (model, step) in sides.items():
+        if name != "peft grouped":
+            memory[name] = peak_bytes(device, lambda: step(steps[0][:8]))
+            model.zero_grad()
+    optimizers = {id(m): torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=3e-4, weight_decay=0.0)
+                  for m, _ in sides.values()}
+    peak, seconds, real, losses = 0.0, {n: [] for n in sides}, {n: [] for n in sides}, {n: [] for n in sides}
+    for i in range(args.rounds):
+        peak = max(peak, matmul_peak(device, dtype))
+        for name, (model, step) in sides.items():
+            rows = [row for micro in spread[i] for row in micro] if name == "peft grouped" else steps[i]
+            start = clock(device)
+            losses[name].append(step(rows))
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            if name != "peft grouped":                            # it measures speed; the loss is that of the same steps
+                optimizers[id(model)].step()
+            model.zero_grad()
+            seconds[name].append(clock(device) - start)
+            real[name].append(tokens(rows))
+    weights = sum(p.numel() for n, p in ours.named_parameters() if "tok_embeddings" not in n and "lora_" not in n)
+    table = {}
+    for name in sides:
+        speed = statistics.median(n / s for n, s in zip(real[name], seconds[name]))
+        table[name] = {"real_tokens_per_second": speed, "mfu": 4 * weights * speed / peak, "losses": losses[name],
+                       "memory_mib": memory.get(name, memory.get("peft random", 0)) / 2**20}
+    figures = {"dtype": str(dtype)[6:], "cutoff": cutoff, "matmul_gflops": peak / 1e9, "sides": table}
+    print(f"\n{figures['dtype']}, cut-off {cutoff}, {args.rounds} steps of {args.rows} rows; largest product {peak / 1e9:,.0f} GFLOP/s")
+    print("| side | real tokens/s | MFU | activations of 8 rows, MiB | loss of the last step |\n|---|---|---|---|---|")
+    for name, t in table.items():
+        last = "-" if name == "peft grouped" else f"{t['losses'][-1]:.4f}"
+        print(f"| {name} | {t['real_tokens_per_second']:,.0f} | {t['mfu']:.1%} | {t['memory_mib']:,.0f} | {last} |")
+    if theirs is not None:
+        ratio = {n: [real["ours"][i] / seconds["ours"][i] / (real[n][i] / seconds[n][i]) for i in range(args.rounds)]
+                 for n in ("peft random", "peft grouped")}
+        figures |= {"speedup": statistics.median(ratio["peft random"]), "speedup_grouped": statistics.median(ratio["peft grouped"]),
+                    "memory_ratio": memory["ours"] / memory["peft random"]}
+        print(f"ours / peft random {figures['speedup']:.2f}, ours / peft grouped {figures['speedup_grouped']:.2f}, "
+              f"activation memory {figures['memory_ratio']:.2f} of theirs", flush=True)
+    return figures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--dtype", nargs="+", choices=M.DTYPES, help="default: what train.py would take, then the other")
+    parser.add_argument("--cutoff", nargs="+", type=int, default=[512, 256])
+    parser.add_argument("--rows", type=int, default=64, help="rows of an optimizer step")
+    parser.add_argument("--rounds", type=int, default=2, help="optimizer steps of each side")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--data", type=Path, default=DATA if DATA.is_dir() else None, help="folder with BenTsao's records")
+    parser.add_argument("--ours_only", action="store_true")
+    parser.add_argument("--recompute", default="")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    tables = []
+    for dtype in args.dtype or ["fp32"]:
+        for cutoff in args.cutoff:
+            tables.append(measure(args, M.DTYPES[dtype], cutoff, device))
+    print(json.dumps({"benchmark": "train", "size": args.size, "speedup": tables[0].get("speedup"),
+                      "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+                      "torch": torch.__version__, "threads": args.threads, "rows": "BenTsao's" if args.data else "simulated",
+                      "tables": tables}))
+
+
+if __name__ == "__main__":
+    main()

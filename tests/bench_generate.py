@@ -1,0 +1,157 @@
+"""Decoding speed against transformers' generate: same random weights, one run, in alternation, medians.
+
+  python tests/bench_generate.py --size mid                      dim 1024, 16 layers, 32,000 pieces: minutes on two cores
+  python tests/bench_generate.py --size 7b --device cuda         LLaMA-7B's shape, weights made on the card
+  python tests/bench_generate.py --cases bf16_1 int8_1
+
+A case is PRECISION_BATCH or PRECISION_beamsN. Both sides answer the same random prompts greedily (or by beams), EOS
+ignored, --new tokens each, the prompt included in the time; transformers runs its dynamic cache in bf16 for int8 and
+nf4, since it has no such weights of its own. Decode figures subtract the time to the first token, measured apart. The
+bandwidth is that of summing 1 GiB. The last line is one JSON object.
+"""
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import generate as G  # noqa: E402
+import model as M  # noqa: E402
+from lora import quantize  # noqa: E402
+
+SIZES = {"tiny": {"dim": 256, "n_layers": 4, "n_heads": 4}, "small": {"dim": 512, "n_layers": 8, "n_heads": 8},
+         "mid": {"dim": 1024, "n_layers": 16, "n_heads": 16}, "7b": {"dim": 4096, "n_layers": 32, "n_heads": 32}}
+PIECES = 32000
+
+
+def make_pair(size, dtype, device):
+    """Our model and transformers' over the same tensors in the same memory, but for wq and wk, whose rows it orders
+    otherwise."""
+    config = M.LLaMAConfig(**SIZES[size], vocab_size=PIECES, norm_eps=1e-6)
+    with torch.device("meta"):
+        ours = M.LLaMA(config)
+        hf = LlamaForCausalLM(LlamaConfig(
+            hidden_size=config.dim, intermediate_size=config.ffn_dim, num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads, vocab_size=PIECES,
+            rms_norm_eps=config.norm_eps, tie_word_embeddings=False, max_position_embeddings=4096))
+    draw = torch.Generator(device).manual_seed(0)
+    state = {name: torch.ones_like(p, device=device, dtype=dtype) if "norm" in name else
+             torch.empty_like(p, device=device, dtype=dtype).normal_(0, 0.02, generator=draw)
+             for name, p in ours.named_parameters()}
+    ours.load_state_dict(state, assign=True)
+    rows = lambda name, tensor: M.meta_to_hf_rows(tensor, config.n_heads) if name.endswith(("wq.weight", "wk.weight")) else tensor
+    hf.load_state_dict({M.hf_name(name.removesuffix(".weight")) + ".weight": rows(name, tensor)
+                        for name, tensor in state.items()}, assign=True)
+    hf.model.rotary_emb = type(hf.model.rotary_emb)(hf.config).to(device)          # its buffers were on meta
+    return ours.requires_grad_(False).eval(), hf.requires_grad_(False).eval()
+
+
+def weight_bytes(model):
+    """Bytes of weights that a decoding step reads: all but the embedding table."""
+    return sum(t.numel() * t.element_size() for name, t in model.state_dict().items() if "embed" not in name)
+
+
+class Clock:
+    """Seconds of a call, the device's work included."""
+
+    def __init__(self, device):
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def __call__(self, f):
+        self.wait()
+        start = time.perf_counter()
+        f()
+        self.wait()
+        return time.perf_counter() - start
+
+
+def bandwidth(clock, device):
+    """GB/s of reading: the best of five sums over 1 GiB."""
+    data = torch.ones(2 ** 28, device=device)
+    data.sum()
+    return data.numel() * 4 / min(clock(data.sum) for _ in range(5)) / 1e9
+
+
+def our_answers(model, prompts, new, beams, **more):
+    batch = G.Batch(model, None, len(prompts) * beams, len(prompts[0]) + new, eos_id=-1, **more)
+    requests = [G.Request(ids, G.Decoding(new, num_beams=beams)) for ids in prompts]
+    for request in requests:
+        batch.add(request)
+    while batch.owner:
+        batch.step()
+    assert all(len(r.ids) == new for r in requests)
+    return [r.ids for r in requests]
+
+
+def their_answers(hf, prompts, new, beams, **more):
+    ids = torch.tensor(prompts, device=hf.device)
+    out = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                      num_beams=beams, eos_token_id=None, pad_token_id=0, **more)
+    return out[:, ids.size(1):].tolist()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="mid")
+    parser.add_argument("--cases", nargs="+", default=["bf16_1", "fp32_1", "int8_1", "nf4_1", "bf16_8", "fp32_8", "bf16_beams4",
+                                                       "fp32_beams4"])
+    parser.add_argument("--prompt", type=int, default=200, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    clock = Clock(device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    figures = {"size": args.size, "device": name, "torch": torch.__version__, "transformers": transformers.__version__,
+               "prompt": args.prompt, "new": args.new, "bandwidth_GB_s": round(bandwidth(clock, device), 1), "speedup": {},
+               "cases": {}}
+    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}: reads "
+          f"{figures['bandwidth_GB_s']} GB/s", flush=True)
+    draw, pair, quantised = torch.Generator().manual_seed(1), None, False
+    for case in sorted(args.cases, key=lambda c: c.startswith("fp32")):                    # one pair of models at a time
+        precision, _, batch = case.partition("_")
+        beams = int(batch[5:]) if batch.startswith("beams") else 1
+        rows = 1 if beams > 1 else int(batch)
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        if pair is None or pair[1].dtype != dtype or quantised or precision in ("int8", "nf4"):
+            pair = None
+            gc.collect()
+            pair = make_pair(args.size, dtype, device)
+            if quantised := precision in ("int8", "nf4"):
+                quantize(pair[0], precision)
+        ours, hf = pair
+        prompts = torch.randint(3, PIECES, (rows, args.prompt), generator=draw).tolist()
+        sides = {"ours": lambda new: our_answers(ours, prompts, new, beams), "theirs": lambda new: their_answers(hf, prompts, new, beams)}
+        seconds = {(side, new): [] for side in sides for new in (1, args.new)}
+        answers = {side: answer(4) for side, answer in sides.items()}                     # warm-up
+        for _ in range(args.repeats):
+            for new in (1, args.new):
+                for side, answer in sides.items():
+                    seconds[side, new].append(clock(lambda: answer(new)))
+        row, size = {"same_first_tokens": answers["ours"] == answers["theirs"]}, {"ours": weight_bytes(ours), "theirs": weight_bytes(hf)}
+        for side in sides:
+            first, whole = (statistics.median(seconds[side, new]) for new in (1, args.new))
+            step = (whole - first) / (args.new - 1)
+            row[side] = {"seconds": round(whole, 3), "first_token_s": round(first, 4), "tokens_s": round(rows * args.new / whole, 2),
+                         "decode_tokens_s": round(rows / step, 2),
+                         "bandwidth_share": round(size[side] / step / 1e9 / figures["bandwidth_GB_s"], 3)}
+        row["speedup"] = round(row["theirs"]["seconds"] / row["ours"]["seconds"], 3)
+        row["decode_speedup"] = round(row["ours"]["decode_tokens_s"] / row["theirs"]["decode_tokens_s"], 3)
+        figures["cases"][case], figures["speedup"][case] = row, row["speedup"]
+        print(f"{case:12} " + "  ".join(f"{side} {row[side]['decode_tokens_s']:7.1f} tok/s ({row[side]['bandwidth_share']:.0%}), "
+                                        f"first {row[side]['first_token_s'] * 1e3:5.0f} ms" for side in sides)
+              + f"  decode {row['decode_speedup']:.2f}x, all {row['speedup']:.2f}x", flush=True)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -245,7 +245,9 @@ class Batch:
         if not self.owner:
             return []
         ids = torch.tensor(self.tokens, device=self.model.device)[:, None]                 # (B, 1)
-        logits = self.model.output(self.model.hidden(ids, RaggedStep(self.cache, self.lengths))[:, -1]).float()  # (B, V)
+        level = len(set(self.lengths)) == 1                       # then slices do, without a mask
+        cache = self.cache.rows(0, len(ids), self.lengths[0]) if level else RaggedStep(self.cache, self.lengths)
+        logits = self.model.output(self.model.hidden(ids, cache)[:, -1]).float()           # (B, V)
         self.lengths = [n + 1 for n in self.lengths]
         rows = {}                                                 # request -> its rows, in the order of its beams
         for row, request in enumerate(self.owner):

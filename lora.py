@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from model import (DTYPES, Linear, Parser, find_tokenizer, hf_name, hf_to_meta_rows, load_model, meta_to_hf_rows,
-                   open_weights, read_json_file, rotary_heads, run, save_model, write_atomically, write_json)
+                   open_weights, product, read_json_file, rotary_heads, run, save_model, write_atomically, write_json)
 
 HF_TO_META = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
               "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -82,7 +82,7 @@ class FrozenProduct(torch.autograd.Function):
     def forward(ctx, x, matrix, *store):
         ctx.matrix = matrix
         ctx.save_for_backward(*store)
-        return F.linear(x, matrix(x.dtype, *store))
+        return product(x, matrix(x.dtype, *store))
 
     @staticmethod
     def backward(ctx, grad):

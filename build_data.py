@@ -40,28 +40,29 @@ from model import Parser, run, write_atomically, write_json
 
 
 def read_knowledge(path):
-    """Entities of a knowledge base: objects in CMeKG's form, or triples {head, relation, tail} as JSON or with tabs.
-    CMeKG's names of relations become ours and a missing 类型 is told by the relations, as data/relations.json says.
-    Raises ValueError naming the line of a nameless, doubled or misshaped entity."""
+    """Entities of a knowledge base: objects in CMeKG's form, or triples {head, relation, tail} as JSON or between tabs.
+    CMeKG's names of relations become ours and a missing 类型 is told by the relations (data/relations.json). Raises
+    ValueError naming the line of a nameless, doubled or misshaped entity."""
     rules, entities, triples = read_json_file(DATA / "relations.json"), {}, {}
-    first = Path(path).open("rb").readline() if Path(path).is_file() else b""
-    if b"\t" in first and first.lstrip(b"\xef\xbb\xbf")[:1] not in (b"{", b"["):
+    first = Path(path).open("rb").readline().lstrip(b"\xef\xbb\xbf") if Path(path).is_file() else b""
+    if b"\t" in first and first[:1] not in b"{[":
         try:
-            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+            lines = enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error}); convert it, for instance with iconv -f GBK -t UTF-8") from None
-        rows = [(n, dict(zip(("head", "relation", "tail"), line.strip("\r").split("\t")))) for n, line in enumerate(lines, 1) if line.strip()]
+        rows = [(n, dict(zip(("head", "relation", "tail"), line.split("\t")))) for n, line in lines if line.strip()]
     else:
         rows = read_records(path)
     for number, row in rows:
         if "head" in row:
-            if not all(isinstance(row.get(k), str) and row[k].strip() for k in ("head", "relation", "tail")):
-                raise ValueError(f"{path} line {number}: {row}, wanted a triple of texts: head, relation, tail")
-            _, entity = triples.setdefault(row["head"], (number, {"中心词": row["head"]}))
-            if row["relation"] == "类型":
-                entity["类型"] = row["tail"]
-            elif row["tail"] not in entity.setdefault(row["relation"], []):
-                entity[row["relation"]].append(row["tail"])
+            head, relation, tail = triple = [row.get(key) for key in ("head", "relation", "tail")]
+            if not all(isinstance(text, str) and text.strip() for text in triple):
+                raise ValueError(f"{path} line {number}: {triple}, wanted texts for head, relation and tail")
+            entity = triples.setdefault(head, (number, {"中心词": head}))[1]
+            if relation == "类型":
+                entity["类型"] = tail
+            else:
+                entity.setdefault(relation, []).append(tail)
     for number, row in triples.values() or rows:
         name = row.get("中心词")
         kind = row.get("类型", next(k for k, marks in rules["kinds"].items() if not marks or set(marks) & set(row)))
@@ -71,11 +72,11 @@ def read_knowledge(path):
             raise ValueError(f"{path} line {number}: entity {name} stands there twice")
         entity = entities[name] = {"中心词": name, "类型": kind}
         for relation, values in row.items():
-            if relation not in ("中心词", "类型"):
+            if relation not in entity:
                 if not (isinstance(values, list) and values and all(isinstance(v, str) and v.strip() for v in values)):
                     raise ValueError(f"{path} line {number}: {relation} of {name} is {values!r}, wanted a list of texts")
-                own = entity.setdefault(rules["relations"].get(relation, relation), [])
-                own += [v for v in values if v not in own]
+                name_here = rules["relations"].get(relation, relation)
+                entity[name_here] = list(dict.fromkeys([*entity.get(name_here, []), *values]))
     return list(entities.values())
 
 
@@ -136,86 +137,86 @@ def read_prompts(folder):
     forms = {path.stem: read_json_file(path) for path in sorted(Path(folder).glob("*.json"))}
     for name, form in forms.items():
         if not isinstance(form.get("prompt"), list) or "weight" in form and not {"kinds", "relations", "facts"} <= set(form):
-            raise ValueError(f"{folder}/{name}.json wants prompt: [lines] and, if it has a weight, kinds, relations and facts")
+            raise ValueError(f"{folder}/{name}.json wants prompt: [lines] and, beside a weight, kinds, relations and facts")
     if not forms:
         raise ValueError(f"{folder} holds no prompts; wanted .json files as in data/prompts")
     return forms
 
 
 def make_job(args, prompts, form, item, fields, facts=(), **texts):
-    """A job: what to ask, under which key, and what is needed to judge the reply. facts: [(entity, relation, text, values)]."""
-    text = Template("\n".join(prompts[form]["prompt"])).safe_substitute(
-        texts, facts="\n".join(f"- {e}的{relation}：{text}" for e, relation, text, _ in facts))
-    system = (Path(args.prompts) / "system.txt").read_text(encoding="utf-8")
-    return {"key": f"{item}/{form}/{args.model}", "form": form, "fields": fields, "facts": facts, **texts,
-            "messages": [{"role": "system", "content": system}, {"role": "user", "content": text}]}
+    """What to ask under which key, and what is needed to judge the reply. facts: [(entity, relation, text, values)]."""
+    lines = "\n".join(f"- {entity}的{relation}：{text}" for entity, relation, text, _ in facts)
+    messages = [{"role": "system", "content": (Path(args.prompts) / "system.txt").read_text(encoding="utf-8")},
+                {"role": "user", "content": Template("\n".join(prompts[form]["prompt"])).safe_substitute(texts, facts=lines)}]
+    return {"key": f"{item}/{form}/{args.model}", "form": form, "fields": fields, "facts": facts, "messages": messages, **texts}
 
 
 def knowledge_jobs(args, entities, forms, prompts):
-    """args.count jobs: a form of prompt drawn by weight, its entities in turn, their facts drawn by seed. A greater
-    count only adds jobs, and what an entity is asked hangs on no other entity but its partner."""
+    """args.count jobs: forms of prompt drawn by weight, the entities of each in turn, their facts drawn by seed. A greater
+    count adds jobs and changes none."""
     kinds = {e["中心词"]: e["类型"] for e in entities}
     own = {e["中心词"]: facts(e, forms) for e in entities}
-    holders = defaultdict(list)                                   # entities that have a value in a relation
+    holders, pools, rng, drawn, jobs = defaultdict(list), {}, random.Random(args.seed), Counter(), []
     for name, known in own.items():
         for relation, _, _, values in known:
             for value in values:
                 holders[kinds[name], relation, value].append(name)
 
     def partners(name, share):
-        found = {other for relation, _, _, values in own[name] if relation in share for v in values for other in holders[kinds[name], relation, v]}
-        return sorted(found - {name})
-    pools, rng, drawn, jobs = {}, random.Random(args.seed), Counter(), []
+        """Entities of the same kind that have a value in common in one of the relations."""
+        keys = [(kinds[name], relation, v) for relation, _, _, values in own[name] if relation in share for v in values]
+        return sorted({other for key in keys for other in holders[key]} - {name})
+
     for title, form in prompts.items():
-        pools[title] = [name for name in own if form.get("weight") and kinds[name] in form["kinds"] and own[name]
-                        and set(form["relations"]) <= {fact[0] for fact in own[name]}
-                        and ("share" not in form or partners(name, form["share"]))]
-        rng.shuffle(pools[title])
-    pools = {title: pool for title, pool in pools.items() if pool}
+        pool = [name for name in own if form["weight"] and kinds[name] in form["kinds"] and own[name]
+                and set(form["relations"]) <= {fact[0] for fact in own[name]}
+                and ("share" not in form or partners(name, form["share"]))]
+        if pool:
+            rng.shuffle(pool)
+            pools[title] = pool
     if not pools:
-        raise ValueError("no form of prompt fits an entity; kinds and relations of the forms are " +
-                         "; ".join(f"{t}: {p['kinds']} {p['relations']}" for t, p in prompts.items() if "kinds" in p))
+        raise ValueError(f"{args.knowledge}: no form in {args.prompts} finds an entity of its kinds with its relations")
     for title in rng.choices(list(pools), [prompts[title]["weight"] for title in pools], k=args.count):
-        form, (round, place) = prompts[title], divmod(drawn[title], len(pools[title]))
+        form, (turn, place) = prompts[title], divmod(drawn[title], len(pools[title]))
         drawn[title] += 1
-        name = pools[title][place]
-        draw, chosen, names = random.Random(f"{args.seed}/{title}/{name}/{round}"), [], [name]
-        if "share" in form:
-            names.append(draw.choice(partners(name, form["share"])))
-        for n in names:
+        name, chosen = pools[title][place], []
+        draw = random.Random(f"{args.seed}/{title}/{name}/{turn}")
+        other = draw.choice(partners(name, form["share"])) if "share" in form else name
+        for n in dict.fromkeys((name, other)):
             must = [fact for fact in own[n] if fact[0] in form["relations"]]
-            rest = [fact for fact in own[n] if fact not in must]
-            chosen += [(n, r, text, vs) for r, _, text, vs in must + draw.sample(rest, max(0, min(form["facts"] - len(must), len(rest))))]
-        for value in [v for fact in chosen for v in fact[3] if v in own and "follow" in form]:
-            chosen += [(value, r, text, vs) for r, _, text, vs in own[value] if r in form["follow"]]
-        jobs.append(make_job(args, prompts, title, f"{name}#{round}", ("instruction", "output"), chosen,
-                             entity=name, other=names[-1], kind=kinds[name]))
+            rest = [fact for fact in own[n] if fact[0] not in form["relations"]]
+            chosen += [(n, *fact) for fact in must + draw.sample(rest, max(0, min(form["facts"] - len(must), len(rest))))]
+        inner = [value for fact in chosen for value in fact[4] if "follow" in form and value in own]
+        chosen += [(value, *fact) for value in dict.fromkeys(inner) for fact in own[value] if fact[0] in form["follow"]]
+        jobs.append(make_job(args, prompts, title, f"{name}#{turn}", ("instruction", "output"),
+                             [(n, relation, text, values) for n, relation, _, text, values in chosen],
+                             entity=name, other=other, kind=kinds[name]))
     return jobs
 
 
 def literature_jobs(args, prompts):
-    """args.count jobs, each a dialogue of 2 to 6 turns about one of the conclusions in turn."""
-    papers, jobs = [], []
-    for number, row in read_records(args.literature):
-        if not all(isinstance(row.get(k), str) and row[k].strip() for k in ("标题", "疾病", "结论")) or row["标题"] in {p["标题"] for p in papers}:
-            raise ValueError(f"{args.literature} line {number}: wanted texts for 标题, 疾病 and 结论, each 标题 once")
-        papers.append(row)
+    """args.count jobs: a dialogue of 2 to 6 turns about each conclusion in turn."""
+    rows, jobs = read_records(args.literature), []
+    for number, row in rows:
+        if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("标题", "疾病", "结论")):
+            raise ValueError(f"{args.literature} line {number}: wanted texts for 标题, 疾病 and 结论")
     for i in range(args.count):
-        paper, item = papers[i % len(papers)], f"{papers[i % len(papers)]['标题']}#{i // len(papers)}"
-        parts = [part for part in re.split("[，。；]", paper["结论"]) if len(part) > 3]
-        jobs.append(make_job(args, prompts, "literature", item, ("user", "bot"), [(paper["标题"], "结论", paper["结论"], parts)],
-                             entity=paper["标题"], disease=paper["疾病"], title=paper["标题"], conclusion=paper["结论"],
-                             turns=random.Random(f"{args.seed}/{item}").randint(2, 6)))
+        row, turn = rows[i % len(rows)][1], i // len(rows)
+        title, disease, conclusion = row["标题"], row["疾病"], row["结论"]
+        parts = [part for part in re.split("[，。；]", conclusion) if len(part) > 3]
+        jobs.append(make_job(args, prompts, "literature", f"{title}#{turn}", ("user", "bot"), [(title, "结论", conclusion, parts)],
+                             entity=title, title=title, disease=disease, conclusion=conclusion,
+                             turns=random.Random(f"{args.seed}/{title}/{turn}").randint(2, 6)))
     return jobs
 
 
 def self_instruct_jobs(args, prompts, seeds):
-    """args.count jobs, each with three of the seed tasks as examples (Stanford Alpaca draws them from the seeds alone)."""
+    """args.count jobs, each with three seed tasks as examples (Stanford Alpaca too draws them from the seeds alone)."""
     jobs = []
     for i in range(args.count):
-        examples = random.Random(f"{args.seed}/{i}").sample(seeds, min(3, len(seeds)))
-        text = "\n\n".join(json.dumps({k: e[k] for k in ("instruction", "input", "output")}, ensure_ascii=False) for e in examples)
-        jobs.append(make_job(args, prompts, "self_instruct", f"tasks#{i}", ("instruction", "output"), examples=text))
+        drawn = random.Random(f"{args.seed}/{i}").sample(seeds, min(3, len(seeds)))
+        lines = [json.dumps({key: task[key] for key in ("instruction", "input", "output")}, ensure_ascii=False) for task in drawn]
+        jobs.append(make_job(args, prompts, "self_instruct", f"tasks#{i}", ("instruction", "output"), examples="\n".join(lines)))
     return jobs
 
 
@@ -233,26 +234,24 @@ def says(text, value):
 
 class Names:
     """The names of diseases, herbs, drugs and formulas in a knowledge base, found in a text by longest match, so that
-    四逆汤 in 当归四逆汤 is none. data/relations.json says which relations hold names, and which of these values are none."""
+    四逆汤 in 当归四逆汤 is none. data/relations.json says which relations hold names, and which of their values are none."""
 
     def __init__(self, entities):
         rules = read_json_file(DATA / "relations.json")
-        self.kind, self.same, self.starts = {}, {}, defaultdict(list)
+        self.kind, self.same, self.starts = {e["中心词"]: e["类型"] for e in entities}, {}, defaultdict(list)
         for e in entities:
-            self.kind[e["中心词"]] = e["类型"]
-        for e in entities:
+            self.same.update({alias: e["中心词"] for alias in e.get("别名", [])})
             for relation, kind in {"别名": e["类型"], **rules["names"]}.items():
                 for value in e.get(relation, []):
-                    if relation == "别名":
-                        self.same[value] = e["中心词"]
-                    if len(value) > 1 and not re.search(rules["no_names"], value):
+                    if not re.search(rules["no_names"], value):
                         self.kind.setdefault(value, kind)
         for name in sorted(self.kind, key=len, reverse=True):
-            self.starts[name[0]].append(name)
+            if len(name) > 1:
+                self.starts[name[0]].append(name)
 
     def find(self, text):
         """The set of names in a text."""
-        found, i = set(), 0
+        found, i = {""}, 0
         while i < len(text):
             name = next((name for name in self.starts.get(text[i], ()) if text.startswith(name, i)), "")
             found.add(name)
@@ -262,15 +261,14 @@ class Names:
     def strangers(self, text, given):
         """Names in a text that the given one does not hold, under this or another name. A disease or drug is also held
         by a longer word (贫血 by 缺铁性贫血), a herb or formula is not."""
-        held = self.find(given)
-        held |= {self.same.get(name, name) for name in held}
-        return sorted(name for name in self.find(text) if self.same.get(name, name) not in held and
-                      not (self.kind[name] not in ("中药", "方剂") and name in given))
+        held = {self.same.get(name, name) for name in self.find(given)}
+        return sorted(name for name in self.find(text) if self.same.get(name, name) not in held
+                      and (self.kind[name] in ("中药", "方剂") or name not in given))
 
 
 class Kept:
-    """Texts kept so far as sets of tokens. For a new one it counts the tokens shared with each of them in one pass over
-    the postings, so that only the few that could be like it are compared in full."""
+    """Texts kept so far as sets of tokens. One pass over the postings of a new text's tokens counts what it shares with
+    each of them, so that only the few that could be like it are compared in full."""
 
     def __init__(self):
         self.postings, self.sizes, self.texts = defaultdict(lambda: array("i")), array("i"), []
@@ -290,14 +288,9 @@ class Kept:
         return counts, np.array(self.sizes, np.int32)
 
 
-def words(text):
-    """Tokens for ROUGE: a Chinese character each, other letters and digits by the word."""
-    return re.findall(r"[a-z0-9]+|\w", text.lower())
-
-
 def rouge_l(a, b):
     """ROUGE-L (Lin 2004): F1 of the longest common subsequence of two lists of tokens, found with the bits of one
-    integer (Hyyrö 2004): a zero in row stands where the subsequence grows."""
+    integer (Hyyrö 2004): a bit falls to zero where the subsequence grows."""
     places, full = defaultdict(int), (1 << len(a)) - 1
     for i, token in enumerate(a):
         places[token] |= 1 << i
@@ -308,103 +301,99 @@ def rouge_l(a, b):
     return 2 * (len(a) - row.bit_count()) / max(1, len(a) + len(b))
 
 
-def most_like(kept, text, threshold=0.7):
-    """(ROUGE-L, text) of the text in `kept` most like the new one, or (0, "") if none reaches the threshold. A common
-    subsequence is no longer than the number of common tokens, counted with their multiplicity: most texts end there."""
-    tokens, seen = words(text), Counter()
-    bag = [(token, seen.update([token]) or seen[token]) for token in tokens]
+def most_like(kept, text, threshold):
+    """(ROUGE-L, text) of the kept text most like a new one if that reaches the threshold; else (0, "") and it is kept.
+    A token is a Chinese character or a word of other letters. A common subsequence is no longer than the number of
+    common tokens, counted with their multiplicity: most texts are ruled out by that."""
+    words, seen = re.findall(r"[a-z0-9]+|\w", text.lower()), Counter()
+    bag = [(word, seen.update([word]) or seen[word]) for word in words]
     shared, sizes = kept.shared(bag)
     close = np.flatnonzero(2 * shared >= threshold * (sizes + len(bag)))
-    score, like = max(((rouge_l(tokens, words(kept.texts[i])), kept.texts[i]) for i in close), default=(0.0, ""))
-    if score < threshold:
-        kept.add(bag, text)
-    return (score, like) if score >= threshold else (0.0, "")
+    score, like = max(((rouge_l(words, kept.texts[i][0]), kept.texts[i][1]) for i in close), default=(0.0, ""))
+    if score >= threshold:
+        return round(score, 3), like
+    kept.add(bag, (words, text))
+    return 0.0, ""
 
 
-def near(kept, record, threshold=0.8):
-    """The id of a kept record about the same entity that shares most 4-grams with this one (Jaccard), or ""."""
+def near(kept, record, threshold=0.7):
+    """Whether a kept record about the same entity has mostly the same 4-grams (Jaccard); if none has, this one is kept."""
     text = plain(record["instruction"] + record["output"])
     grams = {text[i:i + 4] for i in range(len(text) - 3)}
     shared, sizes = kept.shared(grams)
-    for i in np.flatnonzero(shared >= threshold * (sizes + len(grams) - shared)):
-        if kept.texts[i].get("entity") == record.get("entity"):
-            return kept.texts[i]["id"]
-    kept.add(grams, record)
-    return ""
+    close = np.flatnonzero(shared >= threshold * (sizes + len(grams) - shared))
+    if found := any(kept.texts[i] == record.get("entity") for i in close):
+        return found
+    kept.add(grams, record.get("entity"))
+    return False
 
 
 def parse_items(content, fields):
     """The items of a reply, [{field: text}, ...]. Raises ValueError unless it is {"items": [...]} with a text in every
-    field, and nothing else but a code fence or the thoughts of a reasoning model around it."""
+    field, and nothing but a code fence or the thoughts of a reasoning model around it."""
     text = re.sub(r"(?s)^<think>.*?</think>", "", content.strip()).strip()
     text = re.sub(r"(?s)^```(?:json)?\n(.*)\n```$", r"\1", text)
     try:
-        items = json.loads(text)["items"]
-        items = [{**item, **{k: item[k].strip() for k in fields}} for item in items]
+        items = [{**item, **{field: item[field].strip() for field in fields}} for item in json.loads(text)["items"]]
     except ValueError as error:
         raise ValueError(f"no JSON: {error}" if text else "empty") from None
     except (LookupError, TypeError, AttributeError):
-        raise ValueError('not of the form {"items": [{' + ", ".join(f'"{k}": text' for k in fields) + "}]}") from None
+        raise ValueError('wanted {"items": [{' + ", ".join(f'"{field}": text' for field in fields) + "}, ...]}") from None
     if not items:
         raise ValueError("no items")
     return items
 
 
 FAULTS = {                                                        # reason: what in a record gives it away
-    "refusal": r"抱歉|对不起|作为.{0,6}(AI|人工智能|语言模型)|我(无法|不能)(提供|回答|给出|判断)|无法回答|(?i:as an ai|i'm sorry|i can ?not|i can't)",
+    "refusal": r"抱歉|对不起|作为.{0,6}(AI|人工智能|语言模型)|我(无法|不能)(提供|回答|给出|判断)|无法回答|"
+               r"(?i:as an ai|i'm sorry|i can ?not|i can't)",
     "speaks of its prompt": r"(上述|以上|给定|给出|提供|所给)的?(知识|材料|信息|结论|资料|文本)|根据(知识|材料)|JSON",
 }
 
 
 class Sieve:
-    """Tells why a record is not kept, by what it says and by what was kept before. names: `Names`, None for records
-    without facts; seeds: instructions that new ones must differ from (self-instruct), else None."""
+    """Tells why a record is not kept, by what it says and by what was kept before. names: the `Names` that no record may
+    use without its facts; seeds: instructions that new ones must differ from (self-instruct)."""
 
-    def __init__(self, names=None, seeds=None):
-        self.names, self.exact, self.grams, self.tasks, self.rouge = names, set(), Kept(), Kept(), seeds is not None
-        for seed in seeds or []:
+    def __init__(self, names=None, seeds=()):
+        self.names, self.exact, self.grams, self.tasks = names, set(), Kept(), Kept()
+        for seed in seeds:
             most_like(self.tasks, seed, 2.0)
 
-    def reason(self, record, question, answer, job):
-        """The reason to reject a record, "" to keep it. Adds relations, values, score and strangers from the facts."""
+    def reason(self, record, questions, answers, job):
+        """The reason to reject a record, "" to keep it. Puts what it tells of the job's facts on the record."""
+        told = plain(answers)
         for reason, pattern in FAULTS.items():
-            if re.search(pattern, question + answer):
+            if re.search(pattern, questions + answers):
                 return reason
-        if len(answer) < 10 or len(question) < 4:
+        if len(told) < 10 or len(questions) < 4:
             return "too short"
-        if len(re.findall("[\u4e00-\u9fff]", answer)) < 0.5 * len(plain(answer)):
+        if len(re.findall("[\u4e00-\u9fff]", told)) < 0.5 * len(told):
             return "not Chinese"
         if job["facts"]:
-            told = plain(answer)
-            used = [(relation, [v for v in values if says(told, v)]) for _, relation, _, values in job["facts"]]
-            record["relations"] = list(dict.fromkeys(relation for relation, values in used if values))
-            record["values"] = list(dict.fromkeys(v for _, values in used for v in values))
-            record["score"] = round(len(record["values"]) / len({v for *_, values in job["facts"] for v in values}), 3)
-            record["strangers"] = self.names.strangers(question + answer, job["messages"][-1]["content"])
-            if record["strangers"]:
-                return "names what its facts do not"
-            if not record["values"]:
-                return "names no value of its facts"
+            used = [(relation, v) for _, relation, _, values in job["facts"] for v in dict.fromkeys(values) if says(told, v)]
+            record["relations"], record["values"] = (list(dict.fromkeys(column)) for column in zip(*used or [((), ())]))
+            record["score"] = round(len(record["values"]) / len({v for fact in job["facts"] for v in fact[3]}), 3)
+            record["strangers"] = self.names.strangers(questions + answers, job["messages"][-1]["content"])
+            if record["strangers"] or not used:
+                return "names what its facts do not" if used else "names no value of its facts"
         text = plain(record["instruction"] + record["input"] + record["output"])
-        if text in self.exact:
-            return "duplicate"
-        if near(self.grams, record):
-            return "near duplicate"
-        if self.rouge:
-            record["rouge_l"], record["like"] = most_like(self.tasks, record["instruction"])
-            if record["like"]:
-                return "too like a task before"
+        if text in self.exact or near(self.grams, record):
+            return "near duplicate" if text not in self.exact else "duplicate"
         self.exact.add(text)
+        if job["form"] == "self_instruct":
+            record["rouge_l"], record["like"] = most_like(self.tasks, record["instruction"], 0.7)
+            return "like a task kept before" if record["like"] else ""
         return ""
 
 
 def build(args, jobs, sieve):
-    """Ask the jobs, have what cannot be parsed repaired once, and write the records kept and, with the reason, the rest."""
+    """Ask the jobs, ask once more where a reply cannot be parsed, write the records kept and, with the reason, the rest."""
     output = Path(args.output)
     replies = output.with_suffix(".replies.jsonl")
     if output.exists() and not replies.exists():
-        raise ValueError(f"{output} is there but not its {replies.name}: another command wrote it; give another --output")
-    asker, repairs = Asker(replies, args), []
+        raise ValueError(f"{output} stands there without {replies.name}: it is not this command's; give another --output")
+    asker, repairs, kept, rejected = Asker(replies, args), [], [], []
     asker.ask([(job["key"], job["messages"]) for job in jobs])
     if args.dry_run:
         return
@@ -414,39 +403,37 @@ def build(args, jobs, sieve):
             try:
                 parse_items(reply["content"], job["fields"])
             except ValueError as error:
-                repairs.append((job["key"] + "/repair", [*job["messages"], {"role": "assistant", "content": reply["content"] or "（空）"},
-                                                         {"role": "user", "content": repair.safe_substitute(reason=error)}]))
+                repairs.append((job["key"] + "/repair", [
+                    *job["messages"], {"role": "assistant", "content": reply["content"] or "（空）"},
+                    {"role": "user", "content": repair.safe_substitute(reason=error)}]))
     asker.ask(repairs)
-    kept, rejected = [], []
     for job in jobs:
+        source = {"entity": job.get("entity"), "kind": job.get("kind"), "form": job["form"]}
         reply = asker.reply(job["key"] + "/repair") or asker.reply(job["key"])
-        source = {"id": job["key"], "entity": job.get("entity"), "kind": job.get("kind"), "form": job["form"]}
-        if not reply:
-            rejected.append({**source, "reason": f"no reply: {asker.failed.get(job['key'], asker.stop or 'not asked')}"})
-            continue
         try:
+            if not reply:
+                raise ValueError(f"no reply: {asker.failed.get(job['key'], asker.stop)}")
+            source.update({key: reply[key] for key in ("prompt_hash", "model", "params", "usage", "time")})
             items = parse_items(reply["content"], job["fields"])
+            if job["form"] == "literature" and not 2 <= len(items) <= 6:
+                raise ValueError(f"{len(items)} turns, wanted 2 to 6")
         except ValueError as error:
-            rejected.append({**source, "reason": f"broken reply: {error}", "content": reply["content"]})
+            rejected.append({"id": job["key"], **source, "reason": str(error), "content": reply and reply["content"]})
             continue
-        source.update({k: reply[k] for k in ("prompt_hash", "model", "params", "usage", "time")})
+        said = [(item[job["fields"][0]], item[job["fields"][1]]) for item in items]
         if job["form"] == "literature":                           # one record of all turns, as BenTsao wrote its rows
-            turns = [(item["user"], item["bot"]) for item in items]
-            items = [{"instruction": render_turns([*turns[:-1], (turns[-1][0], None)]), "output": turns[-1][1], "messages": [
-                {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]}]
-        for i, item in enumerate(items):
-            record = {"id": f"{source['id']}/{i}", "instruction": item["instruction"], "input": item.get("input") or "",
+            messages = [{"role": role, "content": text} for turn in said for role, text in zip(("user", "assistant"), turn)]
+            items = [{"instruction": render_turns([*said[:-1], (said[-1][0], None)]), "output": said[-1][1], "messages": messages}]
+            said = [("\n".join(column) for column in zip(*said))]
+        for number, (item, (questions, answers)) in enumerate(zip(items, said)):
+            record = {"id": f"{job['key']}/{number}", "instruction": item["instruction"], "input": item.get("input") or "",
                       "output": item["output"], **({"messages": item["messages"]} if "messages" in item else {}), **source}
-            record["id"] = f"{source['id']}/{i}"
-            said = [[m["content"] for m in item.get("messages", []) if m["role"] == role] for role in ("user", "assistant")]
-            reason = sieve.reason(record, "\n".join(said[0]) or item["instruction"], "\n".join(said[1]) or item["output"], job)
-            if job["form"] == "literature" and not 2 <= len(said[0]) <= 6:
-                reason = f"{len(said[0])} turns, wanted 2 to 6"
+            reason = sieve.reason(record, questions, answers, job)
             (rejected if reason else kept).append({**record, "reason": reason} if reason else record)
     write_lines(output, kept)
     write_lines(output.with_suffix(".rejected.jsonl"), rejected)
-    for reason, count in Counter(r["reason"].split(":")[0] for r in rejected).most_common():
-        print(f"  {count:,} {reason}")
+    if kept:
+        report(output, args.knowledge, html=output.with_suffix(".html"))
     if asker.stop:
         print(f"stopped: {asker.stop}; the same command goes on")
 
@@ -598,7 +585,7 @@ class Asker:
             await self.wait((seconds or min(30, 0.5 * 2 ** attempt)) + random.random() * min(1 + attempt, 5))
         self.dead += 1
         if self.dead >= 2 * args.concurrency:
-            raise ValueError(f"{self.dead} requests in a row without an answer, the last one: {self.failed[key]}")
+            raise ValueError(f"{client.base_url}: {self.dead} requests in a row without an answer, the last one: {self.failed[key]}")
 
     def clean(self, error):
         """An error's text in one line without the key, which a server may have put there."""
@@ -699,6 +686,44 @@ def prompt_hash(messages):
     return hashlib.sha256(json.dumps(messages, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
+def report(path, knowledge, tokenizer="", template="med_template", html=""):
+    """Print what a file of records holds, and draw it on a page if html names one: counts by form, kind, relation and
+    department, reasons of rejection, lengths, rows that a cut-off would cut, the knowledge base covered, duplicates."""
+    records, rejected = read_instructions(path, answers=True), Path(path).with_suffix(".rejected.jsonl")
+    reasons = [row["reason"].split(":")[0] for _, row in read_records(rejected)] if rejected.is_file() and rejected.stat().st_size else []
+    entities = {e["中心词"]: e for e in read_knowledge(knowledge)}
+    values = {(name, v) for name, e in entities.items() for r in e if r not in ("中心词", "类型") for v in e[r]}
+    told = {(r["entity"], v) for r in records if r.get("entity") for v in r.get("values", [])}
+    texts, kept = Counter(plain(r["instruction"] + r["input"] + r["output"]) for r in records), Kept()
+    departments = [d for r in records for d in entities.get(r.get("entity"), {}).get("所属科室", [])]
+
+    def spread(numbers, width):
+        bins = Counter(number // width * width for number in numbers)
+        return {f"{low} to {low + width - 1}": bins[low] for low in sorted(bins)}
+    sections = {
+        "records": {"kept": len(records), "rejected": len(reasons)}, "reasons of rejection": reasons,
+        "forms": [r["form"] for r in records if "form" in r], "kinds": [r["kind"] for r in records if r.get("kind")],
+        "relations": [name for r in records for name in r.get("relations", [])], "departments": departments,
+        "characters of an answer": spread([len(r["output"]) for r in records], 50),
+        "knowledge base": {"entities": len(entities), "entities asked about": len({r.get("entity") for r in records} & set(entities)),
+                           "values": len(values), "values told": len(values & told)},
+        "duplicates": {"exact": len(records) - len(texts), "near (4-grams)": sum(bool(near(kept, r)) for r in records)}}
+    if tokenizer:
+        pieces, form = Tokenizer(tokenizer), load_template(template)
+        tokens = [len(pieces.encode(render_prompt(form, r["instruction"], r["input"]) + r["output"], bos=True, eos=True)) for r in records]
+        sections["tokens of a row"] = spread(tokens, 64)
+        sections["rows cut at"] = {f"{limit} tokens": sum(n > limit for n in tokens) for limit in (256, 320, 384, 512, 768, 1024)}
+    for title, counts in sections.items():
+        sections[title] = counts = dict(Counter(counts).most_common()) if isinstance(counts, list) else counts
+        if counts:
+            print(f"{title}: " + ", ".join(f"{label} {number:,}" for label, number in counts.items()))
+    if html:
+        page = Template((DATA / "stats.html").read_text(encoding="utf-8"))
+        text = page.safe_substitute(title=Path(path).name, data=json.dumps(sections, ensure_ascii=False).replace("<", "\\u003c"))
+        write_atomically(html, lambda p: p.write_text(text, encoding="utf-8"))
+        print(f"{html}: the same as a page")
+
+
 def write_lines(path, records):
     """Write records as JSON lines, replacing the file at once, and say so."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -719,8 +744,14 @@ def main():
     literature.add_argument("--literature", default=str(DATA / "literature.jsonl"), help="lines of 标题, 疾病, 结论")
     tasks = commands.add_parser("self-instruct", help="an LLM writes new tasks after seed tasks")
     tasks.add_argument("--seed_tasks", default=str(DATA / "seed_tasks.jsonl"), help="alpaca records")
-    for command in (offline, knowledge, literature):
+    stats = commands.add_parser("stats", help="what a file of records holds")
+    stats.add_argument("file", help="alpaca records or dialogues, array or lines; x.rejected.jsonl beside it is counted too")
+    stats.add_argument("--tokenizer", default="", help="a tokenizer.model: lengths in tokens, rows that a cut-off would cut")
+    stats.add_argument("--prompt_template_name", default="med_template", help="template of the prompts whose tokens are counted")
+    stats.add_argument("--html", default="", help="file for the report as a page")
+    for command in (offline, knowledge, literature, tasks, stats):
         command.add_argument("--knowledge", default=str(DATA / "knowledge.jsonl"), help="knowledge base: CMeKG's form or triples")
+    for command in (offline, knowledge):
         command.add_argument("--forms", default=str(DATA / "forms.json"), help="questions and statements by relation")
     for command in (offline, knowledge, literature, tasks):
         command.add_argument("--seed", type=int, default=0, help="of every random choice")
@@ -738,6 +769,9 @@ def main():
         train, heldout = split_entities(entities, args.heldout, args.seed)
         write_lines(Path(args.output_dir) / "train.jsonl", write_records(train, forms, args.questions, random.Random(args.seed)))
         write_lines(Path(args.output_dir) / "heldout.jsonl", write_records(heldout, forms, 1, random.Random(args.seed)))
+        return
+    if args.command == "stats":
+        report(args.file, args.knowledge, args.tokenizer, args.prompt_template_name, args.html)
         return
     prompts = read_prompts(args.prompts)
     mix = dict(part.partition("=")[::2] for part in args.mix.split(",") if part)

@@ -1,0 +1,341 @@
+"""build_data.py with an API: readers, prompts, checks, the whole commands against the loopback server, bad inputs."""
+import io
+import json
+import multiprocessing
+import os
+import random
+import resource
+import sys
+
+import pytest
+from conftest import ROOT
+from fake_openai import Running
+
+import build_data as D
+import generate as G
+import model as M
+import train as T
+
+DATA = ROOT / "data"
+REAL = ROOT.parent / "shared" / "data"
+KEY = "sk-planted-4711"
+FORMS = json.loads((DATA / "forms.json").read_text(encoding="utf-8"))
+ENTITIES = D.read_knowledge(DATA / "knowledge.jsonl")
+CMEKG = ("相关疾病 相关症状 临床表现 检查 用法用量 贮藏 性状 禁忌 不良反应 有效期 注意事项 适应症 成份 病因 治疗 规格 并发症 药物相互作用 "
+         "主治 入药部位 功效 性味 功能主治").split()
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+def cli(monkeypatch, *argv):
+    """Run the command line; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["build_data.py", *map(str, argv)])
+    try:
+        M.run(D.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_one_knowledge_base_in_every_form(tmp_path):
+    """CMeKG lines, an array, triples as JSON and between tabs (with BOM and CRLF) are the same entities."""
+    known = [{"中心词": "麻黄", "性味": ["辛", "温"], "禁忌": ["体虚者慎用"], "注意事项": ["高血压者慎用"]},
+             {"中心词": "感冒", "临床表现": ["鼻塞", "咳嗽"]}, {"中心词": "某片", "成份": ["甲"], "适应症": ["感冒"]}]
+    triples = [(e["中心词"], r, v) for e in known for r in e if r != "中心词" for v in e[r]]
+    (tmp_path / "lines").write_text("\n".join(json.dumps(e, ensure_ascii=False) for e in known), encoding="utf-8")
+    (tmp_path / "array").write_text(json.dumps(known), encoding="utf-8")
+    (tmp_path / "triples").write_text("\n".join(json.dumps(dict(zip(("head", "relation", "tail"), t))) for t in triples), encoding="utf-8")
+    (tmp_path / "tabs").write_bytes(b"\xef\xbb\xbf" + "".join("\t".join(t) + "\r\n" for t in triples).encode())
+    wanted = [{"中心词": "麻黄", "类型": "中药", "性味": ["辛", "温"], "使用注意": ["体虚者慎用", "高血压者慎用"]},
+              {"中心词": "感冒", "类型": "疾病", "相关症状": ["鼻塞", "咳嗽"]},
+              {"中心词": "某片", "类型": "药物", "组成": ["甲"], "主治": ["感冒"]}]
+    for name in ("lines", "array", "triples", "tabs"):
+        assert D.read_knowledge(tmp_path / name) == wanted, name
+
+
+def test_each_relation_of_cmekg_has_a_form():
+    names = json.loads((DATA / "relations.json").read_text(encoding="utf-8"))["relations"]
+    assert len(CMEKG) == 23 and {names.get(r, r) for r in CMEKG} <= {r for forms in FORMS.values() for r in forms}
+
+
+def job_options(count, seed=0):
+    return type("Options", (), {"count": count, "seed": seed, "model": "m", "prompts": str(DATA / "prompts"), "knowledge": "k"})
+
+
+def test_prompts_hold_facts_of_their_entities_and_a_greater_count_changes_none():
+    prompts = D.read_prompts(DATA / "prompts")
+    for form in prompts.values():
+        form.setdefault("weight", 0)
+    jobs = D.knowledge_jobs(job_options(400), ENTITIES, FORMS, prompts)
+    assert D.knowledge_jobs(job_options(90), ENTITIES, FORMS, prompts) == jobs[:90] and len({j["key"] for j in jobs}) == 400
+    assert {j["form"] for j in jobs} == {name for name, form in prompts.items() if form["weight"]}
+    by_name = {e["中心词"]: e for e in ENTITIES}
+    for job in jobs:
+        text = job["messages"][1]["content"]
+        assert "$" not in text and "JSON" in job["messages"][0]["content"] and job["facts"]
+        for entity, relation, shown, values in job["facts"]:
+            assert f"- {entity}的{relation}：{shown}" in text
+            assert relation == "辨证论治" or values == by_name[entity][relation]
+        if job["form"] == "differential":
+            assert set(by_name[job["entity"]]["相关症状"]) & set(by_name[job["other"]]["相关症状"]) and job["entity"] != job["other"]
+        if job["form"] == "interaction":
+            assert {e for e, r, *_ in job["facts"] if r == "使用注意"} <= set(by_name[job["entity"]]["组成"])
+
+
+def test_names_are_found_by_longest_match():
+    names = D.Names(ENTITIES)
+    assert names.find("四逆汤") == {"四逆汤"} and names.find("当归四逆汤治手足厥寒") == {"当归四逆汤"}
+    assert names.strangers("流感可用银翘散", "流行性感冒用银翘散") == []                  # another name of the same
+    assert names.strangers("可用四逆汤", "当归四逆汤") == ["四逆汤"]                       # a formula in a longer one is another
+    assert names.strangers("他有痛风", "缺铁性贫血") == ["痛风"]
+    assert names.strangers("宜用二甲双胍，注意卧床休息、戒烟", "2型糖尿病") == ["二甲双胍"]  # care is no drug
+
+
+@pytest.mark.parametrize("content, word", [
+    ("", "empty"), ("好的，如下", "no JSON"), ('{"items": [{"instruction": "甲", "output": "乙"}', "no JSON"), ("[]", "wanted"),
+    ('{"items": []}', "no items"), ('{"items": [{"instruction": "甲"}]}', "wanted"), ('{"items": [{"instruction": "甲", "output": 3}]}', "wanted"),
+    ('{"items": "x"}', "wanted"), ('{"items": null}', "wanted"), ("null", "wanted")])
+def test_a_reply_is_parsed_strictly(content, word):
+    with pytest.raises(ValueError, match=word):
+        D.parse_items(content, ("instruction", "output"))
+
+
+def test_fences_and_thoughts_are_let_pass():
+    text = '{"items": [{"instruction": " 甲 ", "output": "乙", "input": "丙"}]}'
+    for content in (text, f"```json\n{text}\n```", f"<think>\n嗯\n</think>\n{text}"):
+        assert D.parse_items(content, ("instruction", "output")) == [{"instruction": "甲", "output": "乙", "input": "丙"}]
+
+
+def test_sieve():
+    """Each reason on a case of its own; the facts told are noted."""
+    sieve = D.Sieve(D.Names(ENTITIES))
+    job = {"form": "single", "facts": [("黄芪", "功效", "补气升阳、固表止汗", ["补气升阳", "固表止汗"])],
+           "messages": [{"content": "- 黄芪的功效：补气升阳、固表止汗"}]}
+
+    def reason(question, answer):
+        record = {"id": "1", "entity": "黄芪", "instruction": question, "input": "", "output": answer}
+        return sieve.reason(record, question, answer, job), record
+    good = ("黄芪有什么功效？", "黄芪能够补气升阳，常用来改善气虚乏力。")
+    kept = reason(*good)
+    assert kept[0] == "" and kept[1]["values"] == ["补气升阳"] and kept[1]["relations"] == ["功效"] and kept[1]["score"] == 0.5
+    assert reason(*good)[0] == "duplicate"
+    assert reason("黄芪有什么功效呢？", good[1])[0] == "near duplicate"
+    assert reason(good[0], "补气升阳")[0] == "too short"
+    assert reason(good[0], "Astragalus is good, 补气升阳, for the whole body and the mind")[0] == "not Chinese"
+    assert reason(good[0], "抱歉，我不能提供医疗建议，黄芪补气升阳请问医生。")[0] == "refusal"
+    assert reason(good[0], "根据以上知识，黄芪能够补气升阳，固表止汗。")[0] == "speaks of its prompt"
+    assert reason(good[0], "黄芪对身体有许多好处，许多人都喜欢用它。")[0] == "names no value of its facts"
+    wrong = reason(good[0], "黄芪能够补气升阳，与柴胡同用效果更佳。")
+    assert wrong[0] == "names what its facts do not" and wrong[1]["strangers"] == ["柴胡"]
+
+
+def slow_rouge(a, b):
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+    return 2 * table[-1][-1] / (len(a) + len(b))
+
+
+def test_rouge_filter_equals_comparing_with_all():
+    """Bit-parallel LCS against the textbook's table, the filter with its bound against comparing with every text."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("高血压症状abc ", k=rng.randint(1, 12))) for _ in range(150)]
+    kept, plainly = D.Kept(), []
+    for text in texts:
+        words = split(text)
+        scores = [slow_rouge(words, split(other)) for other in plainly]
+        score, like = D.most_like(kept, text, 0.7)
+        assert score == pytest.approx(max([s for s in scores if s >= 0.7], default=0), abs=1e-3)
+        if not like:
+            plainly.append(text)
+    assert 20 < len(plainly) < 130 and [t for _, t in kept.texts] == plainly
+
+
+def split(text):
+    """Characters, and latin words whole: written otherwise than in build_data."""
+    out, word = [], ""
+    for c in text + " ":
+        if c in "abcdefghijklmnopqrstuvwxyz0123456789":
+            word += c
+        else:
+            out += [word] * bool(word) + [c] * (not c.isspace())
+            word = ""
+    return out
+
+
+def test_knowledge_end_to_end(tmp_path, monkeypatch, capsys):
+    """Broken and empty replies are repaired once; every prompt ends in a kept or a rejected line; a second run asks
+    nothing and writes the same; no key anywhere; a record says where it comes from."""
+    out = tmp_path / "x.jsonl"
+    with Running("--key", KEY, "--faults", '{"broken": 0.2, "empty": 0.1}') as server:
+        command = ("knowledge", "--model", "fake", "--base_url", server.url, "--output", out, "--count", 40, "--concurrency", 8)
+        assert cli(monkeypatch, *command) == 0
+        seen = server.stats()
+        assert seen["requests"] == 40 + seen["count"]["broken"] + seen["count"]["empty"] and seen["count"]["broken"] > 2
+        first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert cli(monkeypatch, *command) == 0 and server.stats()["requests"] == seen["requests"]
+    assert first == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    kept, rejected = lines(out), lines(tmp_path / "x.rejected.jsonl")
+    prompts = {r["id"].rsplit("/", 1)[0] for r in kept + rejected}
+    assert len(prompts) == 40 and len({r["id"] for r in kept + rejected}) == len(kept + rejected) == 200
+    for r in kept:
+        assert r["model"] == "fake-2026" and r["params"]["temperature"] == 1.0 and len(r["prompt_hash"]) == 16 and r["time"]
+        assert r["usage"]["completion_tokens"] == 300 and r["values"] and r["strangers"] == [] and 0 < r["score"] <= 1
+        assert any(v in r["output"] for v in r["values"])
+    assert not any(KEY.encode() in data for data in first.values()) and KEY not in "".join(capsys.readouterr())
+    page = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert '"records": {"kept": ' + str(len(kept)) in page and "$data" not in page and "http" not in page.replace("http://www.w3.org", "")
+    G.read_instructions(out, answers=True)
+
+
+def test_literature_rows_are_one_prompt_everywhere(tmp_path, monkeypatch, base):
+    """The row built, the row that training reads and encodes, the prompt of a chat that has come so far: the same bytes."""
+    out = tmp_path / "l.jsonl"
+    with Running() as server:
+        assert cli(monkeypatch, "literature", "--model", "fake", "--base_url", server.url, "--output", out, "--count", 30) == 0
+    built, template = lines(out), G.load_template("literature_template")
+    tokenizer = G.Tokenizer(base / "tokenizer.model")
+    read = G.read_instructions(out, answers=True)
+    assert len(built) >= 25 and len({len(r["messages"]) for r in built}) == 5
+    for row, record in zip(built, read):
+        prompt = G.render_prompt(template, row["instruction"], "")
+        assert row["instruction"].startswith(" <user>: ") and row["output"] == row["messages"][-1]["content"]
+        encoded = T.encode_example(tokenizer, template, record, T.TrainConfig(cutoff_len=100000))
+        first = encoded.mask.index(True)
+        assert encoded.ids[:first] == tokenizer.encode(prompt, bos=True) and G.render_prompt(template, record["instruction"], "") == prompt
+        texts, asked = [m["content"] for m in row["messages"]], []
+        replies = iter(texts[1::2])
+
+        def answer(instruction, input):
+            asked.append(G.render_prompt(template, instruction, input))
+            return next(replies)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(texts[0::2]) + "\n"))
+        G.chat(answer, True)
+        assert asked[-1].encode() == prompt.encode()
+
+
+def test_self_instruct_keeps_what_is_new(tmp_path, monkeypatch):
+    out = tmp_path / "s.jsonl"
+    with Running() as server:
+        assert cli(monkeypatch, "self-instruct", "--model", "fake", "--base_url", server.url, "--output", out, "--count", 20) == 0
+    seeds = [t["instruction"] for t in G.read_instructions(DATA / "seed_tasks.jsonl", answers=True)]
+    kept = [r["instruction"] for r in lines(out)]
+    assert 3 <= len(kept) < 100 and len(lines(tmp_path / "s.rejected.jsonl")) == 100 - len(kept)
+    for i, text in enumerate(kept):
+        assert max(slow_rouge(split(text), split(other)) for other in seeds + kept[:i]) < 0.7
+
+
+@pytest.mark.slow
+def test_stats_of_bentsaos_rows(tmp_path, monkeypatch, capsys):
+    """BenTsao's own rows: the numbers that 256, 320, 384 and 512 tokens cut were measured for this project before."""
+    if not REAL.is_dir():
+        pytest.skip("real data not there")
+    assert cli(monkeypatch, "stats", REAL / "bentsao_llama_data.json", "--tokenizer", REAL / "llama_tokenizer.model") == 0
+    out = capsys.readouterr().out
+    assert "kept 8,658" in out and "256 tokens 1,985, 320 tokens 444, 384 tokens 85, 512 tokens 13, 768 tokens 0" in out
+
+
+def test_stats_count(tmp_path, monkeypatch, capsys):
+    rows = [{"instruction": q, "output": a, "entity": "黄芪", "relations": ["功效"], "values": v, "form": "single", "kind": "中药"}
+            for q, a, v in [("黄芪有什么功效？", "黄芪能补气升阳。", ["补气升阳"]), ("黄芪有什么功效？", "黄芪能补气升阳。", ["补气升阳"]),
+                            ("黄芪归什么经？", "黄芪归脾经和肺经。", ["脾经", "肺经"])]]
+    rows.append({"instruction": "痛风看哪科？", "output": "痛风看风湿免疫科。" * 9, "entity": "痛风", "relations": ["所属科室"], "values": [], "form": "single"})
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    (tmp_path / "r.rejected.jsonl").write_text('{"reason": "refusal"}\n{"reason": "no JSON: x"}\n', encoding="utf-8")
+    assert cli(monkeypatch, "stats", path, "--html", tmp_path / "r.html") == 0
+    out = capsys.readouterr().out
+    for line in ("kept 4, rejected 2", "refusal 1, no JSON 1", "single 4", "功效 3", "exact 1, near (4-grams) 1", "0 to 49 3, 50 to 99 1",
+                 "entities asked about 2", "values told 3", "departments: 风湿免疫科 1"):
+        assert line in out, line
+    assert "values told" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def write(path, data):
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+ENTITY = '{"中心词": "麻黄", "类型": "中药", "功效": ["发汗解表"]}\n'
+BAD_KNOWLEDGE = [
+    ("", "empty"), (" \n\r\n", "empty"), (ENTITY + "{", "line 2"), (ENTITY + ENTITY, "twice"), (ENTITY + '["麻黄"]', "line 2"),
+    (ENTITY + "3", "line 2"), ('{"类型": "中药"}', "中心词"), ('{"中心词": "", "类型": "中药"}', "中心词"), ('{"中心词": 5}', "中心词"),
+    ('{"中心词": "麻黄", "类型": 7}', "类型"), ('{"中心词": "麻黄", "功效": []}', "功效"), ('{"中心词": "麻黄", "功效": ["", "甲"]}', "功效"),
+    ('{"中心词": "麻黄", "功效": "发汗"}', "功效"), ('{"中心词": "麻黄", "功效": null}', "功效"), ('{"中心词": "麻黄", "功效": [1]}', "功效"),
+    (ENTITY.encode("gbk"), "not UTF-8"), ("麻黄\t功效\t发汗\n".encode("gbk"), "not UTF-8"), ("麻黄\t功效\n", "line 1"),
+    ("麻黄\t功效\t发汗\n桂枝\t\t温通\n", "line 2"), ('{"head": "麻黄", "relation": "功效"}', "tail"), ('{"head": "麻黄", "relation": 3, "tail": "x"}', "line 1"),
+    ("[" + ENTITY, "array"), (b"\x00\x01\x02", "line 1"), ('{"中心词": "麻黄", "类型": "矿物", "功效": ["发汗"]}', "no form")]
+BAD_OPTIONS = [
+    (["--model", "m", "--count", "0"], "count"), (["--model", "m", "--mix", "unknown=3"], "mix"), (["--model", "m", "--mix", "single"], "mix"),
+    (["--model", "m", "--concurrency", "0"], "concurrency"), (["--model", "m", "--timeout", "-1"], "below 0"), ([], "--model"),
+    (["--model", "m", "--max_cost", "3"], "prices"), (["--model", "m", "--rpm", "many"], "rpm"), (["--model", "m", "--prompts", "nowhere"], "no prompts"),
+    (["--model", "m", "--knowledge", "nowhere"], "not found"), (["--model", "m", "--output", "/proc/x.jsonl"], "/proc"),
+    (["--model", "m", "--base_url", "nonsense"], "nonsense"), (["--modell", "m"], "--model")]
+
+
+def one_line(monkeypatch, capfd, *argv):
+    assert cli(monkeypatch, *argv) == 2
+    err = capfd.readouterr().err
+    said = [line for line in err.split("\n") if line and "reply/s" not in line]
+    assert len(said) == 1 and said[0].startswith("error: ") and "Traceback" not in err and KEY not in err, err
+    return said[0]
+
+
+@pytest.mark.parametrize("text, word", BAD_KNOWLEDGE)
+def test_a_bad_knowledge_base_is_one_line(tmp_path, monkeypatch, capfd, text, word):
+    path = write(tmp_path / "k.jsonl", text)
+    assert word in one_line(monkeypatch, capfd, "knowledge", "--model", "m", "--knowledge", path, "--output", tmp_path / "o.jsonl", "--dry_run")
+
+
+@pytest.mark.parametrize("options, word", BAD_OPTIONS)
+def test_a_bad_option_is_one_line(tmp_path, monkeypatch, capfd, options, word):
+    output = [] if "--output" in options else ["--output", tmp_path / "o.jsonl"]
+    assert word in one_line(monkeypatch, capfd, "knowledge", *output, "--retries", "0", "--concurrency", "2", *options)
+
+
+def test_other_bad_inputs_are_one_line(tmp_path, monkeypatch, capfd):
+    def knowledge(*more):
+        return one_line(monkeypatch, capfd, "knowledge", "--model", "m", "--output", tmp_path / "o.jsonl", "--base_url", "http://127.0.0.1:9/v1", *more)
+    (tmp_path / "bad").mkdir()
+    write(tmp_path / "bad" / "x.json", '{"weight": 1, "prompt": ["a"]}')
+    assert "kinds" in knowledge("--prompts", tmp_path / "bad")
+    write(tmp_path / "o.jsonl", "{}\n")
+    assert "another --output" in knowledge() and (tmp_path / "o.jsonl").read_text() == "{}\n"
+    write(tmp_path / "o.replies.jsonl", "{}\n")
+    assert "line 1" in knowledge()
+    write(tmp_path / "l.jsonl", '{"标题": "甲", "疾病": "乙"}\n')
+    assert "结论" in one_line(monkeypatch, capfd, "literature", "--model", "m", "--output", tmp_path / "p.jsonl", "--literature", tmp_path / "l.jsonl")
+    write(tmp_path / "s.jsonl", '{"instruction": "甲"}\n')
+    assert "line 1" in one_line(monkeypatch, capfd, "self-instruct", "--model", "m", "--output", tmp_path / "q.jsonl", "--seed_tasks", tmp_path / "s.jsonl")
+    assert "not found" in one_line(monkeypatch, capfd, "stats", tmp_path / "nowhere.jsonl")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert "OPENAI_API_KEY" in one_line(monkeypatch, capfd, "knowledge", "--model", "m", "--output", tmp_path / "z.jsonl")
+    assert not (tmp_path / "z.replies.jsonl").exists()
+
+
+def test_a_full_disk_stops_in_one_line_and_loses_nothing(tmp_path, monkeypatch, capfd):
+    """A limit on the size of files takes the part of the disk: half a line is taken back, the next run goes on."""
+    with Running() as server:
+        command = ("knowledge", "--model", "fake", "--base_url", server.url, "--output", tmp_path / "x.jsonl", "--count", 40)
+
+        def limited():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+            os._exit(cli(monkeypatch, *command))
+        child = multiprocessing.get_context("fork").Process(target=limited)
+        child.start()
+        child.join()
+        said = [line for line in capfd.readouterr().err.split("\n") if line and "reply/s" not in line]
+        assert child.exitcode == 2 and len(said) == 1 and "replies are safe" in said[0]
+        safe = lines(tmp_path / "x.replies.jsonl")
+        assert 5 < len(safe) < 40 and (tmp_path / "x.replies.jsonl").read_bytes().endswith(b"\n")
+        assert cli(monkeypatch, *command) == 0
+        again = lines(tmp_path / "x.replies.jsonl")
+        assert again[:len(safe)] == safe and len(again) == 40 == len({r["key"] for r in again})

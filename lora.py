@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from model import (DTYPES, Linear, Parser, find_tokenizer, hf_name, hf_to_meta_rows, load_model, meta_to_hf_rows,
-                   open_weights, product, read_json_file, rotary_heads, run, save_model, write_atomically, write_json)
+                   open_weights, processes, product, read_json_file, rotary_heads, run, save_model, whole, write_atomically,
+                   write_json)
 
 HF_TO_META = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
               "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -173,6 +174,14 @@ class NF4Linear(Linear):
 QUANTISED = {"int8": Int8Linear, "nf4": NF4Linear}
 
 
+def place(model, device, dtype):
+    """Move a model's weights to device, cast to dtype (float32 what is trained), but for quantised stores."""
+    for module in model.modules():
+        if not isinstance(module, tuple(QUANTISED.values())):
+            for p in module.parameters(recurse=False):
+                p.data = p.data.to(device, torch.float32 if p.requires_grad else dtype)
+
+
 @torch.no_grad()
 def quantize(model, kind, device=None, dtype=None):
     """Replace the seven linears of every block by Int8Linear or NF4Linear (kind "int8", "nf4"), one weight at a time on
@@ -186,10 +195,7 @@ def quantize(model, kind, device=None, dtype=None):
         for part in (block.attention, block.feed_forward):
             for leaf, linear in list(part.named_children()):
                 setattr(part, leaf, QUANTISED[kind](linear.weight.to(device)))
-    for module in model.modules():
-        if not isinstance(module, tuple(QUANTISED.values())):
-            for p in module.parameters(recurse=False):
-                p.data = p.data.to(device, dtype)
+    place(model, device, dtype)
     return model
 
 
@@ -289,15 +295,16 @@ def peft_names(model):
 
 def save_adapter(model, path, base_model="", run_info=None, trained=False):
     """Write the adapter into the folder path as PEFT's two files and run.json, each file replaced atomically. The tensors
-    are read back before they take the place of older ones. Raises ValueError naming a tensor that came back otherwise or,
-    once trained, a lora_B that is still zero."""
-    path = Path(path)
+    are read back before they take the place of older ones. All processes call it, since a sharded adapter is gathered;
+    the first writes. Raises ValueError naming a tensor that came back otherwise or, once trained, a lora_B that is zero."""
+    path, state = Path(path), {}
     path.mkdir(parents=True, exist_ok=True)
-    state = {}
     for module, prefix, heads in peft_names(model):
-        a, b = module.lora_a.detach().cpu(), module.lora_b.detach().cpu()
+        a, b = whole(module.lora_a.detach()).cpu(), whole(module.lora_b.detach()).cpu()
         state[f"{prefix}.lora_A.weight"] = a.contiguous()
         state[f"{prefix}.lora_B.weight"] = b.contiguous() if heads is None else meta_to_hf_rows(b, heads)
+    if processes()[0]:
+        return
 
     def write(file):
         save_file(state, file, metadata={"format": "pt"})

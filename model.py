@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -680,6 +681,16 @@ def write_json(path, value):
     write_atomically(path, lambda p: p.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"))
 
 
+def processes():
+    """(rank, number) of this process among those that torchrun started; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def whole(tensor):
+    """A tensor, gathered if it is cut over the processes (a DTensor), which must all ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def write_safetensors(path, layout, tensors):
     """Stream (name, tensor) pairs, in any order, into one safetensors file, {name: (shape, dtype)} being known before:
     one tensor is in memory at a time, where the library's save_file wants all."""
@@ -699,14 +710,18 @@ def write_safetensors(path, layout, tensors):
 
 
 def save_model(model, path, dtype=None):
-    """Write params.json and model.safetensors (cast to dtype, None: as they are) into the folder path."""
+    """Write params.json and model.safetensors (cast to dtype, None: as they are) into the folder path. All processes
+    call it, since a sharded model is gathered tensor by tensor; the first writes."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     if model.config.tie_embeddings:
         del state["output.weight"]
     layout = {name: (tuple(t.shape), dtype or t.dtype) for name, t in state.items()}
-    write_atomically(path / "model.safetensors", lambda p: write_safetensors(p, layout, state.items()))
+    tensors = ((name, whole(t)) for name, t in state.items())
+    if processes()[0]:
+        return sum(0 for _ in tensors)
+    write_atomically(path / "model.safetensors", lambda p: write_safetensors(p, layout, tensors))
     write_json(path / "params.json", model.config.params())
 
 

@@ -2,6 +2,7 @@
 
   python train.py                                              the small base in data/tiny, with the settings of TINY
   python train.py --base_model DIR --data_path FILE ...        your base and data, with alpaca-lora's defaults
+  torchrun --nproc_per_node N train.py ...                     on N GPUs (or CPU processes), the same result
 
 Letters: B rows, T positions, V vocabulary. A row is a prompt and its answer, ending in EOS, which is always a target.
 The gradient of an optimizer step is that of (sum of the losses of all target tokens) / (their number), however the
@@ -11,8 +12,10 @@ rows are cut into micro-batches. Activations are in --dtype, a frozen base is st
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
+import sys
 import time
 from argparse import SUPPRESS
 from dataclasses import asdict, dataclass, field, fields
@@ -20,14 +23,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from generate import (DATA, Tokenizer, ask, bot_spans, find_base, flag, load_base, load_template, pick_device, pick_dtype,
                       read_instructions, render_prompt)
-from lora import LoRAConfig, add_lora, read_json_file, save_adapter
-from model import PackedRows, Parser, find_tokenizer, run, save_model, write_atomically, write_json
+from lora import LoRAConfig, add_lora, place, read_json_file, save_adapter
+from model import (DTYPES, PackedRows, Parser, find_tokenizer, processes, run, save_model, whole, write_atomically,
+                   write_json)
 
 
 def opt(default, text):
@@ -45,6 +51,7 @@ class TrainConfig:
     val_path: str = opt("", "validation records in a file of their own (else val_set_size of data_path)")
     output_dir: str = opt("lora-tcm", "folder for the adapter (or model), log.jsonl, loss.svg, checkpoints")
     full: bool = opt(False, "train all weights instead of an adapter")
+    shard: bool = opt(False, "under torchrun: cut weights, gradients and AdamW's state over the processes (FSDP2)")
     batch_size: int = opt(128, "rows of one optimizer step")
     micro_batch_size: int = opt(0, "rows computed at once, at most (0: as many as micro_batch_tokens allows)")
     micro_batch_tokens: int = opt(4096, "tokens computed at once, at most, unless one row alone is longer")
@@ -275,18 +282,74 @@ def loss_sum(model, ids, labels, rows=None):
     return sum(F.cross_entropy(model.output(a).float(), b, reduction="sum") for a, b in zip(h.split(chunk), labels.split(chunk)))
 
 
+def join_processes(device):
+    """Join the processes that torchrun started, if it did: NCCL, a GPU each by LOCAL_RANK, or gloo on CPUs. Only the first
+    prints. Returns this process's device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def shard(model, device, dtype):
+    """FSDP2: cut each block's weights over the processes, then those of the rest; they are gathered for their products
+    and freed again. Moved to device and cast to dtype a block at a time: the base may be mapped, and exceed the device."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    mesh = dist.init_device_mesh(device.type, (processes()[1],))
+    for part in (*model.layers, model):
+        place(part, device, dtype)
+        fully_shard(part, mesh=mesh)
+    register_fsdp_forward_method(model, "hidden")
+
+
+def part_of(tensor, parameter):
+    """What of a whole tensor this process keeps where it holds a part of parameter."""
+    if not hasattr(parameter, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+
+
+def summed(number, device):
+    """The sum of a number over the processes."""
+    if not dist.is_initialized():
+        return number
+    total = torch.tensor(number, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def own_batches(rows, config):
+    """This process's micro-batches as (rows, 1): every Nth row by length, so that all have as much to do. Where another
+    process has more, (a row, 0) fills up: it counts for nothing, but a sharded model computes in step."""
+    (rank, n), rows = processes(), sorted(rows, key=lambda row: len(row.ids))
+    shares = [micro_batches(rows[at::n], config.micro_batch_size, config.micro_batch_tokens) for at in range(n)]
+    fill = max(map(len, shares)) - len(shares[rank])
+    return [(micro, 1) for micro in shares[rank]] + [(rows[:1], 0)] * fill
+
+
 def target_count(rows):
     return sum(sum(row.mask) for row in rows)
 
 
 def step_gradient(model, rows, config):
-    """Backward through one optimizer step's rows; return the loss per target token. Gradients add up in .grad."""
-    total, count = 0.0, target_count(rows)
-    for micro in micro_batches(rows, config.micro_batch_size, config.micro_batch_tokens):
-        loss = loss_sum(model, *collate(micro, model.device, config.share_opening)) / count
-        loss.backward()
+    """Backward through this process's part of one optimizer step's rows; return the loss per target token of all rows.
+    Gradients add up in .grad, and then over the processes (FSDP2 does that itself, but takes the mean)."""
+    total, count, (_, n) = 0.0, target_count(rows), processes()
+    for micro, counts in own_batches(rows, config):
+        loss = loss_sum(model, *collate(micro, model.device, config.share_opening)) * counts / count
+        (loss * n if config.shard else loss).backward()
         total += loss.item()
-    return total
+    if n > 1 and not config.shard:
+        grads = [p.grad for p in model.parameters() if p.requires_grad]
+        vector = parameters_to_vector(grads)
+        dist.all_reduce(vector)
+        vector_to_parameters(vector, grads)
+    return summed(total, model.device)
 
 
 @torch.no_grad()
@@ -294,10 +357,12 @@ def evaluate(model, rows, config):
     """Loss per target token over rows, without dropout; no weight changes."""
     training = model.training
     model.eval()
-    total = sum(loss_sum(model, *collate(micro, model.device, config.share_opening)).item()
-                for micro in micro_batches(rows, config.micro_batch_size, config.micro_batch_tokens))
+    total = sum(loss_sum(model, *collate(micro, model.device, config.share_opening)).item() * counts
+                for micro, counts in own_batches(rows, config))
     model.train(training)
-    return total / target_count(rows)
+    if config.shard:
+        model.reshard()                                           # without a backward, FSDP2 keeps the outer weights whole
+    return summed(total, model.device) / target_count(rows)
 
 
 def draw_curve(history, path):
@@ -325,6 +390,8 @@ def save_weights(model, path, config):
             path: hashlib.sha256(Path(split_weight(path)[0]).read_bytes()).hexdigest() for path in config.data_path}}
     if config.full:
         save_model(model, path)
+        if processes()[0]:
+            return
         write_json(Path(path) / "run.json", info)
         tokenizer = find_tokenizer(find_base(config.base_model))
         if tokenizer.is_file():
@@ -335,19 +402,23 @@ def save_weights(model, path, config):
 
 def save_checkpoint(model, optimizer, step, config):
     """checkpoint-STEP/: the weights, and state.safetensors with what an exact continuation needs besides (float32
-    parameters, AdamW's moments, random states). Written aside and renamed; the oldest over the limit go."""
+    parameters, AdamW's moments). Written aside and renamed; the oldest over the limit go. All processes call it; a
+    sharded model's tensors are gathered, and the first process writes."""
     final = Path(config.output_dir) / f"checkpoint-{step}"
     folder = final.with_name(final.name + ".tmp")
-    shutil.rmtree(folder, ignore_errors=True)
+    if not processes()[0]:
+        shutil.rmtree(folder, ignore_errors=True)
     save_weights(model, folder, config)
-    state = {"random.cpu": torch.get_rng_state()}
-    if model.device.type == "cuda":
-        state["random.cuda"] = torch.cuda.get_rng_state(model.device)
+    state = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             moments = optimizer.state[p]
-            state |= {f"{name}/value": p.detach().contiguous(), f"{name}/exp_avg": moments["exp_avg"].contiguous(),
-                      f"{name}/exp_avg_sq": moments["exp_avg_sq"].contiguous()}
+            for key, part in (("value", p.detach()), ("exp_avg", moments["exp_avg"]), ("exp_avg_sq", moments["exp_avg_sq"])):
+                tensor = whole(part)
+                if not processes()[0]:
+                    state[f"{name}/{key}"] = tensor.contiguous().cpu()
+    if processes()[0]:
+        return
     save_file(state, folder / "state.safetensors", metadata={"step": str(step)})
     write_json(folder / "state.json", {"step": step})
     shutil.rmtree(final, ignore_errors=True)
@@ -358,19 +429,18 @@ def save_checkpoint(model, optimizer, step, config):
 
 
 def resume(model, optimizer, folder):
-    """Put a checkpoint's parameters, moments and random states back; return its step."""
+    """Put a checkpoint's parameters and moments back; return its step."""
     step = read_json_file(Path(folder) / "state.json")["step"]
-    state = load_file(Path(folder) / "state.safetensors", device=str(model.device))
+    state = load_file(Path(folder) / "state.safetensors")
     for name, p in model.named_parameters():
         if p.requires_grad:
             if f"{name}/value" not in state or state[f"{name}/value"].shape != p.shape:
                 raise ValueError(f"{folder} has no {name} of shape {tuple(p.shape)}; resume with the settings it was made with")
-            p.data.copy_(state[f"{name}/value"])
-            optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": state[f"{name}/exp_avg"],
-                                  "exp_avg_sq": state[f"{name}/exp_avg_sq"]}
-    torch.set_rng_state(state["random.cpu"].cpu())
-    if "random.cuda" in state:
-        torch.cuda.set_rng_state(state["random.cuda"].cpu(), model.device)
+            value, exp_avg, exp_avg_sq = (part_of(state[f"{name}/{key}"].to(p.device), p)
+                                          for key in ("value", "exp_avg", "exp_avg_sq"))
+            with torch.no_grad():
+                p.copy_(value)
+            optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     return step
 
 
@@ -388,6 +458,8 @@ def check_config(config):
     if config.full and config.base_dtype not in ("auto", "fp32"):
         raise ValueError(f"base_dtype {config.base_dtype} is for a frozen base, and --full trains the weights in fp32; "
                          "drop one of the two")
+    if config.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise ValueError("shard cuts the weights over processes, and there is one; start torchrun --nproc_per_node N train.py")
 
 
 def train(config, model, data):
@@ -401,22 +473,24 @@ def train(config, model, data):
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     per_epoch = -(-len(rows) // config.batch_size)
     total = min(config.max_steps or math.inf, per_epoch * config.num_epochs)
-    torch.manual_seed(config.seed)
     first = resume(model, optimizer, config.resume_from_checkpoint) if config.resume_from_checkpoint else 0
-    out = Path(config.output_dir) if config.output_dir else None
+    out, (rank, n) = Path(config.output_dir) if config.output_dir else None, processes()
     history, log = [], None
     if out:
         out.mkdir(parents=True, exist_ok=True)
         if first and (out / "log.jsonl").is_file():               # the steps before the checkpoint stay
             history = [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["step"] <= first]
+        if n > 1:
+            dist.barrier()                                        # all have read it before the first writes it anew
+    if out and rank == 0:
         log = open(out / "log.jsonl", "w", encoding="utf-8")
         log.writelines(json.dumps(record) + "\n" for record in history)
     tracker = None
-    if config.wandb_project:
+    if config.wandb_project and rank == 0:
         import wandb
         tracker = wandb.init(project=config.wandb_project, name=config.wandb_run_name or None, config=asdict(config))
     model.train()
-    bar = tqdm(range(first, total), initial=first, total=total, unit="step", dynamic_ncols=True)
+    bar = tqdm(range(first, total), initial=first, total=total, unit="step", dynamic_ncols=True, disable=rank > 0)
     done = first
     try:
         for step in bar:
@@ -426,8 +500,9 @@ def train(config, model, data):
             at = step % per_epoch * config.batch_size
             batch = [rows[i] for i in order[at:at + config.batch_size]]
             lr = optimizer.param_groups[0]["lr"] = lr_at(step, total, config)
+            torch.manual_seed((config.seed * 1_000_003 + step * n + rank) % 2**63)         # of dropout: no state to save
             loss = step_gradient(model, batch, config)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+            norm = whole(clip_grad_norm_(parameters, config.max_grad_norm)).item()
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise ValueError(f"step {step + 1}: loss {loss}, gradient norm {norm}; the weights before it are kept in "
                                  f"the last checkpoint. Lower --learning_rate or use --dtype fp32")
@@ -472,9 +547,14 @@ def facts_recalled(records, answers):
 
 
 def answer_all(model, tokenizer, template, records, label):
-    """Greedy answers to the records' questions, as texts."""
-    return ["".join(ask(model, tokenizer, render_prompt(template, r["instruction"], r["input"]), 128))
-            for r in tqdm(records, desc=label, unit="question", dynamic_ncols=True)]
+    """Greedy answers to the records' questions, as texts. Each process answers its share and receives the others'."""
+    rank, n = processes()
+    own = ["".join(ask(model, tokenizer, render_prompt(template, r["instruction"], r["input"]), 128))
+           for r in tqdm(records[rank::n], desc=label, unit="question", dynamic_ncols=True, disable=rank > 0)]
+    shares = [own] * n
+    if n > 1:
+        dist.all_gather_object(shares, own)
+    return [shares[i % n][i // n] for i in range(len(records))]
 
 
 def parse_config():
@@ -504,33 +584,41 @@ def main():
     tokenizer = Tokenizer(find_tokenizer(find_base(config.base_model)))
     if config.stats:
         return print_stats(tokenizer, template, records + val_records * (not config.val_path))
+    device = join_processes(pick_device(config.device))
     rows, _ = encode_records(tokenizer, template, records, config)
     val_rows, val_records = encode_records(tokenizer, template, val_records, config) if val_records else ([], [])
-    device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     if dtype == torch.float16:
         raise ValueError("dtype fp16 overflows without loss scaling, which is not built; use bf16 or fp32")
-    model, _ = load_base(config.base_model, device, torch.float32 if config.full else dtype, config.base_dtype)
+    storage = torch.float32 if config.full else DTYPES.get(config.base_dtype, dtype)
+    if config.shard:                                              # mapped, as stored; `shard` casts a block at a time
+        model, _ = load_base(config.base_model, "cpu", None, "auto" if config.base_dtype in DTYPES else config.base_dtype)
+    else:
+        model, _ = load_base(config.base_model, device, storage, config.base_dtype)
+    model.compute_dtype = dtype
     print(f"base {config.base_model}: {sum(p.nbytes for p in model.parameters()) / 2**20:,.1f} MiB of weights on {device}, "
           f"computing in {dtype}")
     torch.manual_seed(config.seed)
     if config.full:
         model.requires_grad_(True)
-        model.compute_dtype = dtype
     else:
         wrapped = add_lora(model, lora)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"LoRA r {lora.r}, alpha {lora.alpha:g} on {wrapped} linears ({' '.join(lora.targets)}): {trained:,} trained")
+    if config.shard:
+        shard(model, device, storage)
     print(f"{config.num_epochs} epochs of {len(rows):,} rows, {config.batch_size} rows a step in micro-batches of "
           f"{config.micro_batch_size}, learning rate {config.learning_rate:g}")
     every = max(1, len(val_records) // max(1, config.num_answers))
-    questions = val_records[::every][:config.num_answers]
+    questions = [] if config.shard else val_records[::every][:config.num_answers]   # token by token, gathering is too slow
     before = answer_all(model, tokenizer, template, questions, "answers before") if questions else []
     history = train(config, model, (rows, val_rows))
     if not history:
         print(f"nothing left to train: {config.resume_from_checkpoint} is at the last step")
         return
     after = answer_all(model, tokenizer, template, questions, "answers after") if questions else []
+    if processes()[0]:
+        return
     for record, old, new in list(zip(questions, before, after))[::max(1, len(questions) // 3)][:3]:
         print(f"\n问题 {record['instruction']}\n  参考 {record['output']}\n  调前 {old!r:.120}\n  调后 {new}")
     lines = "".join(json.dumps({**r, "before": b, "after": a}, ensure_ascii=False) + "\n"

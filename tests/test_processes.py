@@ -1,0 +1,74 @@
+"""Two gloo processes under torchrun against one: the same adapter, model, losses and checkpoints at the same global batch."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from processes import CASES, run_case
+from safetensors.torch import load_file
+
+import train as T
+
+
+def torchrun(*command, **more):
+    """The finished process of `torchrun --nproc_per_node 2 command`, one thread each."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command],
+                          capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
+
+
+@pytest.fixture(scope="module")
+def runs(base, records, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    done = torchrun(str(ROOT / "tests" / "processes.py"), str(base), str(out), str(records))
+    assert done.returncode == 0, done.stderr[-3000:]
+    (out / "stdout").write_text(done.stdout, encoding="utf-8")
+    return out
+
+
+@pytest.mark.parametrize("how", ["copies", "shard"])
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(base, runs, tmp_path, case, how):
+    one = run_case(base, tmp_path, case)
+    two = [json.loads(line) for line in (runs / f"{case}-{how}" / "log.jsonl").read_text().splitlines()]
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two):
+        assert a["tokens"] == b["tokens"] and a.keys() == b.keys()
+        assert all(abs(a[k] - b[k]) < 1e-5 * max(1, abs(a[k])) for k in ("loss", "grad_norm", "val_loss") if k in a)
+    for name in ("", "checkpoint-3"):
+        folder = runs / f"{case}-{how}" / name
+        assert sorted(p.name for p in folder.glob("*.*")) == sorted(p.name for p in (tmp_path / name).glob("*.*"))
+        for file in folder.glob("*.safetensors"):
+            ours, theirs = load_file(file), load_file(tmp_path / name / file.name)
+            assert ours.keys() == theirs.keys()
+            assert all((ours[k] - theirs[k]).abs().max() < 1e-5 for k in ours), file
+
+
+@pytest.mark.parametrize("how", ["copies", "shard"])
+@pytest.mark.parametrize("case", ["lora", "full"])
+def test_resumed_with_two_processes_is_bit_for_bit(runs, case, how):
+    """From the checkpoint of step 3 to the end, dropout on; and dropout does something."""
+    name = "model.safetensors" if case == "full" else "adapter_model.safetensors"
+    whole, resumed = (load_file(runs / f"{case}-{how}-{kind}" / name) for kind in ("dropout", "resumed"))
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    if case == "lora":
+        plain = load_file(runs / f"{case}-{how}" / name)
+        assert any(not torch.equal(whole[k], plain[k]) for k in whole)
+
+
+def test_main_prints_once_and_answers_all(runs, base, records, tmp_path, monkeypatch, capsys):
+    """The whole script: the questions answered by turns are those of one process, in its order; rank 0 alone prints."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--base_model", str(base), "--data_path", str(records), "--val_set_size", "3",
+                                      "--output_dir", str(tmp_path), "--cutoff_len", "128", "--num_epochs", "1", "--batch_size",
+                                      "4", "--lora_dropout", "0"])
+    T.main()
+    assert (runs / "main" / "answers.jsonl").read_text() == (tmp_path / "answers.jsonl").read_text()
+    printed = (runs / "stdout").read_text()
+    assert printed.count("saved in") == 1 and printed.count("LoRA r 8") == 1
+
+
+def test_shard_wants_processes():
+    with pytest.raises(ValueError, match="start torchrun"):
+        T.check_config(T.TrainConfig(shard=True))

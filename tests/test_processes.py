@@ -1,6 +1,7 @@
 """Two gloo processes under torchrun against one: the same adapter, model, losses and checkpoints at the same global batch."""
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -13,18 +14,25 @@ from safetensors.torch import load_file
 import train as T
 
 
-def torchrun(*command, **more):
-    """The finished process of `torchrun --nproc_per_node 2 command`, one thread each."""
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command],
-                          capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
+def torchrun(*command, timeout=900):
+    """(exit code, stdout, stderr) of `torchrun --nproc_per_node 2 command`, one thread each; nothing outlives it."""
+    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        out, err = run.communicate(timeout=timeout)
+        return run.returncode, out, err
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
 def runs(base, records, tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    done = torchrun(str(ROOT / "tests" / "processes.py"), str(base), str(out), str(records))
-    assert done.returncode == 0, done.stderr[-3000:]
-    (out / "stdout").write_text(done.stdout, encoding="utf-8")
+    code, printed, errors = torchrun(str(ROOT / "tests" / "processes.py"), str(base), str(out), str(records))
+    assert code == 0, errors[-3000:]
+    (out / "stdout").write_text(printed, encoding="utf-8")
     return out
 
 

@@ -5,6 +5,7 @@
   python build_data.py literature --model M --output x.jsonl       conclusions of papers -> dialogues of 2 to 6 turns
   python build_data.py self-instruct --model M --output x.jsonl    seed tasks -> new tasks (Wang et al. 2022)
   python build_data.py stats x.jsonl                               what a file of records holds
+  python build_data.py judge answers.jsonl --rubric data/rubrics/sus.json --model M --output scores.jsonl
 
 An entity is one object in CMeKG's form: {"中心词": name, "类型": kind, relation: [value, ...], ...}. The Chinese around
 it (questions, statements) stands in data/forms.json, by kind and relation; a relation without a form is passed over.
@@ -28,6 +29,7 @@ import time
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
+from itertools import permutations, zip_longest
 from pathlib import Path
 from string import Template
 
@@ -732,6 +734,90 @@ def write_lines(path, records):
     print(f"{path}: {len(records):,} records")
 
 
+def read_rubric(path):
+    """A rubric in the form of data/rubrics, with the `places` of answers in its user text, the `keys` of a reply and the
+    values `allowed` there: those of its scale, or its verdicts [the first is better, the second is, a tie]."""
+    rubric = read_json_file(path)
+    try:
+        pair, places = "verdicts" in rubric, re.findall(r"\{(answer\w*)\}", rubric["user"])
+        keys = ["verdict"] if pair else [dimension["key"] for dimension in rubric["dimensions"]]
+        allowed = rubric["verdicts"] if pair else [*range(rubric["scale"][0], rubric["scale"][1] + 1)]
+        if not (places == (["answer_a", "answer_b"] if pair else ["answer"]) and "{question}" in rubric["user"] and rubric["name"]
+                and rubric["system"] and len({*keys}) == len(keys) > 0 and len({*allowed}) == len(allowed) and (len(allowed) == 3 if pair else len(allowed) > 1)):
+            raise LookupError
+    except (LookupError, TypeError):
+        raise ValueError(f"{path} is no rubric; wanted the fields of those in data/rubrics, and their {{places}} in user") from None
+    return {**rubric, "places": places, "keys": keys, "allowed": allowed}
+
+
+def parse_verdict(content, rubric):
+    """The scores {dimension: whole number}, or {"verdict": text}, in a judge's reply. Nothing is mended: raises ValueError
+    unless it is one JSON object with the rubric's keys, each once, beside 理由 or not, and values that are allowed."""
+    try:
+        said = json.loads(content, object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else pairs)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"no JSON: {error}" if content else "empty") from None
+    if not isinstance(said, dict) or said.keys() - {"理由"} != {*rubric["keys"]}:
+        raise ValueError(f"other keys: {said!r:.80}, wanted {' '.join(rubric['keys'])}")
+    if not all(type(said[key]) in (int, str) and said[key] in rubric["allowed"] for key in rubric["keys"]):
+        raise ValueError(f"off the scale: {said!r:.80}, wanted {rubric['allowed']}")
+    return {key: said[key] for key in rubric["keys"]}
+
+
+def judge(args):
+    """Have answers scored, or two files of answers to the same questions compared, each pair in both orders: a judge who
+    prefers a place and not an answer makes ties (Zheng et al. 2023). A line a question, the last one is the summary."""
+    rubric, files, output, rows, prompts = read_rubric(args.rubric), args.answers, Path(args.output), [], {}
+    replies, places = output.with_suffix(".replies.jsonl"), rubric["places"]
+    if len(files) != len(places) or output.exists() and not replies.exists():
+        raise ValueError(f"{args.rubric} wants {len(places)} file(s) of answers, got {len(files)}; and an --output new or its own")
+    hashes = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in (args.rubric, *files)]
+    source = {"model": args.model, "rubric": rubric["name"], "rubric_sha256": hashes[0], "answers_sha256": hashes[1:]}
+    for number, same in enumerate(zip_longest(*map(read_instructions, files), fillvalue={}), 1):
+        asked = ["\n".join(filter(None, (row.get("instruction"), row.get("input")))) for row in same]
+        answers, reference, keys = [row.get("answer") for row in same], same[0].get("output"), []
+        if not (asked[0] == asked[-1] and all(isinstance(a, str) for a in answers) and (reference or "{reference}" not in rubric["user"])):
+            raise ValueError(f"record {number} of {' and '.join(files)}: {[q[:40] for q in asked]}; wanted one question, an answer as "
+                             "generate.py --output writes it, and an output if the rubric shows a reference")
+        for order in permutations(answers):
+            texts = {"question": asked[0], "reference": reference, **dict(zip(places, order))}
+            messages = [{"role": role, "content": re.sub(r"\{(\w+)\}", lambda place: texts.get(place[1], place[0]), rubric[role])}
+                        for role in ("system", "user")]
+            keys.append(f"{prompt_hash(messages)}/{rubric['name']}/{args.model}")
+            prompts[keys[-1]] = messages                          # what stands there twice is asked once
+        rows.append({"keys": keys, "question": asked[0], **source})
+    asker = Asker(replies, args)
+    asker.ask(list(prompts.items()))
+    if args.dry_run:
+        return
+    for row in rows:
+        try:
+            if lost := [key for key in row["keys"] if not asker.reply(key)]:
+                raise ValueError(f"no reply: {asker.failed.get(lost[0], asker.stop)}")
+            got = [asker.reply(key) for key in row["keys"]]
+            row["model"] = got[0]["model"]                        # as the endpoint calls it
+            said = [parse_verdict(reply["content"], rubric) for reply in got]
+            if len(places) == 2:
+                (a, b, tie), verdicts = rubric["verdicts"], [each["verdict"] for each in said]
+                agreed = verdicts[1] == {a: b, b: a, tie: tie}[verdicts[0]]
+                row |= {"verdict": verdicts[0] if agreed else tie, "verdicts": verdicts}
+            else:
+                row["scores"] = said[0]
+        except ValueError as error:
+            row["rejected"] = str(error)
+    kept = [row for row in rows if "rejected" not in row]
+    summary = {**source, "asked": len(rows), "rejected": Counter(row["rejected"].split(":")[0] for row in rows if "rejected" in row)}
+    if len(places) == 2:
+        found = Counter(row["verdict"] for row in kept)
+        summary |= {name: found[verdict] for name, verdict in zip(("wins", "losses", "ties"), rubric["verdicts"])}
+    elif kept:
+        summary |= {key: {"mean": round(np.mean([row["scores"][key] for row in kept]), 4), "n": len(kept)} for key in rubric["keys"]}
+    write_lines(output, [*rows, {"summary": summary}])
+    if asker.stop:
+        print(f"stopped: {asker.stop}; the same command goes on")
+    print(json.dumps({"summary": summary}, ensure_ascii=False))
+
+
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -761,7 +847,15 @@ def main():
         command.add_argument("--prompts", default=str(DATA / "prompts"), help="folder of prompt forms")
         command.add_argument("--mix", default="", help="weights of the forms, as single=3,vignette=1 (empty: their own)")
         add_api_options(command)
+    judging = commands.add_parser("judge", help="an LLM scores answers, or says which of two is better")
+    judging.add_argument("answers", nargs="+", help="file of records with an answer, as generate.py --output writes it; two to compare")
+    judging.add_argument("--rubric", required=True, help="what is judged, a file as in data/rubrics")
+    judging.add_argument("--output", required=True, help="file of scores; the replies stand beside it")
+    add_api_options(judging)
+    judging.set_defaults(temperature=0.0)
     args = parser.parse_args()
+    if args.command == "judge":
+        return judge(args)
     if args.command == "offline":
         entities, forms = read_knowledge(args.knowledge), read_json_file(args.forms)
         if not 0 < args.heldout < 1 or args.questions < 1:

@@ -50,6 +50,22 @@ def reply_to(messages):
                        "output": "可以先记录发生的时间、持续多久和伴随的不适，再带着记录去门诊请医生判断。"} for _ in range(5)]}
 
 
+def verdict_to(messages, taste):
+    """What a judge replies, None if the prompt is none for a judge: word for word what stands between ⟦ and ⟧, if
+    anything does; of two answers the first (taste "first") or the longer one; in each dimension 2, or 3 for an answer
+    of 20 characters."""
+    system, user = messages[0]["content"], messages[-1]["content"]
+    if "评审专家" not in system:
+        return None
+    if script := re.search("⟦(.*)⟧", user, re.S):
+        return script[1]
+    answers = [text.strip() for text in re.split("【回答[AB]?】", user)[1:]]
+    if len(answers) == 1:
+        return system.splitlines()[-1].replace(": 整数", f": {3 if len(answers[0]) >= 20 else 2}")
+    a, b = map(len, answers)
+    return json.dumps({"理由": "一句话", "verdict": "A" if taste == "first" or a > b else "B" if b > a else "tie"}, ensure_ascii=False)
+
+
 class Server:
     """State of one server; `options` as on the command line."""
 
@@ -71,7 +87,9 @@ class Server:
         messages = body["messages"]
         key = hashlib.sha256(json.dumps(messages, ensure_ascii=False).encode()).hexdigest()
         self.answered[key] += 1
-        content, luck = json.dumps(reply_to(messages), ensure_ascii=False), int(key[:8], 16) / 2**32
+        content, luck = verdict_to(messages, self.o.judge), int(key[:8], 16) / 2**32
+        if content is None:
+            content = json.dumps(reply_to(messages), ensure_ascii=False)
         if messages[-2:-1] and messages[-2]["role"] == "assistant":
             self.count["repair"] += 1
         elif luck < self.faults.get("broken", 0):
@@ -198,6 +216,7 @@ async def main():
     parser.add_argument("--faults", default="{}")
     parser.add_argument("--refuse", nargs="*", default=[], help="parameters that answer 400")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--judge", choices=("longer", "first"), default="longer", help="which of two answers it prefers")
     server = Server(parser.parse_args())
     listening = await asyncio.get_running_loop().create_server(lambda: Connection(server), "127.0.0.1", 0)
     print(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1", flush=True)

@@ -1,30 +1,46 @@
-"""Questions in, answers out: prompt templates, the tokenizer, decoding with the KV cache, streaming, chat, files.
+"""Questions in, answers out: prompt templates, the tokenizer, decoding with the KV cache, streaming, chat, files, a server.
 
   python generate.py "偏头痛有哪些症状？"                one question
   python generate.py                                   a chat
-  python generate.py --instruct_dir questions.json     a file, array or lines of {"instruction", "input"}
+  python generate.py --instruct_dir questions.json     a file, array or lines of {"instruction", "input"}; - is stdin
+  python generate.py --serve                           OpenAI's API and a page on http://127.0.0.1:8000/
 
 The only place where text and token ids meet, so that training and asking render every prompt with the same code.
 The answer goes to stdout, everything else to stderr.
 """
+import hmac
+import io
 import json
 import math
 import os
 import re
+import select
+import signal
+import socket
 import sys
+import threading
 import time
-from dataclasses import dataclass
+import traceback
+from base64 import b64encode
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import zip_longest
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from uuid import uuid4
 
 import torch
 from sentencepiece import SentencePieceProcessor
+from tqdm import tqdm
 
-from lora import QUANTISED, load_adapter, quantize, read_json_file
-from model import DTYPES, Parser, RaggedStep, find_tokenizer, load_model, open_checkpoint, run, write_atomically
+from lora import QUANTISED, load_adapter, lora_linears, quantize, read_json_file
+from model import DTYPES, Parser, RaggedStep, find_tokenizer, load_model, open_checkpoint, run, write_atomically, write_json
 
 DATA = Path(__file__).parent / "data"
 TEMPLATES = DATA / "templates"
+LOCAL = ("127.0.0.1", "localhost")                               # names of this machine that no other one reaches
 DISCLAIMER = "Answers come from a language model and are no medical advice. 回答由语言模型生成，不构成医疗建议。"
 
 
@@ -374,10 +390,10 @@ def ask(model, tokenizer, prompt, max_new_tokens=256, stop=(), **decoding):
 
 
 def read_records(path):
-    """[(line number, object), ...] of a JSON array or JSON lines, whatever the extension; a BOM is skipped. Raises
-    ValueError naming the file and the line."""
-    path = Path(path)
-    if not path.is_file():
+    """[(line number, object), ...] of a JSON array or JSON lines, whatever the extension; a BOM is skipped; "-" is
+    standard input. Raises ValueError naming the file and the line."""
+    path = Path("/dev/stdin" if str(path) == "-" else path)
+    if not path.exists() or path.is_dir():
         raise ValueError(f"{path} not found or not a file")
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -410,7 +426,7 @@ def message_turns(messages):
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise ValueError(f"messages are {messages!r:.60}, wanted a list of {{role, content}}")
     sides = {"system": "system", "user": "user", "human": "user", "assistant": "bot", "gpt": "bot"}
-    said = [(sides.get(m.get("role", m.get("from"))), m.get("content", m.get("value"))) for m in messages]
+    said = [(sides.get(str(m.get("role", m.get("from")))), m.get("content", m.get("value"))) for m in messages]
     first = int(said[0][0] == "system" and len(said) > 1)
     for i, (side, text) in enumerate(said):
         if not isinstance(text, str) or side != ("system" if i < first else ("user", "bot")[(i - first) % 2]):
@@ -526,50 +542,436 @@ def flag(text):
     return text.lower() in ("true", "1")
 
 
-def chat(answer, turns_kept):
-    """Read questions until end of input; each sees the turns before it when turns_kept is set. /reset starts again."""
-    print(f"{DISCLAIMER}\n/reset starts again, Ctrl-D ends.", file=sys.stderr)
+def chat(answer, render, tokenizer, multi, room, about):
+    """Read questions until end of input. With multi each sees the turns before it, as many as fit into room tokens.
+    answer(prompt) yields text and prints it."""
+    try:
+        import readline  # noqa: F401  (gives input() its line editing; Windows has none)
+    except ImportError:
+        pass
+    print(f"{DISCLAIMER}\n/reset starts again, /save FILE keeps the conversation, /model says what answers, "
+          "Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
     turns = []
     while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        question = sys.stdin.readline()
-        if not question:
+        try:
+            line = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "").strip()
+        except EOFError:
             return
-        question = question.strip()
-        if question == "/reset":
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        command, _, path = line.partition(" ")
+        if command == "/reset":
             turns = []
-        elif question:
-            instruction = render_turns([*turns, (question, None)]) if turns_kept else question
+        elif command == "/model":
+            print(about, file=sys.stderr)
+        elif command == "/save":
+            messages = [{"role": role, "content": text} for t in turns for role, text in zip(("user", "assistant"), t)]
             try:
-                text = answer(instruction, "")
-                turns.append((question, text))
+                write_json(path.strip() or "chat.json", [{"messages": messages}])
+            except OSError as error:
+                print(f"not saved: {error}", file=sys.stderr)
+        elif line:
+            asked, text = [*turns, (line, None)] if multi else [(line, None)], ""
+            while len(asked) > 1 and len(tokenizer.encode(render(asked))) >= room:
+                asked.pop(0)
+            if multi and len(asked) <= len(turns):
+                print(f"[the oldest {len(turns) + 1 - len(asked)} turns do not fit into {room} tokens: left out]", file=sys.stderr)
+            try:
+                for piece in answer(render(asked)):
+                    text += piece
             except KeyboardInterrupt:                             # stops the answer, not the chat
-                print()
+                print("\n[stopped]", file=sys.stderr)
+            turns.append((line, text))
+
+
+def answer_file(model, tokenizer, tasks, output, rows, weights):
+    """Answer tasks [(record, prompt ids, Decoding), ...], rows at a time and of similar length, and append each answer
+    to the file output ("": stdout) as it comes: the record with answer, finish_reason, index, and a key made of prompt,
+    decoding and weights (a text). Started again it goes on; at the end the file is in the order of the tasks. Raises
+    ValueError, and leaves it as it is, for a file with other answers."""
+    keys = {sha256(json.dumps([i, ids, asdict(decoding), weights]).encode()).hexdigest()[:16]: i
+            for i, (_, ids, decoding) in enumerate(tasks)}
+    done = {}
+    if output and Path(output).is_file():
+        *lines, torn = Path(output).read_bytes().split(b"\n")     # a kill may have cut the last line short
+        try:
+            done = {row["key"]: row for row in map(json.loads, lines)}
+        except (ValueError, TypeError, KeyError):
+            torn = b"?"
+        if torn[:1] not in (b"", b"{") or not done.keys() <= keys.keys():
+            raise ValueError(f"{output} holds something else than answers to these questions by these weights and settings; "
+                             "name another --output or delete it")
+        os.truncate(output, os.path.getsize(output) - len(torn))
+    left = sorted((i for key, i in keys.items() if key not in done), key=lambda i: len(tasks[i][1]))
+    beams, running = tasks[0][2].num_beams, {}
+    batch = Batch(model, tokenizer, beams * max(1, min(rows, len(left))),
+                  max(len(ids) + decoding.max_new_tokens for _, ids, decoding in tasks))
+    with open(output, "a", encoding="utf-8") if output else nullcontext(sys.stdout) as file, \
+            tqdm(total=len(tasks), initial=len(done), unit="answer", dynamic_ncols=True) as bar:
+        names = list(keys)
+        while left or running:
+            while left and batch.free >= beams:                   # the longest first, so that memory is known at once
+                i = left.pop()
+                request = Request(*tasks[i][1:])
+                running[request] = i
+                batch.add(request)
+            for request, _ in batch.step():
+                if request.finish_reason:
+                    i, stream = running.pop(request), TextStream(tokenizer, request.decoding.stop)
+                    text = "".join(map(stream.push, request.ids)) + stream.push()
+                    done[names[i]] = {**tasks[i][0], "answer": text, "finish_reason": request.finish_reason, "index": i,
+                                      "key": names[i]}
+                    print(json.dumps(done[names[i]], ensure_ascii=False), file=file, flush=True)
+                    bar.update()
+    if output:
+        rows = "".join(json.dumps(done[key], ensure_ascii=False) + "\n" for key in names)
+        write_atomically(output, lambda p: p.write_text(rows, encoding="utf-8"))
+
+
+class Refused(Exception):
+    """What a client gets instead of an answer: an HTTP status and the parts of OpenAI's error object."""
+
+    def __init__(self, status, message, param=None, code=None):
+        super().__init__(status, message, None, param, code)      # in the order of `send_error`
+
+
+class Job(Request):
+    """A client's request. `news` gets finish_reason after each step, or the model's error; `left`: nobody waits any more."""
+
+    def __init__(self, prompt_ids, decoding):
+        super().__init__(prompt_ids, decoding)
+        self.news, self.left = SimpleQueue(), False
+
+
+class Server(ThreadingHTTPServer):
+    """OpenAI's completions API and a page. Each connection has a thread that reads, checks and waits; `run_model`, in one
+    more, has the model to itself. Each name on offer is a line of waiting jobs, a batch, and a scale of the adapter (0
+    for "base"): one set of weights, switched between steps. render(turns) makes a prompt; decoding is what a client
+    leaves open; rows answers of max_len positions run at once, `line` more wait."""
+    daemon_threads, request_queue_size = False, 128               # server_close waits for answers under way
+
+    def __init__(self, address, model, tokenizer, adapter, render, decoding, rows, max_len, api_key="", line=64, read_seconds=10):
+        self.model, self.tokenizer, self.render, self.decoding, self.rows, self.max_len = \
+            model, tokenizer, render, decoding, rows, max_len
+        self.api_key, self.line, self.read_seconds = api_key, line, read_seconds
+        self.waiting, self.running = ({name: [] for name in (adapter, "base") if name} for _ in range(2))
+        self.scales = [(module, module.scale) for _, module in lora_linears(model)]
+        self.lock, self.wake, self.stopping = threading.Lock(), threading.Event(), False
+        self.page = (DATA / "page.html").read_bytes()
+        style, script = (b64encode(sha256(text).digest()).decode()
+                         for text in re.findall(rb"<(?:style|script)>(.*?)</(?:style|script)>", self.page, re.S))
+        self.policy = (f"default-src 'none'; connect-src 'self'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
+                       "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+        super().__init__(address, Handler)
+
+    def verify_request(self, request, client_address):
+        return threading.active_count() < 4 * self.line           # a connection is a thread
+
+    def submit(self, name, jobs):
+        """Put jobs into the line. Raises Refused if it is full or the server stops."""
+        with self.lock:
+            for line in self.waiting.values():
+                line[:] = [job for job in line if not job.left]
+            if self.stopping:
+                raise Refused(503, "the server is stopping")
+            if sum(map(len, self.waiting.values())) + len(jobs) > self.line:
+                raise Refused(429, f"{self.line} answers are waited for already; try again later", None, "rate_limit_exceeded")
+            self.waiting[name] += jobs
+        self.wake.set()
+
+    def run_model(self):
+        """Decode until `stopping` is set and every job has its answer."""
+        batches = {}
+        while not self.stopping or any((*self.waiting.values(), *self.running.values())):
+            self.wake.wait(0.5)                                   # not for ever: a signal handler only sets `stopping`
+            self.wake.clear()
+            for name in [name for name in self.waiting if self.waiting[name] or self.running[name]]:
+                running = self.running[name]
+                for module, scale in self.scales:
+                    module.scale = 0.0 if name == "base" else scale
+                try:
+                    batch = batches[name] = batches.get(name) or Batch(self.model, self.tokenizer, self.rows, self.max_len)
+                    with self.lock:
+                        free = batch.free
+                        running += (joining := self.waiting[name][:free])
+                        del self.waiting[name][:free]
+                    for job in joining:
+                        batch.add(job)
+                    for job in [job for job in running if job.left]:
+                        batch.remove(job)
+                        running.remove(job)
+                    for job, _ in batch.step():
+                        if job.finish_reason:
+                            running.remove(job)
+                        job.news.put(job.finish_reason)
+                except Exception as error:                        # out of memory, say: those it hit are told, a new batch goes on
+                    traceback.print_exc()
+                    batches.pop(name, None)
+                    while running:
+                        running.pop().news.put(error)
+                self.wake.set()
+
+
+class TimedReader(io.RawIOBase):
+    """The bytes of a socket until a deadline: a client that sends one now and then does not keep its thread."""
+
+    def __init__(self, connection, seconds):
+        self.connection, self.deadline = connection, time.monotonic() + seconds
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        self.connection.settimeout(max(0.001, self.deadline - time.monotonic()))
+        return self.connection.recv_into(buffer)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The one request of a connection."""
+    protocol_version, server_version, sys_version, max_body, streaming = "HTTP/1.1", "TCM-LLM", "", 1 << 18, False
+    methods = {"/": "GET", "/health": "GET", "/v1/models": "GET", "/v1/chat/completions": "POST", "/v1/completions": "POST"}
+    fields = {"model": str, "messages": list, "prompt": str, "stream": bool, "stream_options": dict, "stop": (str, list),
+              "n": int, "seed": int, "max_tokens": int, "max_completion_tokens": int, "user": str, "top_k": int,
+              "no_repeat_ngram_size": int, **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), (int, float))}
+
+    def handle(self):
+        self.rfile = io.BufferedReader(TimedReader(self.connection, self.server.read_seconds))
+        with suppress(OSError):                                   # the client has left, or does not read
+            super().handle()
+
+    def send(self, status, body, kind="application/json", **headers):
+        """Status, headers and body: bytes, or what becomes JSON, or None for one that follows."""
+        self.connection.settimeout(10)
+        self.send_response(status)
+        if body is not None:
+            body = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
+            headers["Content-Length"] = str(len(body))
+        for name, value in {"Content-Type": kind, "Connection": "close", "X-Content-Type-Options": "nosniff", **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body or b"")
+
+    def send_error(self, status, message=None, explain=None, param=None, code=None):
+        """An error, http.server's own too, as OpenAI's object. What the client still sends is read, or closing would
+        reset the connection before it has read this."""
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        error = {"error": {"message": message or self.responses[status][0], "type": kind, "param": param, "code": code}}
+        if self.streaming:
+            return self.event(error)
+        self.request_version = "HTTP/1.1"
+        self.send(status, error, **({"Retry_After": "1"} if status in (429, 503) else {}))
+        self.connection.shutdown(socket.SHUT_WR)
+        while self.rfile.read1(65536):
+            pass
+
+    def event(self, value):
+        self.wfile.write(f"data: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}\n\n".encode())
+
+    def do_GET(self):
+        server, path, jobs = self.server, self.path.partition("?")[0], []
+        try:
+            self.admit(path)
+            if path == "/":
+                self.send(200, server.page, "text/html; charset=utf-8", Content_Security_Policy=server.policy)
+            elif path == "/health":
+                self.send(200, {"status": "stopping" if server.stopping else "ok", "places": server.rows,
+                                "waiting": sum(map(len, server.waiting.values())), "running": sum(map(len, server.running.values()))})
+            elif path == "/v1/models":
+                self.send(200, {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "local"}
+                                                           for name in server.waiting]})
+            else:
+                self.complete(self.read_json(), path.startswith("/v1/chat"), jobs)
+        except Refused as error:
+            self.send_error(*error.args)
+        finally:
+            for job in jobs:
+                job.left = True
+
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
+
+    def admit(self, path):
+        """Raise Refused for an unknown path or method, a wrong key, or a page of another site: a browser lets any page
+        send to localhost and, under a name that leads there (DNS rebinding), read the answer."""
+        key, host, origin = self.server.api_key, self.headers.get("Host", ""), self.headers.get("Origin")
+        given = self.headers.get("Authorization", "").encode("latin-1")
+        for wrong, *refusal in (
+                (path not in self.methods, 404, f"no such path; there are {' '.join(self.methods)}"),
+                (self.methods.get(path) != self.command, 405, f"{self.path} takes {self.methods.get(path)}"),
+                (origin and origin.partition("://")[2] != host or not key and host.rpartition(":")[0] not in LOCAL,
+                 403, "requests from other sites' pages are not answered"),
+                (key and path.startswith("/v1/") and not hmac.compare_digest(given, f"Bearer {key}".encode()),
+                 401, "no API key or a wrong one; send Authorization: Bearer KEY", None, "invalid_api_key")):
+            if wrong:
+                raise Refused(*refusal)
+
+    def read_json(self):
+        """The object in the body, its fields checked for their types; nulls are left out."""
+        length = self.headers.get("Content-Length", "")
+        if "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdigit()):
+            raise Refused(411, "a Content-Length is wanted")
+        if len(length) > 9 or int(length) > self.max_body:
+            raise Refused(413, f"the body is larger than {self.max_body} bytes")
+        try:
+            body = json.loads(self.rfile.read(int(length)).decode())
+            json.dumps(body, ensure_ascii=False).encode()         # lone surrogates are no text
+        except TimeoutError:
+            raise Refused(408, f"the body did not come within {self.server.read_seconds} seconds") from None
+        except (ValueError, RecursionError) as error:
+            raise Refused(400, f"the body is no JSON in UTF-8 ({str(error)[:100]})") from None
+        if not isinstance(body, dict):
+            raise Refused(400, f"the body is a {type(body).__name__}, wanted an object")
+        for name, value in body.items():
+            kind = self.fields.get(name)
+            if kind is None and value:                            # null, false, 0, "" and [] ask for nothing
+                raise Refused(400, f"{name:.100} is not supported", name, "unsupported_parameter")
+            if kind and value is not None and (not isinstance(value, kind) or isinstance(value, bool) and kind is not bool):
+                raise Refused(400, f"{name} is a {type(value).__name__}, wanted {kind}", name)
+        return {name: value for name, value in body.items() if value is not None}
+
+    def complete(self, body, chat, jobs):
+        """Put the jobs that a body asks for into the line (and into jobs) and send their answers."""
+        server, (wanted, other) = self.server, ("messages", "prompt") if chat else ("prompt", "messages")
+        name, n, options = body.get("model", next(iter(server.waiting))), body.get("n", 1), body.get("stream_options", {})
+        tokens, stops = body.get("max_completion_tokens", body.get("max_tokens")), body.get("stop", [])
+        more = [key for m in body.get("messages", []) if isinstance(m, dict) for key in m if m[key] and key not in ("role", "content")]
+        for wrong, *refusal in (
+                (not body.get(wanted) or other in body, 400, f"{wanted} is wanted, and no {other}", wanted),
+                (more, 400, f"messages: {''.join(more[:1]):.100} is not supported", "messages", "unsupported_parameter"),
+                (name not in server.waiting, 404, f"no model {name:.100}; there are {' '.join(server.waiting)}", "model",
+                 "model_not_found"),
+                (not 1 <= n <= server.rows, 400, f"n is {n}, wanted 1 to {server.rows}", "n"),
+                (isinstance(stops, list) and len(stops) > 4, 400, f"stop has {len(stops)} texts, wanted at most 4", "stop"),
+                (set(options) - {"include_usage"}, 400, "stream_options has include_usage alone", "stream_options",
+                 "unsupported_parameter")):
+            if wrong:
+                raise Refused(*refusal)
+        try:
+            turns = message_turns(body["messages"]) if chat else []
+            if chat and turns[-1][1] is not None:
+                raise ValueError("messages end with an answer, wanted a question")
+            ids = server.tokenizer.encode(server.render(turns) if chat else body["prompt"], bos=True)
+            room = server.max_len - len(ids)
+            if room < (tokens or 1):
+                raise Refused(400, f"{len(ids)} tokens of prompt and {tokens or 1} new ones, {server.max_len} fit", wanted,
+                              "context_length_exceeded")
+            decoding = replace(server.decoding, **{k: v for k, v in body.items() if k in Decoding.__dataclass_fields__},
+                               max_new_tokens=min(room, server.decoding.max_new_tokens) if tokens is None else tokens)
+            jobs += [Job(ids, replace(decoding, seed=decoding.seed and decoding.seed + i)) for i in range(n)]
+        except ValueError as error:
+            message = str(error).replace("max_new_tokens", "max_tokens")
+            param = message.split()[0]
+            raise Refused(400, message, param if param in self.fields else wanted) from None
+        server.submit(name, jobs)
+        stream = body.get("stream", False)
+        kind = ("chat.completion.chunk" if stream else "chat.completion") if chat else "text_completion"
+        head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
+
+        def choice(i, text, reason=None, **role):
+            content = {"delta" if stream else "message": {**role, "content": text}} if chat else {"text": text}
+            return {"index": i, **content, "logprobs": None, "finish_reason": reason}
+
+        if stream:
+            self.send(200, None, "text/event-stream")
+            self.streaming = True
+            for i, job in enumerate(jobs):
+                self.event({**head, "choices": [choice(i, "", role="assistant")]})
+                for text in filter(None, self.texts(job)):
+                    self.event({**head, "choices": [choice(i, text)]})
+                self.event({**head, "choices": [choice(i, "", job.finish_reason)]})
+        else:
+            head["choices"] = [choice(i, "".join(self.texts(job)), job.finish_reason, role="assistant")
+                               for i, job in enumerate(jobs)]
+        made = sum(len(job.ids) for job in jobs)
+        usage = {"prompt_tokens": len(ids), "completion_tokens": made, "total_tokens": len(ids) + made}
+        if not stream:
+            self.send(200, {**head, "usage": usage})
+        else:
+            if options.get("include_usage"):
+                self.event({**head, "choices": [], "usage": usage})
+            self.event("[DONE]")
+
+    def texts(self, job):
+        """Yield a job's answer as it grows. Raises OSError when the client has left, Refused when the model failed."""
+        stream, shown, reason = TextStream(self.server.tokenizer, job.decoding.stop), 0, None
+        while reason is None:
+            with suppress(Empty):
+                reason = job.news.get(timeout=1)
+            if isinstance(reason, Exception):
+                raise Refused(500, f"the model failed: {type(reason).__name__}")
+            if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+                raise ConnectionAbortedError
+            ids = job.ids[shown:]
+            shown += len(ids)
+            yield "".join(map(stream.push, ids))
+        yield stream.push()
+
+
+def serve(server):
+    """Serve until SIGTERM or Ctrl-C, then let the answers under way finish; a second one ends at once."""
+    def stop(number, frame):
+        server.stopping = True
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print("http://{}:{}/  models: {}".format(*server.server_address, " ".join(server.waiting)), file=sys.stderr, flush=True)
+    server.run_model()
+    server.shutdown()
+    server.server_close()
 
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("prompt", nargs="?", help="one question; without it and --instruct_dir, a chat")
+    parser.add_argument("prompt", nargs="?", help="one question; without it, --instruct_dir and --serve, a chat")
     parser.add_argument("--input", default="", help="context of the question (the template's {input})")
     parser.add_argument("--base_model", default="", help="folder of the base (empty: the one the adapter was trained on)")
     parser.add_argument("--lora_weights", default="lora-tcm", help="folder of the adapter")
     parser.add_argument("--use_lora", type=flag, nargs="?", const=True, default=True, help="False asks the base alone")
-    parser.add_argument("--instruct_dir", default="", help="a file of questions, JSON array or lines")
-    parser.add_argument("--output", default="", help="file for the answers to --instruct_dir, as JSON lines")
+    parser.add_argument("--instruct_dir", default="", help="a file of questions, JSON array or lines; - is standard input")
+    parser.add_argument("--output", default="", help="file for the answers to --instruct_dir, as JSON lines; a run that was "
+                        "stopped goes on from it")
+    parser.add_argument("--batch_size", type=int, default=8, help="answers decoded together (--instruct_dir, --serve)")
+    parser.add_argument("--n", type=int, default=1, help="answers to each question")
     parser.add_argument("--prompt_template", default="", help="name in data/templates or path (empty: the adapter's own)")
     parser.add_argument("--single_or_multi", choices=("single", "multi"), default="single",
                         help="multi: a chat shows the model the turns before, in BenTsao's <user>: <bot>: form")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens of an answer at most")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of question and answer at most (chat, --serve)")
     # BenTsao passes temperature 0.1 but decodes by beams without sampling, so it has no effect there: greedy is ours
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, above 0 samples")
-    parser.add_argument("--top_k", type=int, default=40, help="sample among the k likeliest (0: all)")
-    parser.add_argument("--top_p", type=float, default=0.75, help="sample among the likeliest that hold this mass")
-    parser.add_argument("--seed", type=int, default=None, help="makes sampled answers repeatable")
+    for name, kind, default, text in (
+            ("max_new_tokens", int, 256, "tokens of an answer at most"),
+            ("temperature", float, 0.0, "0 takes the likeliest token, above 0 samples"),
+            ("top_k", int, 40, "sample among the k likeliest (0: all)"),
+            ("top_p", float, 0.75, "sample among the likeliest that hold this mass"),
+            ("min_p", float, 0.0, "sample among those with this share of the likeliest's probability"),
+            ("repetition_penalty", float, 1.0, "above 1 makes what stands there already less likely"),
+            ("no_repeat_ngram_size", int, 0, "no run of so many tokens twice (0: any)"),
+            ("num_beams", int, 1, "beam search of this width"),
+            ("length_penalty", float, 1.0, "of beams: above 1 prefers longer answers"),
+            ("seed", int, None, "makes sampled answers repeatable")):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    parser.add_argument("--stop", nargs="+", default=(), help="texts that end an answer")
+    parser.add_argument("--serve", type=flag, nargs="?", const=True, default=False, help="OpenAI's API and a page")
+    parser.add_argument("--host", default=os.environ.get("API_HOST", "127.0.0.1"), help="address to listen on")
+    parser.add_argument("--port", type=int, default=os.environ.get("API_PORT", 8000), help="and port (0: a free one)")
+    parser.add_argument("--api_key", default="", help="key that clients must send (better in the environment: API_KEY)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="auto", help="of the activations: auto, bf16, fp16, fp32")
     parser.add_argument("--base_dtype", default="auto", help="of the base as stored: auto (--dtype), bf16, fp16, fp32, int8, nf4")
     parser.add_argument("--load_8bit", type=flag, nargs="?", const=True, default=False, help="the same as --base_dtype int8")
     args = parser.parse_args()
+    decoding = Decoding(**{name: getattr(args, name) for name in Decoding.__dataclass_fields__})
+    for name in ("n", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}, wanted 1 or more")
+    if args.context <= args.max_new_tokens:
+        raise ValueError(f"context {args.context} leaves no room for a question beside {args.max_new_tokens} new tokens")
+    key = args.api_key or os.environ.get("API_KEY", "")
+    if args.serve and args.host not in LOCAL and not key:
+        raise ValueError(f"host {args.host} opens the model to other machines; give --api_key too, or stay on 127.0.0.1")
+    if args.serve and args.num_beams > 1:
+        raise ValueError("the server streams and does not search with beams; leave --num_beams out")
 
     made = {}                                                     # what the adapter's run.json says of itself
     if args.use_lora:
@@ -581,37 +983,48 @@ def main():
     base = args.base_model or made.get("base_model") or str(DATA / "tiny")
     template = load_template(args.prompt_template or made.get("prompt_template_name") or "med_template")
     questions = read_instructions(args.instruct_dir) if args.instruct_dir else []
-    device = pick_device(args.device)
+    device, multi = pick_device(args.device), args.single_or_multi == "multi"
     model, tokenizer = load_base(base, device, pick_dtype(args.dtype, device),
                                  "int8" if args.load_8bit else args.base_dtype)
     if args.use_lora:
         load_adapter(model, args.lora_weights)
+    seeds = [decoding.seed and decoding.seed + i for i in range(args.n)]
 
-    def answer(instruction, input):
-        """Stream one answer to stdout, its speed to stderr; return its text."""
-        started, text = time.time(), ""
-        for piece in ask(model, tokenizer, render_prompt(template, instruction, input), args.max_new_tokens,
-                         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed):
-            print(piece, end="", flush=True)
-            text += piece
-        print(flush=True)
-        seconds, count = time.time() - started, len(tokenizer.encode_answer(text))
-        print(f"[{count} tokens, {count / seconds:.0f} tokens/s]", file=sys.stderr)
-        return text
+    def render(turns):
+        """The prompt for the last of turns [(user, bot), ..., (user, None)]: a lone question stands as in a record of one
+        turn, unless --single_or_multi multi; a conversation in BenTsao's form."""
+        return render_prompt(template, render_turns(turns) if multi or len(turns) > 1 else turns[0][0])
 
-    if args.instruct_dir:
-        answers = []
-        for row in questions:
-            print(f"Instruction: {row['instruction']}\nResponse: ", end="")
-            answers.append({**row, "answer": answer(row["instruction"], row["input"])})
-        if args.output:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
-            write_atomically(args.output, lambda p: p.write_text(lines, encoding="utf-8"))
+    def answer(prompt, seed=seeds[0]):
+        """Stream one answer to stdout, its speed to stderr; yield its text."""
+        started, ids = time.time(), []
+        new = generate_ids(model, tokenizer.encode(prompt, bos=True), eos_id=tokenizer.eos_id, tokenizer=tokenizer,
+                           **{**asdict(decoding), "seed": seed})
+        try:
+            for text in stream_text(tokenizer, (ids.append(i) or i for i in new), decoding.stop):
+                print(text, end="", flush=True)
+                yield text
+        finally:                                                  # also where Ctrl-C ends it
+            print(f"\n[{len(ids)} tokens, {len(ids) / (time.time() - started):.0f} tokens/s]", file=sys.stderr)
+
+    if args.serve:
+        name = Path(args.lora_weights).resolve().name if args.use_lora else ""
+        serve(Server((args.host, args.port), model, tokenizer, "tuned" if name == "base" else name, render, decoding,
+                     args.batch_size, args.context, key))
+    elif args.instruct_dir:
+        weights = [base] + [sha256(p.read_bytes()).hexdigest() for p in sorted(Path(args.lora_weights).glob("adapter_model.*"))
+                            if args.use_lora]
+        answer_file(model, tokenizer, [
+            (row, tokenizer.encode(render_prompt(template, row["instruction"], row["input"]), bos=True), replace(decoding, seed=seed))
+            for row in questions for seed in seeds], args.output, args.batch_size, weights)
     elif args.prompt:
-        answer(args.prompt, args.input)
+        for seed in seeds:
+            for _ in answer(render_prompt(template, args.prompt, args.input), seed):
+                pass
         print(DISCLAIMER, file=sys.stderr)
     else:
-        chat(answer, args.single_or_multi == "multi")
+        chat(answer, render, tokenizer, multi, args.context - args.max_new_tokens,
+             f"{base} {f'with {args.lora_weights} ' if args.use_lora else ''}on {device}, {model.dtype}; {template['description']}")
 
 
 if __name__ == "__main__":

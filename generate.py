@@ -555,34 +555,29 @@ def chat(answer, render, tokenizer, multi, room, about):
     while True:
         try:
             line = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "").strip()
+            command, _, path = line.partition(" ")
+            if command == "/reset":
+                turns = []
+            elif command == "/model":
+                print(about, file=sys.stderr)
+            elif command == "/save":
+                write_json(path.strip() or "chat.json", [{"messages": [
+                    {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]}])
+            elif line:
+                asked = [*turns, (line, None)] if multi else [(line, None)]
+                while len(asked) > 1 and len(tokenizer.encode(render(asked))) >= room:
+                    asked.pop(0)
+                if multi and len(asked) <= len(turns):
+                    print(f"[left out, no room: the oldest {len(turns) + 1 - len(asked)} turns]", file=sys.stderr)
+                turns.append([line, ""])
+                for text in answer(render(asked)):
+                    turns[-1][1] += text
+        except KeyboardInterrupt:                                 # ends the answer or the line, not the chat
+            print(file=sys.stderr)
+        except OSError as error:
+            print(f"not saved: {error}", file=sys.stderr)
         except EOFError:
             return
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-            continue
-        command, _, path = line.partition(" ")
-        if command == "/reset":
-            turns = []
-        elif command == "/model":
-            print(about, file=sys.stderr)
-        elif command == "/save":
-            messages = [{"role": role, "content": text} for t in turns for role, text in zip(("user", "assistant"), t)]
-            try:
-                write_json(path.strip() or "chat.json", [{"messages": messages}])
-            except OSError as error:
-                print(f"not saved: {error}", file=sys.stderr)
-        elif line:
-            asked, text = [*turns, (line, None)] if multi else [(line, None)], ""
-            while len(asked) > 1 and len(tokenizer.encode(render(asked))) >= room:
-                asked.pop(0)
-            if multi and len(asked) <= len(turns):
-                print(f"[the oldest {len(turns) + 1 - len(asked)} turns do not fit into {room} tokens: left out]", file=sys.stderr)
-            try:
-                for piece in answer(render(asked)):
-                    text += piece
-            except KeyboardInterrupt:                             # stops the answer, not the chat
-                print("\n[stopped]", file=sys.stderr)
-            turns.append((line, text))
 
 
 def answer_file(model, tokenizer, tasks, output, rows, weights):
@@ -1005,7 +1000,8 @@ def main():
                 print(text, end="", flush=True)
                 yield text
         finally:                                                  # also where Ctrl-C ends it
-            print(f"\n[{len(ids)} tokens, {len(ids) / (time.time() - started):.0f} tokens/s]", file=sys.stderr)
+            print(flush=True)
+            print(f"[{len(ids)} tokens, {len(ids) / (time.time() - started):.0f} tokens/s]", file=sys.stderr)
 
     if args.serve:
         name = Path(args.lora_weights).resolve().name if args.use_lora else ""

@@ -117,21 +117,22 @@ def test_standard_input_and_several_answers(lively):
 
 
 class Terminal:
-    """A chat in a pseudo-terminal; what it shows."""
+    """A chat in a pseudo-terminal."""
 
     def __init__(self, base, *args):
-        self.main, side = pty.openpty()
+        self.seen, (self.main, side) = b"", pty.openpty()
         self.process = subprocess.Popen(command(base, *args), stdin=side, stdout=side, stderr=side, start_new_session=True,
                                         preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0))
         os.close(side)
 
     def until(self, text, seconds=60):
-        seen, end = b"", time.time() + seconds
-        while text.encode() not in seen:
-            assert time.time() < end, seen.decode(errors="replace")
+        """Wait until the text appears behind what was waited for before."""
+        end = time.time() + seconds
+        while text.encode() not in self.seen:
+            assert time.time() < end, self.seen.decode(errors="replace")
             if select.select([self.main], [], [], 0.1)[0]:
-                seen += os.read(self.main, 4096)
-        return seen.decode(errors="replace")
+                self.seen += os.read(self.main, 4096)
+        self.seen = self.seen.partition(text.encode())[2]
 
     def type(self, text):
         os.write(self.main, text.encode())

@@ -14,7 +14,7 @@ import time
 import openai
 import pytest
 import torch
-from conftest import ROOT, formula_weights
+from conftest import ROOT
 
 import generate as G
 import lora as L
@@ -24,20 +24,23 @@ QUESTIONS = ["黄芪有什么功效？", "偏头痛有哪些症状？", "你好"
 
 @pytest.fixture(scope="module")
 def models(base):
-    """(tokenizer, template, base model, the same with an adapter), weights by formula so that answers vary."""
+    """(tokenizer, template, base model, the same with an adapter), weights so large that answers vary and no two ids tie."""
     plain, tokenizer = G.load_base(base, "cpu", torch.float32)
-    formula_weights(plain)
+    for p in plain.parameters():
+        p.data.mul_(20 if p.dim() > 1 else 1)
     tuned, _ = G.load_base(base, "cpu", torch.float32)
     tuned.load_state_dict(plain.state_dict())
     L.add_lora(tuned, L.LoRAConfig(4, 8, 0.0, ("all",)))
     for i, (_, module) in enumerate(L.lora_linears(tuned)):
         for p in (module.lora_a, module.lora_b):
-            p.data.copy_(0.2 * torch.sin(torch.arange(p.numel()) * (0.3 + 0.01 * i)).view(p.shape))
+            p.data.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     return tokenizer, G.load_template("med_template"), plain, tuned.requires_grad_(False)
 
 
 def start(models, **more):
     tokenizer, template, _, tuned = models
+    for _, module in L.lora_linears(tuned):
+        module.scale = 2.0                                        # another server may have left it at the base's 0
     settings = {"rows": 3, "max_len": 160, "decoding": G.Decoding(max_new_tokens=24), "read_seconds": 1.0, **more}
     server = G.Server(("127.0.0.1", 0), tuned, tokenizer, "tuned", lambda turns: G.render_prompt(
         template, G.render_turns(turns) if len(turns) > 1 else turns[0][0]), **settings)

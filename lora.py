@@ -11,7 +11,6 @@ PEFT's names are Hugging Face's, whose rotary layout differs from Meta's: the ro
 permuted on the way out and back on the way in. Nothing fails if that is forgotten; the answers are just worse.
 """
 import re
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +18,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor
 from torch import nn
 
-from model import (DTYPES, Linear, Parser, find_tokenizer, hf_name, hf_to_meta_rows, load_model, meta_to_hf_rows,
-                   open_weights, processes, product, read_json_file, rotary_heads, run, save_model, whole, write_atomically,
-                   write_json)
+from model import (DTYPES, Linear, Parser, copy_tokenizer, find_tokenizer, hf_name, hf_to_meta_rows, load_model,
+                   meta_to_hf_rows, new_folder, open_checkpoint, open_weights, processes, product, read_checkpoint,
+                   read_json_file, rotary_heads, run, save_model, save_tensors, whole, write_atomically, write_json,
+                   write_safetensors)
 
 HF_TO_META = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
               "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -359,8 +360,8 @@ def load_adapter(model, path):
     path = Path(path)
     file = next((path / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (path / name).is_file()), None)
     if file is None:
-        raise ValueError(f"{path / 'adapter_model.safetensors'} (or .bin) not found; train an adapter first (python train.py) "
-                         "or give --lora_weights its folder")
+        raise ValueError(f"{path / 'adapter_model.safetensors'} (or .bin) not found; train an adapter first "
+                         "(python train.py) or give --lora_weights its folder")
     config, state = peft_config(path / "adapter_config.json"), {}
     for key, tensor in open_weights(file).items():                # names of torch.compile and of PEFT's live modules
         state[re.sub(r"\.lora_([AB])\.\w+\.weight$", r".lora_\1.weight", key.replace("_orig_mod.", ""))] = tensor
@@ -384,22 +385,113 @@ def load_adapter(model, path):
     return read_json_file(path / "run.json") if (path / "run.json").is_file() else {}
 
 
+def save_hf(model, path, tokenizer, max_positions=2048, max_shard_bytes=5 * 2**30):
+    """Write the model into the folder path as Hugging Face has it: config.json, safetensors in shards with an index (one
+    file without, if it fits), q and k rows in their order, the special ids of tokenizer (a path)."""
+    config, path = model.config, Path(path)
+    state = {f"{hf_name(name.removesuffix('.weight'))}.weight": (p, rotary_heads(name, config))
+             for name, p in model.named_parameters()}
+    shards, size = [{}], 0
+    for key, (p, _) in state.items():
+        if shards[-1] and size + p.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][key] = (tuple(p.shape), p.dtype)
+        size += p.nbytes
+    files = {f"model-{i:05}-of-{len(shards):05}.safetensors": keys for i, keys in enumerate(shards, 1)}
+    for file, keys in files.items() if len(shards) > 1 else [("model.safetensors", shards[0])]:
+        write_safetensors(path / file, keys, ((key, state[key][0] if state[key][1] is None else meta_to_hf_rows(*state[key]))
+                                              for key in keys))
+    if len(shards) > 1:
+        write_json(path / "model.safetensors.index.json", {
+            "metadata": {"total_size": sum(p.nbytes for p, _ in state.values())},
+            "weight_map": {key: file for file, keys in files.items() for key in keys}})
+    pieces = SentencePieceProcessor(model_file=str(tokenizer))
+    write_json(path / "config.json", {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": config.dim,
+        "intermediate_size": config.ffn_dim, "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps,
+        "vocab_size": config.vocab_size, "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling,
+        "tie_word_embeddings": config.tie_embeddings, "max_position_embeddings": max_positions,
+        "torch_dtype": str(model.dtype)[6:], "bos_token_id": pieces.bos_id(), "eos_token_id": pieces.eos_id()})
+    write_json(path / "tokenizer_config.json", {
+        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
+        **{f"{name}_token": pieces.id_to_piece(i) for name, i in
+           (("bos", pieces.bos_id()), ("eos", pieces.eos_id()), ("unk", pieces.unk_id()))}})
+
+
+def save_meta(model, path):
+    """Write the model into the folder path as Meta has it, in one shard: consolidated.00.pth, params.json. Raises
+    ValueError for what Meta's params.json cannot say."""
+    params = {key: value for key, value in model.config.params().items() if key != "tie_embeddings"}
+    if beyond := params.keys() & {"head_dim", "rope_scaling"}:
+        raise ValueError(f"Meta's params.json has no {' and '.join(sorted(beyond))}; export as hf")
+    write_json(Path(path) / "params.json", params)
+    torch.save({name: tensor.detach() for name, tensor in model.state_dict().items()}, Path(path) / "consolidated.00.pth")
+
+
+def recover(base, difference, path, dtype=None):
+    """Write tuned = base + difference into a new folder of ours, as Stanford Alpaca's weight_diff.py does, summed in
+    float32; rows that the base's vocabulary lacks ([PAD]) are the mean of those it has. Returns the sum of all weights, by
+    which Alpaca's authors check. Raises ValueError naming a tensor of another shape."""
+    checkpoint, raw, totals = open_checkpoint(difference), load_model(base).state_dict(), []
+
+    def tuned():
+        for name, tensor in read_checkpoint(checkpoint):
+            old = raw[name].float() if name in raw else torch.empty(0)
+            if old.dim() == 2 and len(old) < len(tensor) and name in ("tok_embeddings.weight", "output.weight"):
+                old = torch.cat([old, old.mean(0, keepdim=True).expand(len(tensor) - len(old), -1)])
+            if old.shape != tensor.shape:
+                raise ValueError(f"{difference}: {name} is {tuple(tensor.shape)}, {tuple(old.shape)} in {base}")
+            totals.append((tensor.float() + old).sum().item())
+            yield name, tensor.float() + old
+
+    with new_folder(path) as folder:
+        save_tensors(checkpoint[0], tuned(), folder, dtype or checkpoint[1])
+        copy_tokenizer(difference if find_tokenizer(difference).is_file() else base, folder)
+    return sum(totals)
+
+
 def main():
-    parser = Parser(description="Fold an adapter into its base and write the result as a base of its own.")
+    parser = Parser(description="Fold an adapter into its base, write a base in another layout, apply a weight difference.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    command = commands.add_parser("merge", help="write base + adapter as one model")
-    command.add_argument("--base_model", required=True, help="folder of the base")
-    command.add_argument("--lora_weights", required=True, help="folder of the adapter")
-    command.add_argument("--output_dir", required=True, help="folder to write")
+    helps = {"merge": "write base + adapter as one model of ours", "recover": "write base + published weight difference",
+             "export": "write base, or base + adapter, as Hugging Face's or Meta's folder"}
+    for name, text in helps.items():
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--base_model", required=True, help="folder of the base, in any layout")
+        if name == "recover":
+            command.add_argument("--weight_diff", required=True, help="folder of the difference, in any layout")
+        else:
+            command.add_argument("--lora_weights", required=name == "merge", help="folder of the adapter")
+        if name == "export":
+            command.add_argument("--layout", choices=("hf", "meta"), default="hf", help="whose folder to write")
+            command.add_argument("--max_shard_gb", type=float, default=5, help="GiB of a safetensors file (hf)")
+        command.add_argument("--output_dir", required=True, help="new folder to write")
+        command.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as stored)")
     args = parser.parse_args()
-    model = load_model(args.base_model)
-    load_adapter(model, args.lora_weights)
-    errors = merge(model)
-    save_model(model, args.output_dir)
-    shutil.copyfile(find_tokenizer(args.base_model), Path(args.output_dir) / "tokenizer.model")
-    worst = max(errors, key=errors.get)
-    print(f"merged {len(errors)} linears into {args.output_dir}; stored as {model.dtype}, the updates lose "
-          f"{sum(errors.values()) / len(errors):.1%} on average, {errors[worst]:.1%} at most ({worst})")
+    dtype, folder = DTYPES.get(args.dtype), args.output_dir
+    if args.command == "recover":
+        total = recover(args.base_model, args.weight_diff, folder, dtype)
+        return print(f"{folder}: base + difference; all weights sum to {total:.4f}")
+    model = load_model(args.base_model, dtype=dtype)
+    if args.lora_weights:
+        load_adapter(model, args.lora_weights)
+        errors = merge(model)
+        worst = max(errors, key=errors.get)
+        print(f"merged {len(errors)} linears; stored as {model.dtype}, the updates lose "
+              f"{sum(errors.values()) / len(errors):.1%} on average, {errors[worst]:.1%} at most ({worst})")
+    with new_folder(folder) as new:
+        if args.command == "merge":
+            save_model(model, new)
+        elif args.layout == "meta":
+            save_meta(model, new)
+        else:
+            config = Path(args.base_model) / "config.json"        # Meta's params.json does not say how long it was trained
+            positions = read_json_file(config).get("max_position_embeddings", 2048) if config.is_file() else 2048
+            save_hf(model, new, find_tokenizer(args.base_model), positions, int(args.max_shard_gb * 2**30))
+        copy_tokenizer(args.base_model, new)
+    print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters as {model.dtype}")
 
 
 if __name__ == "__main__":

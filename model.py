@@ -519,7 +519,7 @@ def open_weights(file):
         if called := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(f"{file} is refused: loading it would run {called[1]}, and weights are only data") from None
         raise ValueError(f"{file} is damaged or no file of weights; copy or download it again") from None
-    except (SafetensorError, RuntimeError, EOFError, LookupError, AttributeError, zipfile.BadZipFile) as error:
+    except (SafetensorError, RuntimeError, EOFError, LookupError, AttributeError, OSError, zipfile.BadZipFile) as error:
         reason = (str(error).splitlines() or ["it ends early"])[0]
         raise ValueError(f"{file} is damaged or no file of weights ({reason}); copy or download it again") from None
     if not isinstance(weights, dict):
@@ -547,8 +547,8 @@ def weight_files(path):
         if file.name != f"consolidated.{number:02}.pth":
             raise ValueError(f"{path / f'consolidated.{number:02}.pth'} not found, but {file.name} is there")
     if not shards:
-        raise ValueError(f"weights not found in {path}: no model.safetensors, pytorch_model.bin (or index.json of these) and no "
-                         "consolidated.00.pth; --base_model wants the folder of a LLaMA")
+        raise ValueError(f"weights not found in {path}: no model.safetensors, pytorch_model.bin (or index.json of these) "
+                         "and no consolidated.00.pth; --base_model wants the folder of a LLaMA")
     return [shards], None
 
 
@@ -599,8 +599,9 @@ def open_checkpoint(path, mixed=False):
                 if axis is not None:
                     wanted[axis] /= len(group)
                 if list(shape) != wanted:
+                    shards = f" in {len(group)} shards; is one missing?" if file.suffix == ".pth" else ""
                     raise ValueError(f"{file}: {key} is {shape}, {'config' if theirs else 'params'}.json makes it "
-                                     f"{shapes[ours[key]]}" + f" in {len(group)} shards" * (len(group) > 1))
+                                     f"{shapes[ours[key]]}{shards}")
                 if index is not None and index.get(key) != file.name:
                     raise ValueError(f"{file} has {key}, which the index places in {index.get(key)}")
                 placed[key] = file
@@ -709,20 +710,80 @@ def write_safetensors(path, layout, tensors):
             file.write(tensor.view(torch.uint8).numpy())          # as bytes, since NumPy has no bf16
 
 
-def save_model(model, path, dtype=None):
-    """Write params.json and model.safetensors (cast to dtype, None: as they are) into the folder path. All processes
-    call it, since a sharded model is gathered tensor by tensor; the first writes."""
+def save_tensors(config, tensors, path, dtype):
+    """Write (name, tensor) pairs, all of this shape and in any order, as our folder: params.json and model.safetensors."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict()
-    if model.config.tie_embeddings:
-        del state["output.weight"]
-    layout = {name: (tuple(t.shape), dtype or t.dtype) for name, t in state.items()}
-    tensors = ((name, whole(t)) for name, t in state.items())
+    with torch.device("meta"):
+        layout = {name: (tuple(p.shape), dtype) for name, p in LLaMA(config).named_parameters()}   # a tied one once
+    write_atomically(path / "model.safetensors", lambda p: write_safetensors(p, layout, tensors))
+    write_json(path / "params.json", config.params())
+
+
+def save_model(model, path, dtype=None):
+    """Write params.json and model.safetensors (cast to dtype, None: that of the embedding) into the folder path. All
+    processes call it, since a sharded model is gathered tensor by tensor; the first writes."""
+    tensors = ((name, whole(p)) for name, p in model.named_parameters())
     if processes()[0]:
         return sum(0 for _ in tensors)
-    write_atomically(path / "model.safetensors", lambda p: write_safetensors(p, layout, tensors))
-    write_json(path / "params.json", model.config.params())
+    save_tensors(model.config, tensors, path, dtype or model.tok_embeddings.weight.dtype)
+
+
+@contextmanager
+def new_folder(path):
+    """A folder to write into that gets its name when all is written; after an error nothing is there. Raises ValueError if
+    path holds something already."""
+    path = Path(path).resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not empty; name a new folder")
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def copy_tokenizer(base, path):
+    """Copy a base's tokenizer.model, and the added_tokens.json beside it if there is one, into the folder path."""
+    for file in (find_tokenizer(base), Path(base) / "added_tokens.json"):
+        if file.is_file():
+            shutil.copyfile(file, Path(path) / file.name)
+
+
+def convert(source, path, dtype=None):
+    """Write a checkpoint of any layout as ours into a new folder, one tensor in memory at a time; return its config. With a
+    dtype, mixed ones are accepted and cast. Raises ValueError as `open_checkpoint` and `new_folder` do."""
+    checkpoint = open_checkpoint(source, mixed=dtype is not None)
+    with new_folder(path) as folder:
+        save_tensors(checkpoint[0], read_checkpoint(checkpoint), folder, dtype or checkpoint[1])
+        copy_tokenizer(source, folder)
+    return checkpoint[0]
+
+
+def describe_model(path):
+    """The lines of `model.py info`, among them a fingerprint that is the same for the same weights in any layout: SHA-256
+    over name, dtype, shape and SHA-256 of each tensor in our layout, sorted by name."""
+    checkpoint = open_checkpoint(path)
+    config, dtype, _ = checkpoint
+    sums, shapes, size = {}, {}, dtype.itemsize
+    for name, tensor in read_checkpoint(checkpoint):
+        digest = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
+        sums[name] = f"{name} {dtype} {tuple(tensor.shape)} {digest}"
+        shapes.setdefault(re.sub(r"\d+", "*", name, count=1) if "layers" in name else name, []).append(tuple(tensor.shape))
+    n = sum(math.prod(shape) for rows in shapes.values() for shape in rows)
+    if config.tie_embeddings:                                     # as a layout that writes it twice has it
+        sums["output.weight"] = sums["tok_embeddings.weight"].replace("tok_embeddings", "output")
+    L, C, q, kv = config.n_layers, config.dim, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    cache, adapter, gib = 2 * L * kv * size, L * 8 * (2 * C + q + kv), 2**30
+    return [*(f"{name:32} {str(rows[0]):16} x {len(rows)}" for name, rows in shapes.items()),
+            f"{n:,} parameters in {dtype}, {n * size / gib:.2f} GiB",
+            f"inference: {n * size / gib:.2f} GiB and {cache / 2**20:.3f} MiB a position for keys and values; "
+            f"{(n * size + cache * 2048) / gib:.2f} GiB with 2,048 positions",
+            f"LoRA training, r 8 on q_proj v_proj: {(n * size + 16 * adapter) / gib:.2f} GiB and the activations of a micro-batch "
+            f"({adapter:,} parameters of 16 bytes: float32, gradient, AdamW's two moments)",
+            f"fingerprint {hashlib.sha256(chr(10).join(sorted(sums.values())).encode()).hexdigest()}"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -753,18 +814,32 @@ def run(main):
 
 
 def main():
-    parser = Parser(description="Write a LLaMA with fresh weights, to be trained by `train.py --full`.")
+    parser = Parser(description="Weights of a LLaMA in Meta's, Hugging Face's or our layout: convert, look into, make anew.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    init = commands.add_parser("init", help="fresh weights in the shape of a params.json")
-    init.add_argument("params", help="Meta's params.json")
-    init.add_argument("output_dir", help="folder to write params.json and model.safetensors into")
-    init.add_argument("--seed", type=int, default=0, help="of the random weights")
+    command = commands.add_parser("convert", help="write any layout as one mapped model.safetensors")
+    command.add_argument("source", help="folder of the weights")
+    command.add_argument("output_dir", help="new folder for params.json, model.safetensors and tokenizer.model")
+    command.add_argument("--dtype", choices=DTYPES, help="cast to it (default: as stored)")
+    command = commands.add_parser("info", help="shapes, parameters, memory, and a fingerprint by which two people compare")
+    command.add_argument("source", help="folder of the weights")
+    command = commands.add_parser("init", help="fresh weights in the shape of a params.json, for `train.py --full`")
+    command.add_argument("params", help="Meta's params.json")
+    command.add_argument("output_dir", help="folder to write params.json and model.safetensors into")
+    command.add_argument("--seed", type=int, default=0, help="of the random weights")
     args = parser.parse_args()
-    model = LLaMA(LLaMAConfig.from_params(args.params))
-    init_weights(model, args.seed)
-    save_model(model, args.output_dir)
-    n = sum(p.numel() for p in model.parameters())
-    print(f"{args.output_dir}: {n:,} weights, {n * 2 / 2**20:.1f} MiB as bf16")
+    if args.command == "convert":
+        config = convert(args.source, args.output_dir, DTYPES.get(args.dtype))
+        copied = (Path(args.output_dir) / "tokenizer.model").is_file()
+        print(f"{args.output_dir}: {config.n_layers} layers of {config.dim}, {config.vocab_size:,} pieces"
+              + ("" if copied else "; no tokenizer.model was found to go with them"))
+    elif args.command == "info":
+        print("\n".join(describe_model(args.source)))
+    else:
+        model = LLaMA(LLaMAConfig.from_params(args.params))
+        init_weights(model, args.seed)
+        save_model(model, args.output_dir)
+        n = sum(p.numel() for p in model.parameters())
+        print(f"{args.output_dir}: {n:,} weights, {n * 2 / 2**20:.1f} MiB as bf16")
 
 
 if __name__ == "__main__":

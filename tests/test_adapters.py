@@ -26,9 +26,9 @@ def base(tmp_path_factory):
     return folder
 
 
-def peft_adapter(base, folder, **settings):
+def peft_adapter(folder, hf=None, **settings):
     """peft's model with random B, saved in folder; returns its logits."""
-    hf = hugging_face(num_key_value_heads=2)
+    hf = hf or hugging_face(num_key_value_heads=2)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": QV, "task_type": "CAUSAL_LM", **settings}
     model = get_peft_model(hf, LoraConfig(**settings))
     torch.manual_seed(1)
@@ -51,7 +51,7 @@ def test_we_read_peft_and_peft_reads_us(tmp_path, base, settings):
     """From a Hugging Face base and from a Meta base, and back: what we write of it, peft reads."""
     settings = dict(settings)
     old = settings.pop("bin", False)
-    wanted = peft_adapter(base, tmp_path / "theirs", **settings)
+    wanted = peft_adapter(tmp_path / "theirs", **settings)
     if old:
         torch.save(load_file(tmp_path / "theirs" / "adapter_model.safetensors"), tmp_path / "theirs" / "adapter_model.bin")
         (tmp_path / "theirs" / "adapter_model.safetensors").unlink()
@@ -71,7 +71,7 @@ def test_we_read_peft_and_peft_reads_us(tmp_path, base, settings):
 
 def test_bentsaos_published_config_loads(tmp_path, base, capsys):
     """adapter_config.json and adapter_model.bin as peft 0.3 wrote them for BenTsao (lora-llama-med)."""
-    wanted = peft_adapter(base, tmp_path, r=8, lora_alpha=16)
+    wanted = peft_adapter(tmp_path, r=8, lora_alpha=16)
     torch.save(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_model.safetensors").unlink()
     (tmp_path / "adapter_config.json").write_text(json.dumps({
@@ -88,7 +88,7 @@ def test_bentsaos_published_config_loads(tmp_path, base, capsys):
 
 def test_names_of_live_modules_and_unknown_keys(tmp_path, base, capsys):
     """torch.save(model.state_dict()) under torch.compile; a key of tomorrow's peft is told of and ignored."""
-    wanted = peft_adapter(base, tmp_path)
+    wanted = peft_adapter(tmp_path)
     state = load_file(tmp_path / "adapter_model.safetensors")
     save_file({k.replace(".model.layers", "._orig_mod.model.layers").replace(".weight", ".default.weight"): v
                for k, v in state.items()}, tmp_path / "adapter_model.safetensors")
@@ -145,7 +145,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_adapters_are_refused_by_name(tmp_path, base, name):
-    peft_adapter(base, tmp_path / "a")
+    peft_adapter(tmp_path / "a")
     change, word = DAMAGES[name]
     change(tmp_path / "a")
     with pytest.raises(ValueError) as error:
@@ -156,7 +156,7 @@ def test_damaged_adapters_are_refused_by_name(tmp_path, base, name):
 def test_a_save_is_read_back_before_it_replaces(tmp_path, base, monkeypatch, capsys):
     """Zero B: fine before training and told of when loaded, an error after it. A write that loses a tensor is an error.
     In both cases the older adapter stays."""
-    peft_adapter(base, tmp_path / "a")
+    peft_adapter(tmp_path / "a")
     model = M.load_model(base / "hf")
     L.add_lora(model, L.LoRAConfig())
     L.save_adapter(model, tmp_path / "zero")

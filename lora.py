@@ -88,7 +88,8 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ ctx.matrix(grad.dtype, *ctx.saved_tensors), None, *(None for _ in ctx.saved_tensors)
+        stored = ctx.saved_tensors                                # once: recomputation hands them out a single time
+        return grad @ ctx.matrix(grad.dtype, *stored), None, *(None for _ in stored)
 
 
 def int8_matrix(dtype, codes, scale):

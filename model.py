@@ -33,6 +33,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ONEDNN = torch.backends.mkldnn.is_available()
@@ -433,6 +434,7 @@ class LLaMA(nn.Module):
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.compute_dtype = None
+        self.recomputed = 0               # so many blocks forget their activations and make them again for the gradient
 
     @property
     def dtype(self):
@@ -455,7 +457,9 @@ class LLaMA(nn.Module):
         positions = torch.arange(T, device=ids.device) if cache is None else cache.positions(T)
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         for layer, block in enumerate(self.layers):
-            x = block(x, rope, cache, layer, keep if layer == self.config.n_layers - 1 else None)
+            rest = rope, cache, layer, keep if layer == self.config.n_layers - 1 else None
+            again = layer < self.recomputed and torch.is_grad_enabled()
+            x = checkpoint(block, x, *rest, use_reentrant=False) if again else block(x, *rest)
         if cache is not None:
             cache.advance(T)
         return self.norm(x)

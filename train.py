@@ -54,7 +54,12 @@ class TrainConfig:
     shard: bool = opt(False, "under torchrun: cut weights, gradients and AdamW's state over the processes (FSDP2)")
     batch_size: int = opt(128, "rows of one optimizer step")
     micro_batch_size: int = opt(0, "rows computed at once, at most (0: as many as micro_batch_tokens allows)")
-    micro_batch_tokens: int = opt(4096, "tokens computed at once, at most, unless one row alone is longer")
+    micro_batch_tokens: int = opt(0, "tokens computed at once, at most, unless one row alone is longer (0: 8,192 on a GPU, "
+                                  "2,048 on a CPU, fewer where memory asks for it)")
+    recompute: str = opt("auto", "none, full, or auto: forget the activations inside of so many blocks, and make them again "
+                         "for the gradient, as memory asks for")
+    memory_gb: float = opt(0.0, "memory to plan for, in GB of 2^30 bytes (0: 92 % of the device's)")
+    compile: bool = opt(False, "torch.compile each block: pays on a GPU after a minute or two")
     share_opening: bool = opt(True, "compute the tokens that all rows of a micro-batch begin with once (exact but for "
                               "dropout, whose mask they then share)")
     num_epochs: int = opt(10, "passes over the data")
@@ -229,6 +234,36 @@ def micro_batches(rows, size, budget):
             cut.append([])
         cut[-1].append(row)
     return cut
+
+
+def memory_needed(shape, config, dtype, tokens, targets, recomputed):
+    """Bytes that training allocates for a LLaMAConfig with `tokens` computed at once, `targets` of them predicted ones:
+    weights; what is trained, float32, with its gradient and AdamW's two moments; activations kept for the gradient (of
+    `recomputed` blocks the input alone); and the larger of two peaks: a chunk of logits, when every block's activations are
+    there, or the gradient inside a feed-forward, when the last block's are gone."""
+    C, F, V, L, s = shape.dim, shape.ffn_dim, shape.vocab_size, shape.n_layers, dtype.itemsize
+    Q, K = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    linears = {"wq": (C, Q), "wk": (C, K), "wv": (C, K), "wo": (Q, C), "w1": (C, F), "w3": (C, F), "w2": (F, C)}   # (I, O)
+    inside, outside = L * sum(i * o for i, o in linears.values()), 2 * V * C + (2 * L + 1) * C
+    adapted = LoRAConfig(config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules).targets
+    trained = tuple(linears) if config.full else adapted
+    inputs = {group[0]: linears[group[0]][0] for group in (("wq", "wk", "wv"), ("wo",), ("w1", "w3"), ("w2",))
+              if set(group) & set(trained)}                       # kept where a weight behind them is trained
+    kept = s * (2 * C + 2 * Q + 2 * K + 2 * F + sum(inputs.values())) + 4 * (2 + shape.n_heads)    # a token and block
+    logits = min(targets, max(64, 2**24 // V)) * V * (4 if s == 4 else 4 + 2 * s)
+    if config.full:
+        weights, state = 4 * (inside + outside), 12 * (inside + outside)
+        logits += 4 * V * C + (s < 4) * s * inside                # the head's gradient; the weights, cast
+    else:
+        each = {"int8": 1, "nf4": 0.516, "fp16": 2, "bf16": 2, "fp32": 4}.get(config.base_dtype, s)
+        weights = each * inside + (each if each >= 2 else s) * outside
+        state = 16 * L * config.lora_r * sum(sum(linears[name]) for name in adapted)
+        kept += sum(s * config.lora_r + linears[name][0] * (config.lora_dropout > 0) for name in adapted)
+    last = kept - (1 - targets / tokens) * s * (2 * F + C)        # whose feed-forward sees the targets alone
+    whole = L - recomputed
+    forward = tokens * (max(whole - 1, 0) * kept + (whole > 0) * last) + logits
+    backward = tokens * (max(whole - 1, 1) * kept + s * (3 * F + 2 * C))
+    return int(weights + state + tokens * recomputed * s * C + max(forward, backward))
 
 
 def lr_at(step, total, config):

@@ -134,3 +134,44 @@ def test_dropped_product():
         assert torch.equal(L.DroppedProduct.apply(x, a, p), h)
         per_row = h.detach().mean(0)
         assert per_row.std().item() < 3 * (p * (1 - p) / 400) ** 0.5            # no pattern along the rows
+
+
+def measured_bytes(shape, config, dtype, rows, recomputed):
+    """Most bytes alive while two steps train, by counting every tensor's storage; weights included."""
+    with Allocated() as allocated:
+        model = M.LLaMA(shape).requires_grad_(config.full)
+        if config.full:
+            model.compute_dtype = dtype
+        else:
+            if config.base_dtype in L.QUANTISED:
+                L.quantize(model, config.base_dtype, "cpu", dtype)
+            L.add_lora(model.to(dtype) if config.base_dtype == "auto" else model, L.LoRAConfig(
+                config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules))
+        model.recomputed, allocated.peak = recomputed, 0          # building it is no part of training
+        T.train(config, model, (rows, []))
+    return allocated.peak
+
+
+MEMORY = {  # name: (settings, dtype, blocks recomputed of 4, rows, their length)
+    "fp32, q v": ({}, "fp32", 0, 8, 128), "bf16, q v": ({}, "bf16", 0, 2, 128), "fp32, q v, longer": ({}, "fp32", 0, 2, 512),
+    "fp32, all": ({"lora_target_modules": ("all",)}, "fp32", 0, 8, 128),
+    "fp32, all, no dropout": ({"lora_target_modules": ("all",), "lora_dropout": 0.0}, "fp32", 0, 8, 128),
+    "fp32, recompute 2": ({}, "fp32", 2, 8, 128), "bf16, recompute 4": ({}, "bf16", 4, 2, 128),
+    "nf4": ({"base_dtype": "nf4"}, "bf16", 0, 2, 128), "nf4, recompute 4": ({"base_dtype": "nf4"}, "fp32", 4, 8, 128),
+    "int8": ({"base_dtype": "int8"}, "fp32", 0, 8, 128), "full fp32": ({"full": True}, "fp32", 0, 8, 128),
+    "full bf16": ({"full": True}, "bf16", 0, 2, 128)}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_needed_is_what_training_allocates(name):
+    """The estimate against the bytes alive at the peak, within 10 %."""
+    settings, dtype, recomputed, n, length = MEMORY[name]
+    shape = M.LLaMAConfig(256, 4, 4, 1000, 1e-6)
+    rows = [T.Row([(i * j + 1) % 1000 for j in range(length + 1)], [False] * (length // 2) + [True] * (length + 1 - length // 2))
+            for i in range(1, 2 * n + 1)]
+    config = T.TrainConfig(output_dir="", base_model="base", batch_size=2 * n, micro_batch_tokens=n * (length + 1), max_steps=2,
+                           share_opening=False, save_steps=0, **settings)
+    wanted = measured_bytes(shape, config, M.DTYPES[dtype], rows, recomputed)
+    got = T.memory_needed(shape, config, M.DTYPES[dtype], n * length, n * (length + 1 - length // 2), recomputed)
+    print(f"RATIO {name} {got / wanted:.3f}")
+    assert abs(got - wanted) < 0.1 * wanted, f"estimate {got / 2**20:.1f} MiB, allocated {wanted / 2**20:.1f}"

@@ -435,6 +435,7 @@ class LLaMA(nn.Module):
             self.output.weight = self.tok_embeddings.weight
         self.compute_dtype = None
         self.recomputed = 0               # so many blocks forget their activations and make them again for the gradient
+        self.loss_scale = 2.0**16         # of fp16 training, halved when gradients overflow
 
     @property
     def dtype(self):

@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from argparse import SUPPRESS
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,8 +32,8 @@ from tqdm import tqdm
 from generate import (DATA, Tokenizer, ask, bot_spans, find_base, flag, load_base, load_template, pick_device, pick_dtype,
                       read_instructions, render_prompt)
 from lora import LoRAConfig, add_lora, place, read_json_file, save_adapter
-from model import (DTYPES, PackedRows, Parser, find_tokenizer, processes, run, save_model, whole, write_atomically,
-                   write_json)
+from model import (DTYPES, PackedRows, Parser, find_tokenizer, open_checkpoint, processes, run, save_model, whole,
+                   write_atomically, write_json)
 
 
 def opt(default, text):
@@ -259,11 +259,43 @@ def memory_needed(shape, config, dtype, tokens, targets, recomputed):
         weights = each * inside + (each if each >= 2 else s) * outside
         state = 16 * L * config.lora_r * sum(sum(linears[name]) for name in adapted)
         kept += sum(s * config.lora_r + linears[name][0] * (config.lora_dropout > 0) for name in adapted)
+    if config.shard:                                              # cut over the processes; two blocks gathered at a time
+        weights, state = weights / processes()[1] + 2 * weights / L, state / processes()[1]
     last = kept - (1 - targets / tokens) * s * (2 * F + C)        # whose feed-forward sees the targets alone
     whole = L - recomputed
     forward = tokens * (max(whole - 1, 0) * kept + (whole > 0) * last) + logits
     backward = tokens * (max(whole - 1, 1) * kept + s * (3 * F + 2 * C))
     return int(weights + state + tokens * recomputed * s * C + max(forward, backward))
+
+
+def plan(shape, config, dtype, rows, device):
+    """(micro_batch_tokens, blocks recomputed, bytes needed) with which training fits into the device's memory: as many
+    tokens as pay, then as few blocks as possible. Raises ValueError naming a setting that fits, where none does as set."""
+    total = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else
+             os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    room = config.memory_gb * 2**30 or 0.92 * total               # the rest: CUDA's own, fragments, the interpreter
+    longest, share = max(len(row.ids) for row in rows), target_count(rows) / sum(len(row.ids) for row in rows)
+
+    def first_fit(config):
+        most = config.micro_batch_tokens or (8192 if device.type == "cuda" else 2048)
+        sizes = [min(most, config.micro_batch_size * longest)] if config.micro_batch_size else \
+            [most] if config.micro_batch_tokens else [most, most // 2, most // 4, longest]
+        blocks = {"none": [0], "full": [shape.n_layers]}.get(config.recompute, range(shape.n_layers + 1))
+        ways = [(max(tokens, longest), k) for some in (blocks[:1], blocks[1:]) for tokens in sizes for k in some]
+        needs = [(*way, memory_needed(shape, config, dtype, way[0], math.ceil(way[0] * share), way[1])) for way in ways]
+        return next((n for n in needs if n[2] <= room), None), min(n[2] for n in needs)
+
+    found, least = first_fit(config)
+    if found:
+        return found
+    small = {"recompute": "auto", "micro_batch_size": 1}
+    for change in ({"recompute": "auto"}, small, *({**small, "full": False, "base_dtype": b} for b in ("auto", "int8", "nf4"))):
+        if (fits := first_fit(replace(config, **change))[0]):
+            named = " ".join(f"--{k} {v}" for k, v in change.items() if v != getattr(config, k))
+            raise ValueError(f"training needs {least / 2**30:.2f} GB, and {room / 2**30:.2f} GB of memory are planned for; "
+                             f"{named} fits, with {fits[2] / 2**30:.2f} GB")
+    raise ValueError(f"training needs {least / 2**30:.2f} GB, and {room / 2**30:.2f} GB of memory are planned for; no setting "
+                     f"makes this base fit: take a smaller base, a lower --cutoff_len or another --device")
 
 
 def lr_at(step, total, config):
@@ -362,7 +394,7 @@ def own_batches(rows, config):
     """This process's micro-batches as (rows, 1): every Nth row by length, so that all have as much to do. Where another
     process has more, (a row, 0) fills up: it counts for nothing, but a sharded model computes in step."""
     (rank, n), rows = processes(), sorted(rows, key=lambda row: len(row.ids))
-    shares = [micro_batches(rows[at::n], config.micro_batch_size, config.micro_batch_tokens) for at in range(n)]
+    shares = [micro_batches(rows[at::n], config.micro_batch_size, config.micro_batch_tokens or 2048) for at in range(n)]
     fill = max(map(len, shares)) - len(shares[rank])
     return [(micro, 1) for micro in shares[rank]] + [(rows[:1], 0)] * fill
 
@@ -373,18 +405,28 @@ def target_count(rows):
 
 def step_gradient(model, rows, config):
     """Backward through this process's part of one optimizer step's rows; return the loss per target token of all rows.
-    Gradients add up in .grad, and then over the processes (FSDP2 does that itself, but takes the mean)."""
+    Gradients add up in .grad, and then over the processes (FSDP2 does that itself, but takes the mean). In fp16 the loss
+    is scaled, lest small gradients vanish, and the step is done again at half the scale if they overflow."""
     total, count, (_, n) = 0.0, target_count(rows), processes()
+    scale = model.loss_scale if model.dtype == torch.float16 else 1.0
     for micro, counts in own_batches(rows, config):
         loss = loss_sum(model, *collate(micro, model.device, config.share_opening)) * counts / count
-        (loss * n if config.shard else loss).backward()
+        (loss * (scale * n if config.shard else scale)).backward()
         total += loss.item()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
     if n > 1 and not config.shard:
-        grads = [p.grad for p in model.parameters() if p.requires_grad]
         vector = parameters_to_vector(grads)
         dist.all_reduce(vector)
         vector_to_parameters(vector, grads)
-    return summed(total, model.device)
+    total = summed(total, model.device)
+    if scale > 1:
+        for grad in grads:
+            grad.div_(scale)
+        if math.isfinite(total) and not whole(torch.nn.utils.get_total_norm(grads)).isfinite():
+            model.loss_scale /= 2
+            model.zero_grad()
+            return step_gradient(model, rows, config)
+    return total
 
 
 @torch.no_grad()
@@ -481,13 +523,15 @@ def resume(model, optimizer, folder):
 
 def check_config(config):
     """Raise ValueError for a setting that cannot train."""
-    for name in ("batch_size", "micro_batch_tokens", "num_epochs", "learning_rate", "cutoff_len", "max_grad_norm"):
+    for name in ("batch_size", "num_epochs", "learning_rate", "cutoff_len", "max_grad_norm"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} is {getattr(config, name)!r}, wanted a number above 0")
     if config.train_on not in ("last", "all"):
         raise ValueError(f"train_on is {config.train_on!r}, wanted last or all")
-    for name in ("micro_batch_size", "max_steps", "warmup_steps", "weight_decay", "val_set_size", "eval_steps", "save_steps",
-                 "save_total_limit", "num_answers"):
+    if config.recompute not in ("none", "auto", "full"):
+        raise ValueError(f"recompute is {config.recompute!r}, wanted none, auto or full")
+    for name in ("micro_batch_size", "micro_batch_tokens", "memory_gb", "max_steps", "warmup_steps", "weight_decay",
+                 "val_set_size", "eval_steps", "save_steps", "save_total_limit", "num_answers"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} is {getattr(config, name)!r}, wanted 0 or more")
     if config.full and config.base_dtype not in ("auto", "fp32"):
@@ -622,9 +666,10 @@ def main():
     device = join_processes(pick_device(config.device))
     rows, _ = encode_records(tokenizer, template, records, config)
     val_rows, val_records = encode_records(tokenizer, template, val_records, config) if val_records else ([], [])
-    dtype = pick_dtype(config.dtype, device)
-    if dtype == torch.float16:
-        raise ValueError("dtype fp16 overflows without loss scaling, which is not built; use bf16 or fp32")
+    shape, dtype = open_checkpoint(find_base(config.base_model))[0], pick_dtype(config.dtype, device)
+    config.micro_batch_tokens, recomputed, need = plan(shape, config, dtype, rows + val_rows, device)
+    print(f"memory: {need / 2**30:.2f} GB by the estimate, with at most {config.micro_batch_tokens:,} tokens at once and "
+          f"{recomputed} of {shape.n_layers} blocks recomputed")
     storage = torch.float32 if config.full else DTYPES.get(config.base_dtype, dtype)
     if config.shard:                                              # mapped, as stored; `shard` casts a block at a time
         model, _ = load_base(config.base_model, "cpu", None, "auto" if config.base_dtype in DTYPES else config.base_dtype)
@@ -640,10 +685,14 @@ def main():
         wrapped = add_lora(model, lora)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"LoRA r {lora.r}, alpha {lora.alpha:g} on {wrapped} linears ({' '.join(lora.targets)}): {trained:,} trained")
+    model.recomputed = recomputed
+    if config.compile:
+        for block in model.layers:
+            block.compile(dynamic=True)
     if config.shard:
         shard(model, device, storage)
-    print(f"{config.num_epochs} epochs of {len(rows):,} rows, {config.batch_size} rows a step in micro-batches of "
-          f"{config.micro_batch_size}, learning rate {config.learning_rate:g}")
+    print(f"{config.num_epochs} epochs of {len(rows):,} rows, {config.batch_size} rows a step, learning rate "
+          f"{config.learning_rate:g}")
     every = max(1, len(val_records) // max(1, config.num_answers))
     questions = [] if config.shard else val_records[::every][:config.num_answers]   # token by token, gathering is too slow
     before = answer_all(model, tokenizer, template, questions, "answers before") if questions else []

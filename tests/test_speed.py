@@ -95,6 +95,96 @@ def test_gradient_equals_plain_padded_code(path, full):
     assert (gradient(model) - wanted).norm() < 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("recomputed", [1, 2])
+def test_recomputed_gradient_is_the_same(full, recomputed):
+    """Blocks recomputed, dropout on: the masks are drawn again alike, so the gradient is equal bit for bit."""
+    grads = []
+    for k in (0, recomputed):
+        model, rows = prepared(full), uneven_rows()
+        for _, module in L.lora_linears(model):
+            module.dropout = 0.2
+        model.recomputed = k
+        torch.manual_seed(3)
+        T.step_gradient(model, rows, T.TrainConfig(output_dir="", micro_batch_tokens=200))
+        grads.append(gradient(model))
+    assert torch.equal(*grads)
+
+
+def test_half_precision_gradients():
+    """fp16 and bf16 against float64: observed 0.003 and 0.02 of the norm. fp16 from a scale that overflows ends finite."""
+    rows, wanted = uneven_rows(), prepared(False)
+    (plain_loss(wanted, rows) / T.target_count(rows)).backward()
+    for dtype, bound in ((torch.bfloat16, 0.04), (torch.float16, 0.006)):
+        model = prepared(False, dtype)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        model.loss_scale = 2.0**40
+        T.step_gradient(model, rows, T.TrainConfig(output_dir=""))
+        assert (gradient(model) - gradient(wanted)).norm() < bound * gradient(wanted).norm()
+        assert model.loss_scale < 2.0**30 or dtype != torch.float16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recomputed", [0, 2])
+def test_compiled_blocks(recomputed):
+    """torch.compile per block: the gradient to 1e-5, and no recompilation from the second micro-batch shape on."""
+    rows, wanted, model = uneven_rows(), prepared(False), prepared(False)
+    (plain_loss(wanted, rows) / T.target_count(rows)).backward()
+    model.recomputed = recomputed
+    for block in model.layers:
+        block.compile(dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    T.step_gradient(model, rows, T.TrainConfig(output_dir="", micro_batch_tokens=100))
+    assert (gradient(model) - gradient(wanted)).norm() < 1e-5 * gradient(wanted).norm()
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+LITERATURE = [24, 260, 420, 640, 1500]                             # a row of 1 to 6 turns: least, quartiles, greatest
+
+
+@pytest.mark.parametrize("kind", ["256", "512", "literature"])
+@pytest.mark.parametrize("size", [0, 8])
+def test_padding(kind, size):
+    """Tokens computed beyond the real ones: at most 3 % at BenTsao's cut-offs and on rows as long as the literature's."""
+    if kind == "literature":
+        rng = torch.Generator().manual_seed(0)
+        at = torch.rand(1000, generator=rng) * 4
+        lengths = [int(LITERATURE[int(i)] + (i - int(i)) * (LITERATURE[int(i) + 1] - LITERATURE[int(i)])) for i in at.tolist()]
+        rows = [T.Row([1] + torch.randint(3, 300, (n - 1,), generator=rng).tolist(), [False] * 12 + [True] * (n - 12)) for n in lengths]
+    else:
+        rows = simulated_rows(1000, int(kind))
+    computed = real = 0
+    for at in range(0, len(rows), 128):
+        for micro in T.micro_batches(rows[at:at + 128], size, 2048):
+            ids, _, packed = T.collate(micro, "cpu")
+            real += sum(len(row.ids) - 1 for row in micro) - (len(micro) - 1) * T.shared_opening(micro)
+            computed += ids.numel()
+            assert ids.numel() == len(packed.back) == len(packed.positions(0))
+    assert real <= computed <= 1.03 * real
+
+
+def test_plan():
+    """LLaMA-7B at 8 x 512: bf16 in 22 GB, NF4 in 9 GB; what does not fit names a setting that does."""
+    shape = M.LLaMAConfig(4096, 32, 32, 32000, 1e-6)
+    rows, cpu = [T.Row([1] * 512, [False] * 256 + [True] * 256)], torch.device("cpu")
+
+    def planned(**settings):
+        return T.plan(shape, T.TrainConfig(base_model="base", **{"micro_batch_size": 8, **settings}), torch.bfloat16, rows, cpu)
+
+    tokens, recomputed, need = planned(memory_gb=22)
+    assert tokens == 2048 and need < 22 * 2**30                   # a CPU's default; a GPU's allows 8 x 512:
+    tokens, recomputed, need = planned(memory_gb=22, micro_batch_tokens=8192)
+    assert tokens == 4096 and 0 < recomputed < 32 and need < 22 * 2**30
+    assert planned(memory_gb=9, micro_batch_tokens=8192, base_dtype="nf4")[2] < 9 * 2**30
+    assert planned(memory_gb=80, micro_batch_tokens=8192)[:2] == (4096, 0)
+    with pytest.raises(ValueError, match=r"--base_dtype int8 fits, with \d"):
+        planned(memory_gb=10, recompute="auto", micro_batch_size=1)
+    with pytest.raises(ValueError, match="--recompute auto fits"):
+        planned(memory_gb=22, recompute="none", micro_batch_tokens=8192)
+    with pytest.raises(ValueError, match="no setting"):
+        planned(memory_gb=2)
+
+
 def test_chunked_loss_equals_cross_entropy(monkeypatch):
     """Chunks of 5 of 23 targets, logits as far apart as 200: loss and both gradients against float64."""
     torch.manual_seed(0)
@@ -162,7 +252,8 @@ MEMORY = {  # name: (settings, dtype, blocks recomputed of 4, rows, their length
     "full bf16": ({"full": True}, "bf16", 0, 2, 128)}
 
 
-@pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if MEMORY[n][1] == "bf16" or "8" in n or "f4" in n else ())
+                                  for n in MEMORY])
 def test_memory_needed_is_what_training_allocates(name):
     """The estimate against the bytes alive at the peak, within 10 %."""
     settings, dtype, recomputed, n, length = MEMORY[name]
@@ -173,5 +264,4 @@ def test_memory_needed_is_what_training_allocates(name):
                            share_opening=False, save_steps=0, **settings)
     wanted = measured_bytes(shape, config, M.DTYPES[dtype], rows, recomputed)
     got = T.memory_needed(shape, config, M.DTYPES[dtype], n * length, n * (length + 1 - length // 2), recomputed)
-    print(f"RATIO {name} {got / wanted:.3f}")
     assert abs(got - wanted) < 0.1 * wanted, f"estimate {got / 2**20:.1f} MiB, allocated {wanted / 2**20:.1f}"

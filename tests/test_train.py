@@ -187,7 +187,7 @@ BAD = {  # name: (arguments over a good command, a word the line must have)
     "validation too large": (["--val_set_size", "8"], "val_set_size"),
     "cutoff too small": (["--cutoff_len", "10"], "cutoff_len"),
     "truncated weights": (["--base_model", "truncated"], "damaged"),
-    "no weights": (["--base_model", "no weights"], "holds no model.safetensors"),
+    "no weights": (["--base_model", "no weights"], "weights not found"),
     "tokenizer of another size": (["--base_model", "tokenizer"], "pieces"),
     "shape": (["--base_model", "shape"], "wk"),
     "params lack a key": (["--base_model", "params"], "n_layers"),

@@ -535,6 +535,65 @@ def load_base(path, device, dtype, base_dtype="auto"):
     return model, tokenizer
 
 
+def each_model(specs, template, device, dtype):
+    """Yield (name, model, tokenizer, template, folders) for each of specs, NAME=BASE or NAME=BASE+ADAPTER. One base is in
+    memory at a time; adapters on the same base are switched. template: a name for all ("": each adapter's own, med_template
+    for a base). Raises ValueError for a spec that is none, before anything is loaded."""
+    loaded, models = None, []
+    for spec in specs:
+        name, _, place = spec.partition("=")
+        base, _, adapter = place.partition("+")
+        if not re.fullmatch(r"[\w.-]+", name) or not base or name in [m[0] for m in models]:
+            raise ValueError(f"model {spec!r}: wanted NAME=BASE or NAME=BASE+ADAPTER, each name once")
+        if adapter and not Path(adapter).is_dir():
+            raise ValueError(f"model {spec!r}: no adapter at {adapter}")
+        models.append((name, find_base(base), adapter))
+    for name, base, adapter in models:
+        if base != loaded:
+            model, tokenizer = load_base(base, device, dtype)
+            loaded = base
+        remove_adapter(model)
+        made = load_adapter(model, adapter).get("config", {}) if adapter else {}
+        yield (name, model, tokenizer, load_template(template or made.get("prompt_template_name") or "med_template"),
+               [base, adapter] if adapter else [base])
+
+
+def compare(models, records, decoding, rows, folder):
+    """Answer records by each of `each_model`'s models and write the table (模型效果对比) into folder, as compare.md,
+    compare.csv and compare.html, where what an answer does not share with the first model's is marked."""
+    folder, answers = Path(folder), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, model, tokenizer, template, folders in models:
+        prompts = [tokenizer.encode(render_prompt(template, r["instruction"], r["input"]), bos=True) for r in records]
+        path = folder / f"answers-{name}.jsonl"
+        answer_file(model, tokenizer, [(r, ids, decoding) for r, ids in zip(records, prompts)], str(path), rows,
+                    [str(f) for f in folders])
+        answers[name] = [row["answer"] for _, row in read_records(path)]
+    questions = ["\n".join(filter(None, (r["instruction"], r["input"]))) for r in records]
+    head, table = ["问题", *answers], list(zip(questions, *answers.values()))
+
+    def marked(first, text):
+        """text as HTML, what first does not have marked."""
+        pieces = difflib.SequenceMatcher(None, first, text, autojunk=False).get_opcodes()
+        return "".join(html.escape(text[c:d]) if tag == "equal" else f"<mark>{html.escape(text[c:d])}</mark>"
+                       for tag, _, _, c, d in pieces if d > c)
+
+    def lines(rows, line):
+        return "".join(line.format("".join(row)) for row in rows)
+
+    cell = lambda text: " " + text.replace("|", "\\|").replace("\n", "<br>") + " |"
+    markdown = lines([map(cell, head), ["---|"] * len(head), *(map(cell, row) for row in table)], "|{}\n")
+    body = lines([[f"<th>{html.escape(h)}</th>" for h in head]] + [
+        [f"<td>{html.escape(row[0])}</td><td>{html.escape(row[1])}</td>", *(f"<td>{marked(row[1], text)}</td>" for text in row[2:])]
+        for row in table], "<tr>{}</tr>\n")
+    page = (TEMPLATES.parent / "compare.html").read_text(encoding="utf-8").replace("{rows}", body)
+    sheet = io.StringIO(newline="")
+    csv.writer(sheet).writerows([head, *table])
+    for name, text in (("compare.md", markdown), ("compare.csv", "\ufeff" + sheet.getvalue()), ("compare.html", page)):
+        write_atomically(folder / name, lambda p: p.write_bytes(text.encode()))
+    print(f"{folder}: compare.md, compare.csv, compare.html, {len(table)} questions by {', '.join(answers)}", file=sys.stderr)
+
+
 def flag(text):
     """A yes-or-no option as Fire users write it: --x, --x True, --x=False."""
     if text.lower() not in ("true", "false", "1", "0"):

@@ -266,6 +266,13 @@ def add_lora(model, config):
     return len(names)
 
 
+def remove_adapter(model):
+    """Take the wrappers off again, so that another adapter can be loaded on the same base; its weights are as before."""
+    for name, module in lora_linears(model):
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module.base)
+
+
 @torch.no_grad()
 def merge(model):
     """Fold each update into its weight, W = W0 + (alpha / r) B A, summed in float32 and stored in place in the weight's

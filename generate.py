@@ -545,8 +545,8 @@ def each_model(specs, template, device, dtype):
         base, _, adapter = place.partition("+")
         if not re.fullmatch(r"[\w.-]+", name) or not base or name in [m[0] for m in models]:
             raise ValueError(f"model {spec!r}: wanted NAME=BASE or NAME=BASE+ADAPTER, each name once")
-        if adapter and not Path(adapter).is_dir():
-            raise ValueError(f"model {spec!r}: no adapter at {adapter}")
+        if adapter and not (Path(adapter) / "adapter_config.json").is_file():
+            raise ValueError(f"model {spec!r}: no adapter_config.json in {adapter}")
         models.append((name, find_base(base), adapter))
     for name, base, adapter in models:
         if base != loaded:

@@ -3,12 +3,16 @@
   python generate.py "偏头痛有哪些症状？"                one question
   python generate.py                                   a chat
   python generate.py --instruct_dir questions.json     a file, array or lines of {"instruction", "input"}; - is stdin
+  python generate.py --compare base=DIR tuned=DIR+ADAPTER --instruct_dir questions.json --output table
   python generate.py --serve                           OpenAI's API and a page on http://127.0.0.1:8000/
 
 The only place where text and token ids meet, so that training and asking render every prompt with the same code.
 The answer goes to stdout, everything else to stderr.
 """
+import csv
+import difflib
 import hmac
+import html
 import io
 import json
 import math
@@ -35,7 +39,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
-from lora import QUANTISED, load_adapter, lora_linears, quantize, read_json_file
+from lora import QUANTISED, load_adapter, lora_linears, quantize, read_json_file, remove_adapter
 from model import DTYPES, Parser, RaggedStep, find_tokenizer, load_model, open_checkpoint, run, write_atomically, write_json
 
 DATA = Path(__file__).parent / "data"
@@ -558,42 +562,6 @@ def each_model(specs, template, device, dtype):
                [base, adapter] if adapter else [base])
 
 
-def compare(models, records, decoding, rows, folder):
-    """Answer records by each of `each_model`'s models and write the table (模型效果对比) into folder, as compare.md,
-    compare.csv and compare.html, where what an answer does not share with the first model's is marked."""
-    folder, answers = Path(folder), {}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, model, tokenizer, template, folders in models:
-        prompts = [tokenizer.encode(render_prompt(template, r["instruction"], r["input"]), bos=True) for r in records]
-        path = folder / f"answers-{name}.jsonl"
-        answer_file(model, tokenizer, [(r, ids, decoding) for r, ids in zip(records, prompts)], str(path), rows,
-                    [str(f) for f in folders])
-        answers[name] = [row["answer"] for _, row in read_records(path)]
-    questions = ["\n".join(filter(None, (r["instruction"], r["input"]))) for r in records]
-    head, table = ["问题", *answers], list(zip(questions, *answers.values()))
-
-    def marked(first, text):
-        """text as HTML, what first does not have marked."""
-        pieces = difflib.SequenceMatcher(None, first, text, autojunk=False).get_opcodes()
-        return "".join(html.escape(text[c:d]) if tag == "equal" else f"<mark>{html.escape(text[c:d])}</mark>"
-                       for tag, _, _, c, d in pieces if d > c)
-
-    def lines(rows, line):
-        return "".join(line.format("".join(row)) for row in rows)
-
-    cell = lambda text: " " + text.replace("|", "\\|").replace("\n", "<br>") + " |"
-    markdown = lines([map(cell, head), ["---|"] * len(head), *(map(cell, row) for row in table)], "|{}\n")
-    body = lines([[f"<th>{html.escape(h)}</th>" for h in head]] + [
-        [f"<td>{html.escape(row[0])}</td><td>{html.escape(row[1])}</td>", *(f"<td>{marked(row[1], text)}</td>" for text in row[2:])]
-        for row in table], "<tr>{}</tr>\n")
-    page = (TEMPLATES.parent / "compare.html").read_text(encoding="utf-8").replace("{rows}", body)
-    sheet = io.StringIO(newline="")
-    csv.writer(sheet).writerows([head, *table])
-    for name, text in (("compare.md", markdown), ("compare.csv", "\ufeff" + sheet.getvalue()), ("compare.html", page)):
-        write_atomically(folder / name, lambda p: p.write_bytes(text.encode()))
-    print(f"{folder}: compare.md, compare.csv, compare.html, {len(table)} questions by {', '.join(answers)}", file=sys.stderr)
-
-
 def flag(text):
     """A yes-or-no option as Fire users write it: --x, --x True, --x=False."""
     if text.lower() not in ("true", "false", "1", "0"):
@@ -639,6 +607,12 @@ def chat(answer, render, tokenizer, multi, room, about):
             return
 
 
+def weights_key(base, adapter=""):
+    """What tells answers of one model from those of another: the base's name and what is in the adapter's weights."""
+    files = sorted(Path(adapter).glob("adapter_model.*")) if adapter else []
+    return [str(base), *(sha256(file.read_bytes()).hexdigest() for file in files)]
+
+
 def answer_file(model, tokenizer, tasks, output, rows, weights):
     """Answer tasks [(record, prompt ids, Decoding), ...], rows at a time and of similar length, and append each answer
     to the file output ("": stdout) as it comes: the record with answer, finish_reason, index, and a key made of prompt,
@@ -681,6 +655,42 @@ def answer_file(model, tokenizer, tasks, output, rows, weights):
     if output:
         rows = "".join(json.dumps(done[key], ensure_ascii=False) + "\n" for key in names)
         write_atomically(output, lambda p: p.write_text(rows, encoding="utf-8"))
+
+
+def compare(models, records, decoding, rows, folder):
+    """Answer records by each of `each_model`'s models and write the table (模型效果对比) into folder, as compare.md,
+    compare.csv and compare.html, where what an answer does not share with the first model's is marked."""
+    folder, answers = Path(folder), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, model, tokenizer, template, folders in models:
+        prompts = [tokenizer.encode(render_prompt(template, r["instruction"], r["input"]), bos=True) for r in records]
+        path = folder / f"answers-{name}.jsonl"
+        answer_file(model, tokenizer, [(r, ids, decoding) for r, ids in zip(records, prompts)], str(path), rows,
+                    weights_key(*folders))
+        answers[name] = [row["answer"] for _, row in read_records(path)]
+    questions = ["\n".join(filter(None, (r["instruction"], r["input"]))) for r in records]
+    head, table = ["问题", *answers], list(zip(questions, *answers.values()))
+
+    def marked(first, text):
+        """text as HTML, what first does not have marked."""
+        pieces = difflib.SequenceMatcher(None, first, text, autojunk=False).get_opcodes()
+        return "".join(html.escape(text[c:d]) if tag == "equal" else f"<mark>{html.escape(text[c:d])}</mark>"
+                       for tag, _, _, c, d in pieces if d > c)
+
+    def lines(rows, line):
+        return "".join(line.format("".join(row)) for row in rows)
+
+    cell = lambda text: " " + text.replace("|", "\\|").replace("\n", "<br>") + " |"
+    markdown = lines([map(cell, head), ["---|"] * len(head), *(map(cell, row) for row in table)], "|{}\n")
+    body = lines([[f"<th>{html.escape(h)}</th>" for h in head]] + [
+        [f"<td>{html.escape(row[0])}</td><td>{html.escape(row[1])}</td>", *(f"<td>{marked(row[1], text)}</td>" for text in row[2:])]
+        for row in table], "<tr>{}</tr>\n")
+    page = (TEMPLATES.parent / "compare.html").read_text(encoding="utf-8").replace("{rows}", body)
+    sheet = io.StringIO(newline="")
+    csv.writer(sheet).writerows([head, *table])
+    for name, text in (("compare.md", markdown), ("compare.csv", "\ufeff" + sheet.getvalue()), ("compare.html", page)):
+        write_atomically(folder / name, lambda p: p.write_bytes(text.encode()))
+    print(f"{folder}: compare.md, compare.csv, compare.html, {len(table)} questions by {', '.join(answers)}", file=sys.stderr)
 
 
 class Refused(Exception):
@@ -984,6 +994,8 @@ def main():
     parser.add_argument("--lora_weights", default="lora-tcm", help="folder of the adapter")
     parser.add_argument("--use_lora", type=flag, nargs="?", const=True, default=True, help="False asks the base alone")
     parser.add_argument("--instruct_dir", default="", help="a file of questions, JSON array or lines; - is standard input")
+    parser.add_argument("--compare", nargs="+", default=(), help="several models, NAME=BASE or NAME=BASE+ADAPTER, answer "
+                        "--instruct_dir; their table goes into the folder --output")
     parser.add_argument("--output", default="", help="file for the answers to --instruct_dir, as JSON lines; a run that was "
                         "stopped goes on from it")
     parser.add_argument("--batch_size", type=int, default=8, help="answers decoded together (--instruct_dir, --serve)")
@@ -1027,6 +1039,13 @@ def main():
     if args.serve and args.num_beams > 1:
         raise ValueError("the server streams and does not search with beams; leave --num_beams out")
 
+    questions = read_instructions(args.instruct_dir) if args.instruct_dir else []
+    device, multi = pick_device(args.device), args.single_or_multi == "multi"
+    dtype = pick_dtype(args.dtype, device)
+    if args.compare:
+        if not questions or not args.output:
+            raise ValueError("--compare wants questions (--instruct_dir FILE) and a folder for the table (--output FOLDER)")
+        return compare(each_model(args.compare, args.prompt_template, device, dtype), questions, decoding, args.batch_size, args.output)
     made = {}                                                     # what the adapter's run.json says of itself
     if args.use_lora:
         info = Path(args.lora_weights) / "run.json"
@@ -1036,10 +1055,7 @@ def main():
         made = read_json_file(info).get("config", {}) if info.is_file() else {}
     base = args.base_model or made.get("base_model") or str(DATA / "tiny")
     template = load_template(args.prompt_template or made.get("prompt_template_name") or "med_template")
-    questions = read_instructions(args.instruct_dir) if args.instruct_dir else []
-    device, multi = pick_device(args.device), args.single_or_multi == "multi"
-    model, tokenizer = load_base(base, device, pick_dtype(args.dtype, device),
-                                 "int8" if args.load_8bit else args.base_dtype)
+    model, tokenizer = load_base(base, device, dtype, "int8" if args.load_8bit else args.base_dtype)
     if args.use_lora:
         load_adapter(model, args.lora_weights)
     seeds = [decoding.seed and decoding.seed + i for i in range(args.n)]
@@ -1067,11 +1083,10 @@ def main():
         serve(Server((args.host, args.port), model, tokenizer, "tuned" if name == "base" else name, render, decoding,
                      args.batch_size, args.context, key))
     elif args.instruct_dir:
-        weights = [base] + [sha256(p.read_bytes()).hexdigest() for p in sorted(Path(args.lora_weights).glob("adapter_model.*"))
-                            if args.use_lora]
         answer_file(model, tokenizer, [
             (row, tokenizer.encode(render_prompt(template, row["instruction"], row["input"]), bos=True), replace(decoding, seed=seed))
-            for row in questions for seed in seeds], args.output, args.batch_size, weights)
+            for row in questions for seed in seeds], args.output, args.batch_size,
+            weights_key(base, args.lora_weights if args.use_lora else ""))
     elif args.prompt:
         for seed in seeds:
             for _ in answer(render_prompt(template, args.prompt, args.input), seed):

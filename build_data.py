@@ -739,10 +739,11 @@ def read_rubric(path):
     values `allowed` there: those of its scale, or its verdicts [the first is better, the second is, a tie]."""
     rubric = read_json_file(path)
     try:
-        pair, places = "verdicts" in rubric, re.findall(r"\{(answer\w*)\}", rubric["user"])
+        pair = "verdicts" in rubric
+        places = ["answer_a", "answer_b"] if pair else ["answer"]
         keys = ["verdict"] if pair else [dimension["key"] for dimension in rubric["dimensions"]]
         allowed = rubric["verdicts"] if pair else [*range(rubric["scale"][0], rubric["scale"][1] + 1)]
-        if not (places == (["answer_a", "answer_b"] if pair else ["answer"]) and "{question}" in rubric["user"] and rubric["name"]
+        if not ({*re.findall(r"\{(\w+)\}", rubric["user"])} - {"reference"} == {"question", *places} and rubric["name"]
                 and rubric["system"] and len({*keys}) == len(keys) > 0 and len({*allowed}) == len(allowed) and (len(allowed) == 3 if pair else len(allowed) > 1)):
             raise LookupError
     except (LookupError, TypeError):
@@ -781,8 +782,8 @@ def judge(args):
                              "generate.py --output writes it, and an output if the rubric shows a reference")
         for order in permutations(answers):
             texts = {"question": asked[0], "reference": reference, **dict(zip(places, order))}
-            messages = [{"role": role, "content": re.sub(r"\{(\w+)\}", lambda place: texts.get(place[1], place[0]), rubric[role])}
-                        for role in ("system", "user")]
+            user = re.sub(r"\{(\w+)\}", lambda place: texts[place[1]], rubric["user"])
+            messages = [{"role": "system", "content": rubric["system"]}, {"role": "user", "content": user}]
             keys.append(f"{prompt_hash(messages)}/{rubric['name']}/{args.model}")
             prompts[keys[-1]] = messages                          # what stands there twice is asked once
         rows.append({"keys": keys, "question": asked[0], **source})

@@ -243,7 +243,7 @@ def wrong(tmp_path, name):
             "no scale": lambda: broken(scale=None), "scale of one": lambda: broken(scale=[3, 3]), "scale of texts": lambda: broken(scale=["1", "3"]),
             "no dimensions": lambda: broken(dimensions=[]), "a dimension twice": lambda: broken(dimensions=[{"key": "安全性"}] * 2),
             "no place": lambda: broken(user="【问题】{question}"), "other place": lambda: broken(user="{question}{answer_a}{answer_b}"),
-            "user is no text": lambda: broken(user=["{question}"]), "no name": lambda: broken(name=""), "no system": lambda: broken(system=None),
+            "a misspelt place": lambda: broken(user="{question}{answer}{refrence}"), "user is no text": lambda: broken(user=["{question}"]), "no name": lambda: broken(name=""), "no system": lambda: broken(system=None),
             "two verdicts": lambda: broken(pairwise, verdicts=["A", "B"]), "a verdict twice": lambda: broken(pairwise, verdicts=["A", "B", "A"]),
             "four verdicts": lambda: broken(pairwise, verdicts=[*"ABCD"]),
             }[name]()
@@ -251,7 +251,7 @@ def wrong(tmp_path, name):
 
 @pytest.mark.parametrize("name", [
     "other question", "shorter file", "output of another", "one file of two", "two files", "unknown rubric", "no answers", "no answer",
-    "no reference", "no scale", "scale of one", "scale of texts", "no dimensions", "a dimension twice", "no place", "other place",
+    "no reference", "no scale", "scale of one", "scale of texts", "no dimensions", "a dimension twice", "no place", "other place", "a misspelt place",
     "user is no text", "no name", "no system", "two verdicts", "a verdict twice", "four verdicts"])
 def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, name):
     """Exit code 2 and one line, before anything is asked or written."""

@@ -569,6 +569,11 @@ def flag(text):
     return text.lower() in ("true", "1")
 
 
+def several(decoding, n):
+    """decoding n times, each with a seed of its own if it has one: seed, seed + 1, ..."""
+    return [replace(decoding, seed=None if decoding.seed is None else decoding.seed + i) for i in range(n)]
+
+
 def chat(answer, render, tokenizer, multi, room, about):
     """Read questions until end of input. With multi each sees the turns before it, as many as fit into room tokens.
     answer(prompt) yields text and prints it."""
@@ -615,45 +620,41 @@ def weights_key(base, adapter=""):
 
 def answer_file(model, tokenizer, tasks, output, rows, weights):
     """Answer tasks [(record, prompt ids, Decoding), ...], rows at a time and of similar length, and append each answer
-    to the file output ("": stdout) as it comes: the record with answer, finish_reason, index, and a key made of prompt,
-    decoding and weights (a text). Started again it goes on; at the end the file is in the order of the tasks. Raises
-    ValueError, and leaves it as it is, for a file with other answers."""
-    keys = {sha256(json.dumps([i, ids, asdict(decoding), weights]).encode()).hexdigest()[:16]: i
-            for i, (_, ids, decoding) in enumerate(tasks)}
-    done = {}
+    to the file output ("": stdout) as it comes: the record with answer, finish_reason, index, and a key that stands for
+    prompt, decoding and weights (what tells them apart). Started again it goes on; at the end the file is in the order
+    of the tasks. Raises ValueError, and leaves it as it is, for a file with other answers."""
+    keys, done = [sha256(json.dumps([i, ids, asdict(decoding), weights]).encode()).hexdigest()[:16]
+                  for i, (_, ids, decoding) in enumerate(tasks)], {}
     if output and Path(output).is_file():
         *lines, torn = Path(output).read_bytes().split(b"\n")     # a kill may have cut the last line short
         try:
             done = {row["key"]: row for row in map(json.loads, lines)}
         except (ValueError, TypeError, KeyError):
             torn = b"?"
-        if torn[:1] not in (b"", b"{") or not done.keys() <= keys.keys():
+        if torn[:1] not in (b"", b"{") or not done.keys() <= set(keys):
             raise ValueError(f"{output} holds something else than answers to these questions by these weights and settings; "
                              "name another --output or delete it")
         os.truncate(output, os.path.getsize(output) - len(torn))
-    left = sorted((i for key, i in keys.items() if key not in done), key=lambda i: len(tasks[i][1]))
+    left = sorted((i for i, key in enumerate(keys) if key not in done), key=lambda i: len(tasks[i][1]))
     beams, running = tasks[0][2].num_beams, {}
     batch = Batch(model, tokenizer, beams * max(1, min(rows, len(left))),
                   max(len(ids) + decoding.max_new_tokens for _, ids, decoding in tasks))
     with open(output, "a", encoding="utf-8") if output else nullcontext(sys.stdout) as file, \
             tqdm(total=len(tasks), initial=len(done), unit="answer", dynamic_ncols=True) as bar:
-        names = list(keys)
         while left or running:
             while left and batch.free >= beams:                   # the longest first, so that memory is known at once
-                i = left.pop()
-                request = Request(*tasks[i][1:])
-                running[request] = i
-                batch.add(request)
+                batch.add(request := Request(*tasks[left[-1]][1:]))
+                running[request] = left.pop()
             for request, _ in batch.step():
                 if request.finish_reason:
                     i, stream = running.pop(request), TextStream(tokenizer, request.decoding.stop)
                     text = "".join(map(stream.push, request.ids)) + stream.push()
-                    done[names[i]] = {**tasks[i][0], "answer": text, "finish_reason": request.finish_reason, "index": i,
-                                      "key": names[i]}
-                    print(json.dumps(done[names[i]], ensure_ascii=False), file=file, flush=True)
+                    row = {**tasks[i][0], "answer": text, "finish_reason": request.finish_reason, "index": i, "key": keys[i]}
+                    print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+                    done[keys[i]] = row
                     bar.update()
     if output:
-        rows = "".join(json.dumps(done[key], ensure_ascii=False) + "\n" for key in names)
+        rows = "".join(json.dumps(done[key], ensure_ascii=False) + "\n" for key in keys)
         write_atomically(output, lambda p: p.write_text(rows, encoding="utf-8"))
 
 
@@ -715,10 +716,10 @@ class Server(ThreadingHTTPServer):
     leaves open; rows answers of max_len positions run at once, `line` more wait."""
     daemon_threads, request_queue_size = False, 128               # server_close waits for answers under way
 
-    def __init__(self, address, model, tokenizer, adapter, render, decoding, rows, max_len, api_key="", line=64, read_seconds=10):
-        self.model, self.tokenizer, self.render, self.decoding, self.rows, self.max_len = \
-            model, tokenizer, render, decoding, rows, max_len
-        self.api_key, self.line, self.read_seconds = api_key, line, read_seconds
+    def __init__(self, address, model, tokenizer, adapter, render, decoding, rows, max_len, api_key="", line=64,
+                 read_seconds=10):
+        self.model, self.tokenizer, self.render, self.decoding = model, tokenizer, render, decoding
+        self.rows, self.max_len, self.api_key, self.line, self.read_seconds = rows, max_len, api_key, line, read_seconds
         self.waiting, self.running = ({name: [] for name in (adapter, "base") if name} for _ in range(2))
         self.scales = [(module, module.scale) for _, module in lora_linears(model)]
         self.lock, self.wake, self.stopping = threading.Lock(), threading.Event(), False
@@ -731,6 +732,11 @@ class Server(ThreadingHTTPServer):
 
     def verify_request(self, request, client_address):
         return threading.active_count() < 4 * self.line           # a connection is a thread
+
+    def busy(self):
+        """How many jobs wait and run; under the lock, so that none slips in behind the last look."""
+        with self.lock:
+            return sum(map(len, (*self.waiting.values(), *self.running.values())))
 
     def submit(self, name, jobs):
         """Put jobs into the line. Raises Refused if it is full or the server stops."""
@@ -747,7 +753,7 @@ class Server(ThreadingHTTPServer):
     def run_model(self):
         """Decode until `stopping` is set and every job has its answer."""
         batches = {}
-        while not self.stopping or any((*self.waiting.values(), *self.running.values())):
+        while not self.stopping or self.busy():
             self.wake.wait(0.5)                                   # not for ever: a signal handler only sets `stopping`
             self.wake.clear()
             for name in [name for name in self.waiting if self.waiting[name] or self.running[name]]:
@@ -769,7 +775,7 @@ class Server(ThreadingHTTPServer):
                         if job.finish_reason:
                             running.remove(job)
                         job.news.put(job.finish_reason)
-                except Exception as error:                        # out of memory, say: those it hit are told, a new batch goes on
+                except Exception as error:                        # out of memory, say: tell those it hit, start a new batch
                     traceback.print_exc()
                     batches.pop(name, None)
                     while running:
@@ -796,8 +802,8 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version, server_version, sys_version, max_body, streaming = "HTTP/1.1", "TCM-LLM", "", 1 << 18, False
     methods = {"/": "GET", "/health": "GET", "/v1/models": "GET", "/v1/chat/completions": "POST", "/v1/completions": "POST"}
     fields = {"model": str, "messages": list, "prompt": str, "stream": bool, "stream_options": dict, "stop": (str, list),
-              "n": int, "seed": int, "max_tokens": int, "max_completion_tokens": int, "user": str, "top_k": int,
-              "no_repeat_ngram_size": int, **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), (int, float))}
+              "user": str, **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), (int, float)), **dict.
+              fromkeys(("n", "seed", "max_tokens", "max_completion_tokens", "top_k", "no_repeat_ngram_size"), int)}
 
     def handle(self):
         self.rfile = io.BufferedReader(TimedReader(self.connection, self.server.read_seconds))
@@ -811,7 +817,8 @@ class Handler(BaseHTTPRequestHandler):
         if body is not None:
             body = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
             headers["Content-Length"] = str(len(body))
-        for name, value in {"Content-Type": kind, "Connection": "close", "X-Content-Type-Options": "nosniff", **headers}.items():
+        headers |= {"Content-Type": kind, "Connection": "close", "X-Content-Type-Options": "nosniff"}
+        for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(body or b"")
@@ -839,8 +846,9 @@ class Handler(BaseHTTPRequestHandler):
             if path == "/":
                 self.send(200, server.page, "text/html; charset=utf-8", Content_Security_Policy=server.policy)
             elif path == "/health":
+                waiting, running = (sum(map(len, lines.values())) for lines in (server.waiting, server.running))
                 self.send(200, {"status": "stopping" if server.stopping else "ok", "places": server.rows,
-                                "waiting": sum(map(len, server.waiting.values())), "running": sum(map(len, server.running.values()))})
+                                "waiting": waiting, "running": running})
             elif path == "/v1/models":
                 self.send(200, {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "local"}
                                                            for name in server.waiting]})
@@ -862,7 +870,7 @@ class Handler(BaseHTTPRequestHandler):
         for wrong, *refusal in (
                 (path not in self.methods, 404, f"no such path; there are {' '.join(self.methods)}"),
                 (self.methods.get(path) != self.command, 405, f"{self.path} takes {self.methods.get(path)}"),
-                (origin and origin.partition("://")[2] != host or not key and host.rpartition(":")[0] not in LOCAL,
+                (origin and origin.partition("://")[2] != host or not key and host.partition(":")[0] not in LOCAL,
                  403, "requests from other sites' pages are not answered"),
                 (key and path.startswith("/v1/") and not hmac.compare_digest(given, f"Bearer {key}".encode()),
                  401, "no API key or a wrong one; send Authorization: Bearer KEY", None, "invalid_api_key")):
@@ -898,7 +906,8 @@ class Handler(BaseHTTPRequestHandler):
         server, (wanted, other) = self.server, ("messages", "prompt") if chat else ("prompt", "messages")
         name, n, options = body.get("model", next(iter(server.waiting))), body.get("n", 1), body.get("stream_options", {})
         tokens, stops = body.get("max_completion_tokens", body.get("max_tokens")), body.get("stop", [])
-        more = [key for m in body.get("messages", []) if isinstance(m, dict) for key in m if m[key] and key not in ("role", "content")]
+        more = [key for m in body.get("messages", []) if isinstance(m, dict)
+                for key in m if m[key] and key not in ("role", "content")]
         for wrong, *refusal in (
                 (not body.get(wanted) or other in body, 400, f"{wanted} is wanted, and no {other}", wanted),
                 (more, 400, f"messages: {''.join(more[:1]):.100} is not supported", "messages", "unsupported_parameter"),
@@ -921,7 +930,7 @@ class Handler(BaseHTTPRequestHandler):
                               "context_length_exceeded")
             decoding = replace(server.decoding, **{k: v for k, v in body.items() if k in Decoding.__dataclass_fields__},
                                max_new_tokens=min(room, server.decoding.max_new_tokens) if tokens is None else tokens)
-            jobs += [Job(ids, replace(decoding, seed=decoding.seed and decoding.seed + i)) for i in range(n)]
+            jobs += [Job(ids, one) for one in several(decoding, n)]
         except ValueError as error:
             message = str(error).replace("max_new_tokens", "max_tokens")
             param = message.split()[0]
@@ -929,7 +938,8 @@ class Handler(BaseHTTPRequestHandler):
         server.submit(name, jobs)
         stream = body.get("stream", False)
         kind = ("chat.completion.chunk" if stream else "chat.completion") if chat else "text_completion"
-        head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
+        head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}", "object": kind, "created": int(time.time()),
+                "model": name}
 
         def choice(i, text, reason=None, **role):
             content = {"delta" if stream else "message": {**role, "content": text}} if chat else {"text": text}
@@ -1058,18 +1068,18 @@ def main():
     model, tokenizer = load_base(base, device, dtype, "int8" if args.load_8bit else args.base_dtype)
     if args.use_lora:
         load_adapter(model, args.lora_weights)
-    seeds = [decoding.seed and decoding.seed + i for i in range(args.n)]
+    decodings = several(decoding, args.n)
 
     def render(turns):
         """The prompt for the last of turns [(user, bot), ..., (user, None)]: a lone question stands as in a record of one
         turn, unless --single_or_multi multi; a conversation in BenTsao's form."""
         return render_prompt(template, render_turns(turns) if multi or len(turns) > 1 else turns[0][0])
 
-    def answer(prompt, seed=seeds[0]):
+    def answer(prompt, decoding=decodings[0]):
         """Stream one answer to stdout, its speed to stderr; yield its text."""
         started, ids = time.time(), []
         new = generate_ids(model, tokenizer.encode(prompt, bos=True), eos_id=tokenizer.eos_id, tokenizer=tokenizer,
-                           **{**asdict(decoding), "seed": seed})
+                           **asdict(decoding))
         try:
             for text in stream_text(tokenizer, (ids.append(i) or i for i in new), decoding.stop):
                 print(text, end="", flush=True)
@@ -1083,18 +1093,18 @@ def main():
         serve(Server((args.host, args.port), model, tokenizer, "tuned" if name == "base" else name, render, decoding,
                      args.batch_size, args.context, key))
     elif args.instruct_dir:
-        answer_file(model, tokenizer, [
-            (row, tokenizer.encode(render_prompt(template, row["instruction"], row["input"]), bos=True), replace(decoding, seed=seed))
-            for row in questions for seed in seeds], args.output, args.batch_size,
-            weights_key(base, args.lora_weights if args.use_lora else ""))
+        prompts = [tokenizer.encode(render_prompt(template, q["instruction"], q["input"]), bos=True) for q in questions]
+        answer_file(model, tokenizer, [(q, ids, decoding) for q, ids in zip(questions, prompts) for decoding in decodings],
+                    args.output, args.batch_size,
+                    [args.dtype, args.base_dtype, *weights_key(base, args.lora_weights if args.use_lora else "")])
     elif args.prompt:
-        for seed in seeds:
-            for _ in answer(render_prompt(template, args.prompt, args.input), seed):
+        for decoding in decodings:
+            for _ in answer(render_prompt(template, args.prompt, args.input), decoding):
                 pass
         print(DISCLAIMER, file=sys.stderr)
     else:
         chat(answer, render, tokenizer, multi, args.context - args.max_new_tokens,
-             f"{base} {f'with {args.lora_weights} ' if args.use_lora else ''}on {device}, {model.dtype}; {template['description']}")
+             f"{base}{f' with {args.lora_weights}' * args.use_lora} on {device}, {model.dtype}; {template['description']}")
 
 
 if __name__ == "__main__":

@@ -203,8 +203,21 @@ class Request:
             raise ValueError("the prompt is empty; give at least the BOS id")
         self.prompt_ids, self.decoding = list(prompt_ids), decoding
         self.ids, self.finish_reason, self.generator = [], None, None
-        self.beams = [(0.0 if i == 0 else -1e9, []) for i in range(decoding.num_beams)]    # (score, ids), one a row
-        self.ranked = []
+        self.beams = [(0.0 if i == 0 else -1e9, []) for i in range(decoding.num_beams)]    # (sum of log-probabilities, ids)
+        self.rows, self.ranked = [], []                           # rows[i] of the batch is where beam i stands
+
+
+def compile_step(step, cache):
+    """The function step, compiled for one shape: on a GPU into one CUDA graph, which takes the 5 us a kernel off that
+    Python needs to launch it; on a CPU with its weights packed for products of few rows, which doubles their memory."""
+    import torch._inductor.config
+    for kv in (*cache.k, *cache.v):                               # a graph writes to where they are
+        torch._dynamo.mark_static_address(kv)
+    if cache.k[0].is_cuda:
+        return torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    torch._inductor.config.freezing = True                        # read while tracing too, where `options` do not reach
+    return torch.compile(step, fullgraph=True, dynamic=False, options={
+        "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"})
 
 
 class Batch:
@@ -212,25 +225,22 @@ class Batch:
     takes num_beams rows. Rows stand at their own lengths, so each answer is what it would be alone; the rows of one
     that ends go to the next. Rows in use are always the first ones."""
 
-    def __init__(self, model, tokenizer, rows, max_len, eos_id=None, prefill_chunk=512):
+    def __init__(self, model, tokenizer, rows, max_len, eos_id=None, prefill_chunk=512, compile=False):
         self.model, self.tokenizer, self.eos_id = model, tokenizer, tokenizer.eos_id if eos_id is None else eos_id
-        self.cache, self.prefill_chunk = model.new_cache(rows, max_len), prefill_chunk
+        self.cache, self.free, self.prefill_chunk = model.new_cache(rows, max_len), rows, prefill_chunk
         self.owner, self.tokens, self.lengths = [], [], []        # per row in use: request, token to feed, positions filled
 
-    @property
-    def free(self):
-        """Rows not in use."""
-        return self.cache.k.size(1) - len(self.owner)
+        self.compiled = compile and compile_step(self.ragged_logits, self.cache)
 
     @torch.inference_mode()
     def add(self, request):
         """Run the prompt but for its last token, which the first step feeds. Raises ValueError if it cannot fit."""
-        prompt, n, max_len = request.prompt_ids, request.decoding.num_beams, self.cache.k.size(3)
+        prompt, n, max_len = request.prompt_ids, request.decoding.num_beams, self.cache.max_len
         if len(prompt) + request.decoding.max_new_tokens > max_len:
             raise ValueError(f"prompt of {len(prompt)} tokens and {request.decoding.max_new_tokens} new ones do not fit "
                              f"into {max_len} positions; shorten the prompt or max_new_tokens")
         if n > self.free:
-            raise ValueError(f"{n} beams wanted, {self.free} places free; let requests end, or make a larger batch")
+            raise ValueError(f"{n} rows wanted, {self.free} free; let requests end, or make a larger batch")
         if request.decoding.seed is not None:
             request.generator = torch.Generator(self.model.device).manual_seed(request.decoding.seed)
         row = len(self.owner)
@@ -238,25 +248,43 @@ class Batch:
         for start in range(0, len(prompt) - 1, self.prefill_chunk):
             chunk = prompt[start:min(start + self.prefill_chunk, len(prompt) - 1)]
             self.model.hidden(torch.tensor([chunk], device=self.model.device), cache)
-        for i in range(1, n):
-            self.copy_row(row, row + i, 0, cache.length)
+        if n > 1:
+            self.cache.copy_rows([row] * (n - 1), list(range(row + 1, row + n)), 0, cache.length)
+        self.free -= n
+        request.rows = list(range(row, row + n))
         self.owner += [request] * n
         self.tokens += [prompt[-1]] * n
         self.lengths += [cache.length] * n
 
-    def copy_row(self, source, target, start, stop):
-        for kv in (self.cache.k, self.cache.v):
-            kv[:, target, :, start:stop] = kv[:, source, :, start:stop]
-
     def remove(self, request):
         """Free the places of a request; the last rows move into the gap."""
-        for row in [i for i, owner in enumerate(self.owner) if owner is request][::-1]:
+        for row in sorted(request.rows, reverse=True):
             last = len(self.owner) - 1
             if row != last:
-                self.copy_row(last, row, 0, self.lengths[last])
+                self.cache.copy_rows([last], [row], 0, self.lengths[last])
+                moved = self.owner[last].rows
+                moved[moved.index(last)] = row
             for column in (self.owner, self.tokens, self.lengths):
                 column[row] = column[last]
                 column.pop()
+            self.free += 1
+        request.rows = []
+
+    def ragged_logits(self, ids, at, span):
+        """Logits (B, V) behind ids (B, 1), each at its position at[b], none seeing more than `span` positions."""
+        return self.model.output(self.model.hidden(ids, RaggedStep(self.cache, at, span))[:, -1]).float()
+
+    def next_logits(self):
+        """Logits (B, V) of the rows in use. Compiled, all rows are run in one fixed shape, whether in use or not."""
+        idle = [0] * self.free if self.compiled else []
+        ids = torch.tensor(self.tokens + idle, device=self.model.device)[:, None]          # (B, 1)
+        at = torch.tensor(self.lengths + idle, device=self.model.device)                   # (B,)
+        if self.compiled:
+            return self.compiled(ids, at, self.cache.max_len)[:len(self.owner)]
+        if len(set(self.lengths)) > 1:
+            return self.ragged_logits(ids, at, max(self.lengths) + 1)
+        cache = self.cache.rows(0, len(ids), self.lengths[0])     # all stand level: slices do, without a mask
+        return self.model.output(self.model.hidden(ids, cache)[:, -1]).float()
 
     @torch.inference_mode()
     def step(self):
@@ -264,27 +292,21 @@ class Batch:
         that ended has its finish_reason, and its places are free."""
         if not self.owner:
             return []
-        ids = torch.tensor(self.tokens, device=self.model.device)[:, None]                 # (B, 1)
-        level = len(set(self.lengths)) == 1                       # then slices do, without a mask
-        cache = self.cache.rows(0, len(ids), self.lengths[0]) if level else RaggedStep(self.cache, self.lengths)
-        logits = self.model.output(self.model.hidden(ids, cache)[:, -1]).float()           # (B, V)
+        logits = self.next_logits()                                                        # (B, V)
         self.lengths = [n + 1 for n in self.lengths]
-        rows = {}                                                 # request -> its rows, in the order of its beams
-        for row, request in enumerate(self.owner):
-            rows.setdefault(request, []).append(row)
         chosen = logits.argmax(-1)
-        for request, (row, *more) in rows.items():
-            if not more and (request.decoding.temperature or request.decoding.repetition_penalty != 1
-                             or request.decoding.no_repeat_ngram_size):
-                chosen[row] = sample(penalise(logits[row], request.prompt_ids + request.ids, request.decoding),
-                                     request.decoding, request.generator)
+        requests = list(dict.fromkeys(self.owner))
+        for request in requests:
+            how, row = request.decoding, request.rows[0]
+            if how.num_beams == 1 and (how.temperature or how.repetition_penalty != 1 or how.no_repeat_ngram_size):
+                chosen[row] = sample(penalise(logits[row], request.prompt_ids + request.ids, how), how, request.generator)
         chosen, news = chosen.tolist(), []                        # the one wait for the device
-        for request, own in rows.items():
-            token = None
-            if len(own) > 1:
-                self.step_beams(request, own, logits[own])
+        for request in requests:
+            token, row = None, request.rows[0]
+            if request.decoding.num_beams > 1:
+                self.step_beams(request, logits[request.rows])
             else:
-                token = self.tokens[own[0]] = chosen[own[0]]
+                token = self.tokens[row] = chosen[row]
                 request.finish_reason = self.ended(request, request.ids + [token])
                 if token == self.eos_id:
                     token = None
@@ -305,12 +327,12 @@ class Batch:
                 return "stop"
         return "length" if len(ids) >= request.decoding.max_new_tokens else None
 
-    def step_beams(self, request, own, logits):
-        """One step of beam search over the rows `own` with logits (n, V), as transformers' _beam_search does it with
+    def step_beams(self, request, logits):
+        """One step of beam search over the request's n rows with logits (n, V), as transformers' _beam_search does it with
         early_stopping False: 2n candidates by sum of log-probabilities; those that end among the best n join the
         finished, scored by sum / length ** length_penalty; the best n that do not end go on. It is over when n have
         finished and the best that runs, were it to end now, would not beat the worst of them."""
-        n, decoding = len(own), request.decoding
+        own, n, decoding = request.rows, len(request.rows), request.decoding
         scores = torch.stack([penalise(row, request.prompt_ids + ids, decoding) + score for row, (score, ids)
                               in zip(logits.log_softmax(-1), request.beams)])              # (n, V)
         values, flat = (t.tolist() for t in scores.flatten().topk(2 * n))
@@ -329,14 +351,17 @@ class Batch:
                          and going[0][0] / length ** decoding.length_penalty <= request.ranked[-1][0]):
             _, request.ids, request.finish_reason = request.ranked[0]
             return
-        start, stop = len(request.prompt_ids) - 1, self.lengths[own[0]]       # before it, the rows are the same
-        parents = [own[beam] for _, _, beam in going]
-        if parents != own:
-            for kv in (self.cache.k, self.cache.v):
-                kv[:, own, :, start:stop] = kv[:, parents, :, start:stop]
         request.beams = [(score, ids) for score, ids, _ in going]
-        for row, (_, ids, _) in zip(own, going):
+        dead, sources, targets, request.rows = [row for i, row in enumerate(own) if all(i != g[2] for g in going)], [], [], []
+        for _, ids, beam in going:                                # a beam's first successor keeps its row, others get a copy
+            row = own[beam]
+            if row in request.rows:
+                sources.append(row)
+                targets.append(row := dead.pop())
+            request.rows.append(row)
             self.tokens[row] = ids[-1]
+        if sources:                                               # the prompt's positions are the same in all rows
+            self.cache.copy_rows(sources, targets, len(request.prompt_ids) - 1, self.lengths[own[0]])
 
 
 def generate_ids(model, prompt_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eos_id=2, tokenizer=None, **more):

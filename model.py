@@ -23,6 +23,7 @@ import pickle
 import re
 import shutil
 import sys
+from copy import copy
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -161,7 +162,7 @@ def product(x, weight):
     where bf16 has no instructions its products run at a sixth of float32's rate, so from 6 rows on W is cast to float32,
     1,024 rows at a time so that they stay in the processor's cache."""
     weight = weight.to(x.dtype)
-    if not ONEDNN or not x.is_cpu or torch.is_grad_enabled():
+    if not ONEDNN or not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.linear(x, weight)
     if x.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -274,38 +275,42 @@ def causal_attention(q, k, v, mask=None):
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, (L, B, K, S, D) each, allocated once.
+    """Keys and values of the positions seen so far, (B, K, S, D) a layer, allocated once.
 
     It is an argument of `forward`, so the model holds no state and one model can serve many conversations. What the
     model asks of such an argument is three calls: where the new tokens stand, what they attend to, and that they are
     in: `positions`, `attend`, `advance`."""
 
     def __init__(self, config, batch_size, max_len, device="cpu", dtype=torch.float32):
-        shape = (config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)    # not empty: a masked position weighs 0, and 0 x NaN is NaN
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0                                           # positions filled, the same in every layer
+        shape = (batch_size, config.n_kv_heads, max_len, config.head_dim)
+        # not empty: a masked position weighs 0, and 0 x NaN is NaN. A tensor a layer: a compiled step writes it in place
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)] for _ in "kv")
+        self.max_len, self.length = max_len, 0                    # positions there are, and filled: the same in every layer
 
     def rows(self, start, stop, length):
         """Rows start to stop as a cache of its own, `length` positions filled, in the same memory."""
-        view = object.__new__(KVCache)
-        view.k, view.v, view.length = self.k[:, start:stop], self.v[:, start:stop], length
+        view = copy(self)
+        view.k, view.v, view.length = [k[start:stop] for k in self.k], [v[start:stop] for v in self.v], length
         return view
+
+    def copy_rows(self, source, target, start, stop):
+        """Copy positions start to stop of the rows `source` to the rows `target`, lists that may overlap."""
+        for kv in (*self.k, *self.v):
+            kv[target, :, start:stop] = kv[source, :, start:stop]
 
     def positions(self, T):
         """Positions (T,) of the next T tokens."""
-        return torch.arange(self.length, self.length + T, device=self.k.device)
+        return torch.arange(self.length, self.length + T, device=self.k[0].device)
 
     def attend(self, layer, q, k, v):
         """Write k, v (B, K, T, D) behind the positions filled so far; attention of q (B, H, T, D) over all of them.
         Raises ValueError if they do not fit."""
         end = self.length + k.size(2)
-        if end > self.k.size(3):
-            raise ValueError(f"the KV cache holds {self.k.size(3)} positions, {end} asked for; "
-                             "allocate prompt + max_new_tokens")
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return causal_attention(q, self.k[layer, :, :, :end], self.v[layer, :, :, :end])
+        if end > self.max_len:
+            raise ValueError(f"the KV cache holds {self.max_len} positions, {end} asked for; allocate prompt + max_new_tokens")
+        self.k[layer][:, :, self.length:end] = k
+        self.v[layer][:, :, self.length:end] = v
+        return causal_attention(q, self.k[layer][:, :, :end], self.v[layer][:, :, :end])
 
     def advance(self, T):
         """T positions were written in every layer."""
@@ -313,61 +318,26 @@ class KVCache:
 
 
 class RaggedStep:
-    """One token more for each of the first B rows of a KVCache, row b standing at its own position lengths[b]."""
+    """One token more for each of the first B rows of a KVCache, row b standing at its own position at[b] of at (B,);
+    none sees more than `span` positions."""
 
-    def __init__(self, cache, lengths):
-        B, span = len(lengths), max(lengths) + 1
-        self.k, self.v = cache.k[:, :B, :, :span], cache.v[:, :B, :, :span]
-        self.row = torch.arange(B, device=cache.k.device)
-        self.at = torch.tensor(lengths, device=cache.k.device)                             # (B,)
-        self.mask = (torch.arange(span, device=cache.k.device) <= self.at[:, None])[:, None, None]      # (B, 1, 1, S)
+    def __init__(self, cache, at, span):
+        self.cache, self.at, self.span = cache, at, span
+        self.row = torch.arange(len(at), device=at.device)
+        self.mask = (torch.arange(span, device=at.device) <= at[:, None])[:, None, None]   # (B, 1, 1, S)
 
     def positions(self, T):
         return self.at[:, None]
 
     def attend(self, layer, q, k, v):
-        self.k[layer, self.row, :, self.at] = k[:, :, 0]
-        self.v[layer, self.row, :, self.at] = v[:, :, 0]
-        return causal_attention(q, self.k[layer], self.v[layer], self.mask)
+        keys, values = self.cache.k[layer], self.cache.v[layer]
+        keys[self.row, :, self.at] = k[:, :, 0]
+        values[self.row, :, self.at] = v[:, :, 0]
+        B = len(self.at)
+        return causal_attention(q, keys[:B, :, :self.span], values[:B, :, :self.span], self.mask)
 
     def advance(self, T):
         """The caller keeps the lengths."""
-
-
-class PackedRows:
-    """Training rows of unequal length, given to `forward` in the place of a KVCache: B rows end to end in one stream of
-    N tokens, so that no product computes padding, behind an opening of `shared` tokens that all of them begin with.
-    Causal attention makes the opening's activations equal in all rows: they are computed once, and autograd sums its
-    gradient over the rows. For attention alone the rows are gathered into (B, S), each with the opening in front.
-
-    lengths counts each row's tokens with the opening, and must be above `shared`."""
-
-    def __init__(self, lengths, shared=0, device="cpu"):
-        length = torch.tensor(lengths).unsqueeze(1)                                        # (B, 1)
-        own = length - shared
-        step = torch.arange(max(lengths))                                                  # (S,)
-        place = torch.where(step < shared, step, own.cumsum(0) - own + step)               # (B, S), of the stream
-        place = place.where(step < length, 0)                     # no real position attends to padding behind it
-        first = (step >= shared) | (torch.arange(len(lengths)).unsqueeze(1) == 0)          # the opening: of row 0
-        back = (first & (step < length)).flatten().nonzero().squeeze(1)                    # (N,), of the gathered rows
-        fill = back.new_zeros(-len(back) % 8)                     # products of odd height are slow: up to 7 idle tokens
-        self.back = torch.cat((back, fill)).to(device)
-        self.place, self.step = place.to(device), (self.back % len(step))
-
-    def positions(self, T):
-        """Positions (T,) of the stream's tokens, each in its own row."""
-        return self.step
-
-    def attend(self, layer, q, k, v):
-        """Attention of each row's q (1, H, N, D) over the same row's k, v (1, K, N, D)."""
-        B, S = self.place.shape
-        q, k, v = (x[0].transpose(0, 1).index_select(0, self.place.flatten()).unflatten(0, (B, S)).transpose(1, 2)
-                   for x in (q, k, v))                                                     # (B, heads, S, D)
-        y = causal_attention(q, k, v).transpose(1, 2).flatten(0, 1)                        # (B S, H, D)
-        return y.index_select(0, self.back).transpose(0, 1).unsqueeze(0)                   # (1, H, N, D)
-
-    def advance(self, T):
-        """Nothing follows a training row."""
 
 
 class Attention(nn.Module):

@@ -79,3 +79,156 @@ def test_a_mixed_batch_gives_transformers_tokens(mode):
 def test_two_hundred_prompts_give_transformers_tokens(mode):
     for seed in range(4):
         compare(mode, 50, seed=10 + seed)
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 1])
+def test_an_answer_does_not_depend_on_its_company(n_kv_heads):
+    """Greedy, sampled and beam requests mixed in one refilled batch, prompts cut into chunks of 7, one taken out half way:
+    each answer is the one it has alone."""
+    model, kinds = peaked_model(5, n_kv_heads), [{}, {"temperature": 0.8, "seed": 1, "top_p": 0.9}, {"num_beams": 3},
+                                                 {"temperature": 1.2, "seed": 2, "repetition_penalty": 1.2}]
+    make = lambda: [G.Request(ids, G.Decoding(4 + i % 17, **kinds[i % 4])) for i, ids in enumerate(prompts(16, 8))]
+    alone = [answer_all(model, [request], rows=3)[0] for request in make()]
+    assert len({tuple(r.ids) for r in alone}) > 12
+    batch = G.Batch(model, None, 7, 80, EOS, prefill_chunk=7)
+    long = next(ids for ids in prompts(20, 9) if len(list(G.generate_ids(model, ids, 9, eos_id=EOS))) == 9)
+    batch.add(quitter := G.Request(long, G.Decoding(40)))
+    together = make()
+    waiting = together[::-1]
+    for step in range(1000):
+        while waiting and waiting[-1].decoding.num_beams <= batch.free:
+            batch.add(waiting.pop())
+        news = batch.step()
+        assert len(news) == len({id(r) for r, _ in news}) and all(t is None or t == r.ids[-1] for r, t in news)
+        if step == 3:
+            batch.remove(quitter)
+        if not batch.owner:
+            break
+    assert batch.free == 7 and len(quitter.ids) == 4 and quitter.finish_reason is None
+    assert [(r.ids, r.finish_reason) for r in together] == [(r.ids, r.finish_reason) for r in alone]
+
+
+def test_what_does_not_fit_is_said():
+    batch = G.Batch(peaked_model(0), None, 2, 20, EOS)
+    with pytest.raises(ValueError, match="prompt of 15 tokens and 6 new ones do not fit into 20"):
+        batch.add(G.Request([1] * 15, G.Decoding(6)))
+    with pytest.raises(ValueError, match="3 rows wanted, 2 free"):
+        batch.add(G.Request([1], G.Decoding(6, num_beams=3)))
+    with pytest.raises(ValueError, match="prompt is empty"):
+        G.Request([], G.Decoding(6))
+    assert batch.free == 2 and batch.step() == []
+
+
+@pytest.mark.parametrize("name, value", [
+    ("max_new_tokens", 0), ("max_new_tokens", 2.0), ("temperature", -0.1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0),
+    ("top_p", 1.1), ("min_p", 2), ("repetition_penalty", 0), ("no_repeat_ngram_size", -1), ("num_beams", 0), ("num_beams", True),
+    ("length_penalty", float("inf")), ("seed", 0.5), ("stop", [""]), ("stop", [3])])
+def test_a_value_out_of_range_is_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} is .*wanted"):
+        G.Decoding(**{name: value})
+
+
+def test_beams_do_not_sample():
+    with pytest.raises(ValueError, match="beam search does not sample"):
+        G.Decoding(num_beams=2, temperature=0.5)
+
+
+# Each filter alone and all together; the distribution is worked out in float64 from its definition
+FILTERS = {"temperature": {"temperature": 0.7}, "top_k": {"top_k": 5}, "top_p": {"top_p": 0.8}, "min_p": {"min_p": 0.15},
+           "all": {"temperature": 1.3, "top_k": 9, "top_p": 0.9, "min_p": 0.1},
+           "penalty": {"repetition_penalty": 1.5, "temperature": 0.9}, "ngram": {"no_repeat_ngram_size": 2, "top_k": 8}}
+
+
+def exact_distribution(logits, ids, d):
+    x = [float(v) for v in logits]
+    for i in set(ids):
+        x[i] *= d.repetition_penalty if x[i] < 0 else 1 / d.repetition_penalty
+    n, gone = d.no_repeat_ngram_size, set()
+    if n:
+        gone = {ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i:i + n - 1] == ids[len(ids) - n + 1:]}
+    weight = {i: 2.718281828459045 ** (v / d.temperature) for i, v in enumerate(x) if i not in gone}
+    order = sorted(weight, key=weight.get, reverse=True)[:d.top_k or None]
+    total, mass, kept = sum(weight[i] for i in order), 0.0, []
+    for i in order:
+        if mass < d.top_p:
+            kept.append(i)
+        mass += weight[i] / total
+    kept = [i for i in kept if weight[i] >= d.min_p * weight[order[0]]]
+    return {i: weight[i] / sum(weight[j] for j in kept) for i in kept}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_draws_pass_a_chi_square_test(name):
+    """6,000 draws against the exact distribution; the statistic stays under its 0.1 % point (Wilson and Hilferty), and
+    what a filter excludes is never drawn."""
+    decoding = G.Decoding(**{"temperature": 1.0, **FILTERS[name]})
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(4)) * 2
+    ids, generator, count = [3, 7, 11, 7, 3, 20, 11, 7], torch.Generator().manual_seed(5), 6000
+    exact = exact_distribution(logits, ids, decoding)
+    left = G.penalise(logits, ids, decoding)
+    draws = torch.stack([G.sample(left, decoding, generator) for _ in range(count)]).bincount(minlength=40).tolist()
+    assert all(n == 0 for i, n in enumerate(draws) if i not in exact) and 2 < len(exact) <= 40
+    cells = [i for i in exact if exact[i] * count >= 5]
+    rest = 1 - sum(exact[i] for i in cells)
+    pairs = [(draws[i], exact[i] * count) for i in cells] + [(count - sum(draws[i] for i in cells), rest * count)] * (rest * count > 1)
+    statistic, freedom = sum((seen - wanted) ** 2 / wanted for seen, wanted in pairs), len(pairs) - 1
+    assert statistic < freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters_keep_what_transformers_keeps(name):
+    """The same support as transformers' processors and warpers in the order in which its generate applies them."""
+    from transformers import generation as T
+    decoding = G.Decoding(**{"temperature": 1.0, **FILTERS[name]})
+    ids = [3, 7, 11, 7, 3, 20, 11, 7]
+    steps = [(decoding.repetition_penalty != 1, lambda: T.RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty)),
+             (decoding.no_repeat_ngram_size, lambda: T.NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size)),
+             (decoding.temperature != 1, lambda: T.TemperatureLogitsWarper(decoding.temperature)),
+             (decoding.top_k, lambda: T.TopKLogitsWarper(decoding.top_k)),
+             (decoding.top_p < 1, lambda: T.TopPLogitsWarper(decoding.top_p)),
+             (decoding.min_p, lambda: T.MinPLogitsWarper(decoding.min_p))]
+    chain = [make() for wanted, make in steps if wanted]
+    for seed in range(30):
+        scores = torch.randn(1, 40, generator=torch.Generator().manual_seed(seed)) * 2
+        want = scores
+        for f in chain:
+            want = f(torch.tensor([ids]), want)
+        exact = exact_distribution(scores[0], ids, decoding)
+        assert {i for i in range(40) if want[0, i] > -torch.inf} == set(exact)
+        assert all(abs(want.softmax(-1)[0, i] - p) < 1e-5 for i, p in exact.items())
+
+
+class Letters:
+    """A tokenizer of one character an id, for stop texts."""
+    eos_id = EOS
+
+    def decode(self, ids):
+        return "".join(chr(97 + i % 26) for i in ids)
+
+
+def test_stop_texts_end_an_answer_and_are_never_shown():
+    model, ids = peaked_model(5), [1, 30, 31]
+    free, tokenizer = list(G.generate_ids(model, ids, 30, eos_id=-1)), Letters()
+    whole = tokenizer.decode(free)
+    for start, length in ((0, 1), (3, 2), (9, 4), (20, 3)):
+        stop = whole[start:start + length]
+        request = G.Request(ids, G.Decoding(30, stop=("nowhere", stop)))
+        batch = G.Batch(model, tokenizer, 1, 40, eos_id=-1)
+        batch.add(request)
+        shown, stream = "", G.TextStream(tokenizer, request.decoding.stop)
+        while not request.finish_reason:
+            for _, token in batch.step():
+                shown += stream.push(token)
+                assert whole[:whole.index(stop)].startswith(shown)
+        assert request.finish_reason == "stop" and len(request.ids) == whole.index(stop) + length
+        assert shown + stream.push() == whole[:whole.index(stop)]
+    assert "".join(G.stream_text(tokenizer, free, (whole[-1] + "?",))) == whole      # held for a stop text that never came
+
+
+def test_a_stream_shows_what_one_decode_gives(base):
+    """Random ids, broken bytes among them: the pieces together are the whole text, and no piece ends inside a character."""
+    tokenizer, draw = G.Tokenizer(base / "tokenizer.model"), random.Random(0)
+    for _ in range(200):
+        ids = [draw.randrange(3, tokenizer.vocab_size) for _ in range(draw.randrange(1, 40))]
+        pieces = list(G.stream_text(tokenizer, ids))
+        assert "".join(pieces) == tokenizer.decode(ids).rstrip("\ufffd") and not any(p.endswith("\ufffd") for p in pieces)

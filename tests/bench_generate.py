@@ -4,15 +4,16 @@
   python tests/bench_generate.py --size 7b --device cuda         LLaMA-7B's shape, weights made on the card
   python tests/bench_generate.py --cases bf16_1 int8_1
 
-A case is PRECISION_BATCH or PRECISION_beamsN. Both sides answer the same random prompts greedily (or by beams), EOS
-ignored, --new tokens each, the prompt included in the time; transformers runs its dynamic cache in bf16 for int8 and
-nf4, since it has no such weights of its own. Decode figures subtract the time to the first token, measured apart. The
-bandwidth is that of summing 1 GiB. The last line is one JSON object.
+A case is PRECISION_BATCH or PRECISION_beamsN, with _compiled behind it for our --compile. Both sides answer the same
+random prompts greedily (or by beams), EOS ignored, --new tokens each, the prompt included in the time; transformers runs
+its dynamic cache (--static: its static cache, compiled), in bf16 for int8 and nf4, since it has no such weights of its
+own. Decode figures subtract the time to the first token, measured apart. The share of the bandwidth, which is that of
+summing 1 GiB, counts the weights alone. Compilation is timed apart. The last line is one JSON object.
 """
 import argparse
 import gc
 import json
-import os
+import resource
 import statistics
 import sys
 import time
@@ -80,8 +81,7 @@ def bandwidth(clock, device):
     return data.numel() * 4 / min(clock(data.sum) for _ in range(5)) / 1e9
 
 
-def our_answers(model, prompts, new, beams, **more):
-    batch = G.Batch(model, None, len(prompts) * beams, len(prompts[0]) + new, eos_id=-1, **more)
+def our_answers(batch, prompts, new, beams):
     requests = [G.Request(ids, G.Decoding(new, num_beams=beams)) for ids in prompts]
     for request in requests:
         batch.add(request)
@@ -102,10 +102,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="mid")
     parser.add_argument("--cases", nargs="+", default=["bf16_1", "fp32_1", "int8_1", "nf4_1", "bf16_8", "fp32_8", "bf16_beams4",
-                                                       "fp32_beams4"])
+                                                       "fp32_beams4", "fp32_1_compiled", "int8_1_compiled", "bf16_8_compiled"])
     parser.add_argument("--prompt", type=int, default=200, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--static", action="store_true", help="transformers with its static cache and compiled forward")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -118,9 +119,9 @@ def main():
           f"{figures['bandwidth_GB_s']} GB/s", flush=True)
     draw, pair, quantised = torch.Generator().manual_seed(1), None, False
     for case in sorted(args.cases, key=lambda c: c.startswith("fp32")):                    # one pair of models at a time
-        precision, _, batch = case.partition("_")
-        beams = int(batch[5:]) if batch.startswith("beams") else 1
-        rows = 1 if beams > 1 else int(batch)
+        precision, shape, *compiled = case.split("_")
+        beams = int(shape[5:]) if shape.startswith("beams") else 1
+        rows = 1 if beams > 1 else int(shape)
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         if pair is None or pair[1].dtype != dtype or quantised or precision in ("int8", "nf4"):
             pair = None
@@ -130,24 +131,36 @@ def main():
                 quantize(pair[0], precision)
         ours, hf = pair
         prompts = torch.randint(3, PIECES, (rows, args.prompt), generator=draw).tolist()
-        sides = {"ours": lambda new: our_answers(ours, prompts, new, beams), "theirs": lambda new: their_answers(hf, prompts, new, beams)}
+        torch._dynamo.reset()
+        batch = G.Batch(ours, None, rows * beams, args.prompt + args.new, eos_id=-1, compile=bool(compiled))
+        theirs = {}
+        if args.static:
+            hf.forward, theirs = torch.compile(hf.forward), {"cache_implementation": "static", "disable_compile": True}
+        sides = {"ours": lambda new: our_answers(batch, prompts, new, beams),
+                 "theirs": lambda new: their_answers(hf, prompts, new, beams, **theirs)}
         seconds = {(side, new): [] for side in sides for new in (1, args.new)}
-        answers = {side: answer(4) for side, answer in sides.items()}                     # warm-up
+        warm = {side: [clock(lambda: answer(2)), answer(4)] for side, answer in sides.items()}
+        answers = {side: warm[side][1] for side in sides}
         for _ in range(args.repeats):
             for new in (1, args.new):
                 for side, answer in sides.items():
                     seconds[side, new].append(clock(lambda: answer(new)))
-        row, size = {"same_first_tokens": answers["ours"] == answers["theirs"]}, {"ours": weight_bytes(ours), "theirs": weight_bytes(hf)}
+        row = {"same_first_tokens": answers["ours"] == answers["theirs"]}
+        size = {"ours": weight_bytes(ours), "theirs": weight_bytes(hf)}
         for side in sides:
             first, whole = (statistics.median(seconds[side, new]) for new in (1, args.new))
             step = (whole - first) / (args.new - 1)
-            row[side] = {"seconds": round(whole, 3), "first_token_s": round(first, 4), "tokens_s": round(rows * args.new / whole, 2),
+            row[side] = {"seconds": round(whole, 3), "first_call_s": round(warm[side][0], 1), "first_token_s": round(first, 4), "tokens_s": round(rows * args.new / whole, 2),
                          "decode_tokens_s": round(rows / step, 2),
                          "bandwidth_share": round(size[side] / step / 1e9 / figures["bandwidth_GB_s"], 3)}
+        row["cache_MB"] = round(sum(t.numel() * t.element_size() for t in (*batch.cache.k, *batch.cache.v)) / 1e6, 1)
+        row["weights_MB"] = round(size["ours"] / 1e6, 1)
+        row["peak_MB"] = round(torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else
+                               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
         row["speedup"] = round(row["theirs"]["seconds"] / row["ours"]["seconds"], 3)
         row["decode_speedup"] = round(row["ours"]["decode_tokens_s"] / row["theirs"]["decode_tokens_s"], 3)
         figures["cases"][case], figures["speedup"][case] = row, row["speedup"]
-        print(f"{case:12} " + "  ".join(f"{side} {row[side]['decode_tokens_s']:7.1f} tok/s ({row[side]['bandwidth_share']:.0%}), "
+        print(f"{case:16} " + "  ".join(f"{side} {row[side]['decode_tokens_s']:7.1f} tok/s ({row[side]['bandwidth_share']:.0%}), "
                                         f"first {row[side]['first_token_s'] * 1e3:5.0f} ms" for side in sides)
               + f"  decode {row['decode_speedup']:.2f}x, all {row['speedup']:.2f}x", flush=True)
     print(json.dumps(figures))

@@ -8,6 +8,7 @@ from conftest import make_config
 
 import generate as G
 import model as M
+from lora import LoRAConfig, add_lora, lora_linears, merge, quantize
 from test_model import to_transformers
 
 EOS = 2
@@ -232,3 +233,62 @@ def test_a_stream_shows_what_one_decode_gives(base):
         ids = [draw.randrange(3, tokenizer.vocab_size) for _ in range(draw.randrange(1, 40))]
         pieces = list(G.stream_text(tokenizer, ids))
         assert "".join(pieces) == tokenizer.decode(ids).rstrip("\ufffd") and not any(p.endswith("\ufffd") for p in pieces)
+
+
+def cached_logits(model, ids):
+    """Logits (T, V) of decoding one token after the other."""
+    cache = model.new_cache(1, len(ids))
+    with torch.inference_mode():
+        return torch.cat([model(torch.tensor([[i]]), cache)[0] for i in ids])
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_decoding_equals_its_dequantised_weights(kind):
+    """float32: the logits of a model whose weights are the dequantised ones, to rounding. bf16, where int8 has a product of
+    its own: as near to the float32 logits as a bf16 model of the dequantised weights is, within a factor of two."""
+    ids, quantised, plain = prompts(1, 3, 30)[0], {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        quantised[dtype] = quantize(peaked_model(7), kind, dtype=dtype)
+        state = {}
+        for name, module in quantised[dtype].named_modules():
+            if name.rpartition(".")[2].startswith("w"):           # W is what it makes of the unit vectors
+                state[name + ".weight"] = module(torch.eye(module.in_features)).T
+        plain[dtype] = peaked_model(7)
+        assert len(state) == 14 and not plain[dtype].load_state_dict(state, strict=False).unexpected_keys
+        plain[dtype].to(dtype)
+    exact = cached_logits(plain[torch.float32], ids)
+    error = lambda model: ((cached_logits(model, ids) - exact).norm() / exact.norm()).item()
+    assert error(quantised[torch.float32]) < 1e-5
+    assert error(quantised[torch.bfloat16]) < max(0.02, 2 * error(plain[torch.bfloat16]))
+
+
+def test_merged_answers_as_unmerged():
+    """float32: logits within 1e-5 of each other and the same greedy tokens. bf16: merging rounds W + update to bf16, an error
+    of the order of bf16's own, so logits stay within 0.04 of the float32 ones, merged or not."""
+    ids, logits, answers = prompts(1, 3, 30)[0], {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for merged in (False, True):
+            model = peaked_model(7).to(dtype)
+            add_lora(model, LoRAConfig(r=4, targets="all"))
+            draw = torch.Generator().manual_seed(1)
+            for _, module in lora_linears(model):
+                module.lora_b.data.normal_(0, 0.02, generator=draw)
+                module.lora_a.data.normal_(0, 0.2, generator=draw)
+            if merged:
+                merge(model)
+            logits[dtype, merged] = cached_logits(model.eval(), ids)
+            answers[dtype, merged] = list(G.generate_ids(model, ids, 20, eos_id=EOS))
+    exact = logits[torch.float32, False]
+    far = lambda key: ((logits[key] - exact).norm() / exact.norm()).item()
+    assert 0 < far((torch.float32, True)) < 1e-5 and answers[torch.float32, True] == answers[torch.float32, False]
+    assert far((torch.bfloat16, False)) < 0.04 and far((torch.bfloat16, True)) < 0.04
+    assert (exact - cached_logits(peaked_model(7), ids)).norm() / exact.norm() > 0.1          # the adapter says something
+
+
+@pytest.mark.slow
+def test_a_compiled_step_gives_the_same_tokens():
+    """--compile: rows in one fixed shape, some not in use, refilled."""
+    model = peaked_model(5)
+    make = lambda: [G.Request(ids, G.Decoding(4 + i % 17, num_beams=1 + i % 2)) for i, ids in enumerate(prompts(12, 8))]
+    eager, compiled = answer_all(model, make(), rows=5), answer_all(model, make(), rows=5, compile=True)
+    assert [(r.ids, r.finish_reason) for r in eager] == [(r.ids, r.finish_reason) for r in compiled]

@@ -340,6 +340,42 @@ class RaggedStep:
         """The caller keeps the lengths."""
 
 
+class PackedRows:
+    """Training rows of unequal length, given to `forward` in the place of a KVCache: B rows end to end in one stream of
+    N tokens, so that no product computes padding, behind an opening of `shared` tokens that all of them begin with.
+    Causal attention makes the opening's activations equal in all rows: they are computed once, and autograd sums its
+    gradient over the rows. For attention alone the rows are gathered into (B, S), each with the opening in front.
+
+    lengths counts each row's tokens with the opening, and must be above `shared`."""
+
+    def __init__(self, lengths, shared=0, device="cpu"):
+        length = torch.tensor(lengths).unsqueeze(1)                                        # (B, 1)
+        own = length - shared
+        step = torch.arange(max(lengths))                                                  # (S,)
+        place = torch.where(step < shared, step, own.cumsum(0) - own + step)               # (B, S), of the stream
+        place = place.where(step < length, 0)                     # no real position attends to padding behind it
+        first = (step >= shared) | (torch.arange(len(lengths)).unsqueeze(1) == 0)          # the opening: of row 0
+        back = (first & (step < length)).flatten().nonzero().squeeze(1)                    # (N,), of the gathered rows
+        fill = back.new_zeros(-len(back) % 8)                     # products of odd height are slow: up to 7 idle tokens
+        self.back = torch.cat((back, fill)).to(device)
+        self.place, self.step = place.to(device), (self.back % len(step))
+
+    def positions(self, T):
+        """Positions (T,) of the stream's tokens, each in its own row."""
+        return self.step
+
+    def attend(self, layer, q, k, v):
+        """Attention of each row's q (1, H, N, D) over the same row's k, v (1, K, N, D)."""
+        B, S = self.place.shape
+        q, k, v = (x[0].transpose(0, 1).index_select(0, self.place.flatten()).unflatten(0, (B, S)).transpose(1, 2)
+                   for x in (q, k, v))                                                     # (B, heads, S, D)
+        y = causal_attention(q, k, v).transpose(1, 2).flatten(0, 1)                        # (B S, H, D)
+        return y.index_select(0, self.back).transpose(0, 1).unsqueeze(0)                   # (1, H, N, D)
+
+    def advance(self, T):
+        """Nothing follows a training row."""
+
+
 class Attention(nn.Module):
     """Queries, keys and values of x, turned by RoPE, into `causal_attention`; H/K query heads share a key/value head."""
 

@@ -117,10 +117,10 @@ class SharedPrompt:
         self.cache, self.length = cache, length
 
     def positions(self, T):
-        return torch.arange(self.length, self.length + T, device=self.cache.k.device)
+        return torch.arange(self.length, self.length + T, device=self.cache.k[0].device)
 
     def attend(self, layer, q, k, v):
-        k, v = (torch.cat((old[layer, :, :, :self.length].expand(len(new), -1, -1, -1), new), dim=2)
+        k, v = (torch.cat((old[layer][:, :, :self.length].expand(len(new), -1, -1, -1), new), dim=2)
                 for old, new in ((self.cache.k, k), (self.cache.v, v)))
         return causal_attention(q, k, v)
 

@@ -237,7 +237,7 @@ def test_lora_on_nf4_follows_the_loss_of_lora_on_the_base():
     for kind in ("fp32", *KINDS):
         model, tokenizer = G.load_base(config.base_model, torch.device("cpu"), torch.float32, kind)
         data = [T.encode_records(tokenizer, template, G.read_instructions(path, answers=True), config)[0]
-                for path in (config.data_path, config.val_path)]
+                for path in (*config.data_path, config.val_path)]
         torch.manual_seed(config.seed)
         before = T.evaluate(model, data[1], config)
         L.add_lora(model, L.LoRAConfig(config.lora_r, config.lora_alpha, 0.0, config.lora_target_modules))

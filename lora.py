@@ -188,7 +188,7 @@ def place(model, device, dtype):
 def quantize(model, kind, device=None, dtype=None):
     """Replace the seven linears of every block by Int8Linear or NF4Linear (kind "int8", "nf4"), one weight at a time on
     device, then move the other weights there, cast to dtype: the device never holds more than the quantised model and
-    one float32 weight. Raises ValueError for another kind or a model that has an adapter."""
+    the work on one weight (for NF4 17 bytes an element). Raises ValueError for another kind or a model that has an adapter."""
     if kind not in QUANTISED:
         raise ValueError(f"base_dtype {kind!r} unknown; choose from {' '.join([*DTYPES, *QUANTISED])}")
     if lora_linears(model):

@@ -351,10 +351,13 @@ def loss_sum(model, ids, labels, rows=None):
 
 def join_processes(device):
     """Join the processes that torchrun started, if it did: NCCL, a GPU each by LOCAL_RANK, or gloo on CPUs. Only the first
-    prints. Returns this process's device."""
+    prints. Returns this process's device. Raises ValueError if there is no GPU for it."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            if (at := int(os.environ["LOCAL_RANK"])) >= (found := torch.cuda.device_count()):
+                raise ValueError(f"process {at + 1} of this machine wants a GPU of its own, and it has {found}; start "
+                                 f"--nproc_per_node {found}")
+            device = torch.device("cuda", at)
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if dist.get_rank():

@@ -128,6 +128,14 @@ def test_killed_and_resumed_with_two_processes(base, records, tmp_path, how):
     assert lines[0] == lines[1] and len(lines[0]) == 120
 
 
+def test_a_process_without_a_gpu_says_so(monkeypatch):
+    for name, value in (("WORLD_SIZE", "4"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="process 3 of this machine .* it has 2; start --nproc_per_node 2"):
+        T.join_processes(torch.device("cuda"))
+
+
 def test_shard_wants_processes():
     with pytest.raises(ValueError, match="start torchrun"):
         T.check_config(T.TrainConfig(shard=True))

@@ -326,13 +326,13 @@ def save_adapter(model, path, base_model="", run_info=None, trained=False):
 
     config = model.lora_config
     write_atomically(path / "adapter_model.safetensors", write)
-    write_json(path / "run.json", run_info or {})
     write_json(path / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model), "r": config.r,
         "lora_alpha": config.alpha, "lora_dropout": config.dropout, "bias": "none", "fan_in_fan_out": False,
         "target_modules": [META_TO_HF[t] for t in config.targets], "inference_mode": True, "init_lora_weights": True,
         "modules_to_save": None, "use_rslora": config.rslora, "use_dora": False, "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern})
+    write_json(path / "run.json", run_info or {})                 # last: who finds it finds the rest
 
 
 def peft_config(file):

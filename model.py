@@ -679,12 +679,27 @@ def find_tokenizer(path):
     return above if not (path / "tokenizer.model").is_file() and above.is_file() else path / "tokenizer.model"
 
 
+def sync(path):
+    """Bring a file, or a folder's list of names, from the system's memory to the disk."""
+    if os.name == "posix" or Path(path).is_file():                # Windows opens no folders
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def write_atomically(path, write):
-    """Call write(temporary path) and rename the result to path, so that a reader or a crash never meets half a file."""
+    """Call write(temporary path), bring it to the disk and rename it to path, so that a reader, a crash or a power cut
+    never meets half a file. Raises OSError if it cannot be written."""
     temporary = Path(f"{path}.tmp{os.getpid()}")
     try:
         write(temporary)
+        sync(temporary)
         os.replace(temporary, path)
+        sync(Path(path).parent)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -15,25 +15,29 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
 from argparse import SUPPRESS
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from generate import (DATA, Tokenizer, ask, bot_spans, find_base, flag, load_base, load_template, pick_device, pick_dtype,
                       read_instructions, render_prompt)
 from lora import LoRAConfig, add_lora, place, read_json_file, save_adapter
-from model import (DTYPES, PackedRows, Parser, find_tokenizer, open_checkpoint, processes, run, save_model, whole,
-                   write_atomically, write_json)
+from model import (DTYPES, PackedRows, Parser, find_tokenizer, open_checkpoint, open_weights, processes, run, save_model, sync,
+                   weight_files, whole, write_atomically, write_json)
 
 
 def opt(default, text):
@@ -82,7 +86,9 @@ class TrainConfig:
     train_on_inputs: bool = opt(False, "make the prompt's tokens targets too")
     group_by_length: bool = opt(False, "fill each step with rows of similar length (changes the order, less padding)")
     prompt_template_name: str = opt("med_template", "name in data/templates or path")
-    resume_from_checkpoint: str = opt("", "checkpoint-STEP folder to go on from")
+    resume_from_checkpoint: str = opt("", "checkpoint-STEP folder to go on from, bit for bit; auto (or True): the last in "
+                                      "output_dir, or from the beginning if there is none")
+    resume_anyway: bool = opt(False, "go on although data, base, template or settings differ from the checkpoint's")
     stats: bool = opt(False, "print tokens and what cut-offs would cut of data_path, then end; loads no weights")
     num_answers: int = opt(3, "validation questions answered before and after")
     seed: int = opt(42, "of the split, the order, A's first values and dropout")
@@ -464,70 +470,167 @@ def draw_curve(history, path):
     write_atomically(path, lambda p: p.write_text(svg, encoding="utf-8"))
 
 
-def save_weights(model, path, config):
-    """Save what was trained: the adapter in PEFT's form, or with --full a base's folder. run.json says how it came."""
-    info = {"config": asdict(config), "torch": torch.__version__, "data_sha256": {
-            path: hashlib.sha256(Path(split_weight(path)[0]).read_bytes()).hexdigest() for path in config.data_path}}
+def save_weights(model, path, config, info):
+    """Save what was trained: the adapter in PEFT's form, or with --full a base's folder. run.json, written last, says how
+    it came about."""
     if config.full:
         save_model(model, path)
         if processes()[0]:
             return
-        write_json(Path(path) / "run.json", info)
         tokenizer = find_tokenizer(find_base(config.base_model))
         if tokenizer.is_file():
             shutil.copyfile(tokenizer, Path(path) / "tokenizer.model")
+        write_json(Path(path) / "run.json", info)
     else:
         save_adapter(model, path, config.base_model, info, trained=True)
 
 
-def save_checkpoint(model, optimizer, step, config):
+# settings that change no weight, or whose file's content counts and not its name
+FREE = {"base_model", "data_path", "val_path", "prompt_template_name", "output_dir", "eval_steps", "save_steps", "stats",
+        "save_total_limit", "memory_gb", "resume_from_checkpoint", "resume_anyway", "num_answers", "wandb_project", "wandb_run_name"}
+
+
+def describe_run(config):
+    """What run.json says of a run: settings, when it began, and SHA-256 of all that it is made from."""
+    def digest(path):
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    base = find_base(config.base_model)
+    files = [*sum(weight_files(base)[0], []), find_tokenizer(base)] if config.base_model else []
+    template = json.dumps(load_template(config.prompt_template_name), sort_keys=True)
+    return {"config": asdict(config), "torch": torch.__version__, "started": time.time(),
+            "processes": int(os.environ.get("WORLD_SIZE", 1)), "sha256": {
+        "base": [digest(file) for file in files],
+        "data": [[weight, digest(path)] for path, weight in map(split_weight, config.data_path)],
+        "validation": digest(config.val_path) if config.val_path else None,
+        "template": hashlib.sha256(template.encode()).hexdigest()}}
+
+
+def checkpoints(out):
+    """{step: checkpoint-STEP folder} of a run, in order."""
+    return dict(sorted((int(p.name[11:]), p) for p in Path(out).glob("checkpoint-*") if p.name[11:].isdigit()))
+
+
+def open_run(config):
+    """(what run.json will say, the folder to go on from): a checkpoint, None for a new run, output_dir itself if the run
+    there is finished. Raises ValueError if the checkpoint was made with other settings, base, data or template, or if a
+    new run would begin beside the checkpoints of one that did not finish."""
+    info, out, wanted = describe_run(config), Path(config.output_dir), config.resume_from_checkpoint
+    last = next(reversed(checkpoints(out).values()), None) if config.output_dir else None
+    result = read_json_file(out / "run.json") if config.output_dir and (out / "run.json").is_file() else {}
+    latest = read_json_file(last / "run.json") if last else result
+    folder = out if result and result.get("started") == latest.get("started") else last
+    if wanted.lower() in ("", "false", "none"):
+        if folder != out and last:
+            raise ValueError(f"{last} is of a run that did not finish; go on with --resume_from_checkpoint auto, or give "
+                             "another --output_dir")
+        return info, None
+    if wanted.lower() not in ("auto", "true"):
+        folder = Path(wanted)
+    elif not folder:
+        print(f"no checkpoint in {out} yet; beginning with step 1")
+        return info, None
+    if folder != out and not (folder / "state.safetensors").is_file():
+        raise ValueError(f"{folder} is no checkpoint (it has no state.safetensors); give a checkpoint-STEP folder, or auto")
+    old = read_json_file(folder / "run.json")
+    config.micro_batch_tokens = config.micro_batch_tokens or old["config"]["micro_batch_tokens"]   # what `plan` chose stays
+    new = json.loads(json.dumps(info | {"config": asdict(config)}))                               # tuples are lists there
+    changed = [f"another {name}" for name, value in new["sha256"].items() if old["sha256"][name] != value]
+    changed += [f"{name} {old['config'][name]!r}, not {value!r}" for name, value in new["config"].items()
+                if name not in FREE and old["config"].get(name, value) != value]
+    if old["processes"] != new["processes"]:
+        changed.append(f"{old['processes']} processes, not {new['processes']}")
+    if changed and not config.resume_anyway:
+        raise ValueError(f"{folder} was made with {', '.join(changed)}; give what it was made with, or --resume_anyway")
+    if changed:
+        print(f"going on from {folder}, although it was made with {', '.join(changed)}")
+        folder = last if folder == out else folder
+    return info | {key: old[key] for key in ("started", "step")}, folder
+
+
+def read_log(path):
+    """The records of log.jsonl, without a last line that a kill cut short."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.is_file() else []
+
+
+def save_checkpoint(model, optimizer, history, config, info):
     """checkpoint-STEP/: the weights, and state.safetensors with what an exact continuation needs besides (float32
-    parameters, AdamW's moments). Written aside and renamed; the oldest over the limit go. All processes call it; a
-    sharded model's tensors are gathered, and the first process writes."""
-    final = Path(config.output_dir) / f"checkpoint-{step}"
-    folder = final.with_name(final.name + ".tmp")
-    if not processes()[0]:
+    parameters, AdamW's moments); the order of the data and dropout follow from seed and step. Written aside, brought to
+    the disk, then renamed: at whatever moment a kill comes, each checkpoint-STEP is whole. Kept are the last
+    save_total_limit and the best by validation loss; those ahead of STEP, left by a run that this one replaces, go. All
+    processes call it; a sharded model's tensors are gathered, and the first process writes."""
+    out, step, rank = Path(config.output_dir), history[-1]["step"], processes()[0]
+    folder, final, state = out / f"checkpoint-{step}.new", out / f"checkpoint-{step}", {}
+    for left in [*out.glob("checkpoint-*.new"), *out.glob("checkpoint-*.old")] if rank == 0 else []:
+        shutil.rmtree(left)
+    try:
+        save_weights(model, folder, config, info | {"step": step})
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                for key, part in (("value", p.detach()), *((k, optimizer.state[p][k]) for k in ("exp_avg", "exp_avg_sq"))):
+                    tensor = whole(part)
+                    if rank == 0:
+                        state[f"{name}/{key}"] = tensor.contiguous().cpu()
+        if rank:
+            return
+        write_atomically(folder / "state.safetensors", lambda p: save_file(state, p))
+    except OSError:                                               # a full disk
         shutil.rmtree(folder, ignore_errors=True)
-    save_weights(model, folder, config)
-    state = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            moments = optimizer.state[p]
-            for key, part in (("value", p.detach()), ("exp_avg", moments["exp_avg"]), ("exp_avg_sq", moments["exp_avg_sq"])):
-                tensor = whole(part)
-                if not processes()[0]:
-                    state[f"{name}/{key}"] = tensor.contiguous().cpu()
-    if processes()[0]:
-        return
-    save_file(state, folder / "state.safetensors", metadata={"step": str(step)})
-    write_json(folder / "state.json", {"step": step})
-    shutil.rmtree(final, ignore_errors=True)
+        raise
+    discard(final)
     folder.rename(final)
-    kept = sorted(Path(config.output_dir).glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
-    for old in kept[:-config.save_total_limit] if config.save_total_limit else []:
-        shutil.rmtree(old)
+    sync(out)
+    saved = checkpoints(out)
+    best = min((r for r in history if "val_loss" in r), key=lambda r: r["val_loss"], default={}).get("step")
+    for past in saved.keys() - {best, *[s for s in saved if s <= step][-config.save_total_limit:]}:         # [-0:] is all
+        discard(saved[past])
+
+
+def discard(folder):
+    """Delete a checkpoint under another name: a half deleted checkpoint-STEP is never there to be gone on from."""
+    if folder.is_dir():
+        shutil.rmtree(folder.rename(f"{folder}.old"))
 
 
 def resume(model, optimizer, folder):
     """Put a checkpoint's parameters and moments back; return its step."""
-    step = read_json_file(Path(folder) / "state.json")["step"]
-    state = load_file(Path(folder) / "state.safetensors")
+    step, state = read_json_file(folder / "run.json")["step"], open_weights(folder / "state.safetensors")
     for name, p in model.named_parameters():
         if p.requires_grad:
             if f"{name}/value" not in state or state[f"{name}/value"].shape != p.shape:
-                raise ValueError(f"{folder} has no {name} of shape {tuple(p.shape)}; resume with the settings it was made with")
-            value, exp_avg, exp_avg_sq = (part_of(state[f"{name}/{key}"].to(p.device), p)
+                raise ValueError(f"{folder} has no {name} of shape {tuple(p.shape)}; it belongs to another model")
+            value, exp_avg, exp_avg_sq = (part_of(state[f"{name}/{key}"].to(p.device, copy=True), p)
                                           for key in ("value", "exp_avg", "exp_avg_sq"))
             with torch.no_grad():
                 p.copy_(value)
-            optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device),
+                                  "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     return step
+
+
+@contextmanager
+def signals_deferred():
+    """Within it SIGTERM and Ctrl-C only put their number into the list that it yields, so that the step and its saving
+    end first; a second one ends the process at once."""
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")      # print is not made for handlers
+
+    caught, main_thread = [], threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT) if main_thread}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_config(config):
     """Raise ValueError for a setting that cannot train."""
     for name in ("batch_size", "num_epochs", "learning_rate", "cutoff_len", "max_grad_norm"):
-        if not getattr(config, name) > 0:
+        if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name} is {getattr(config, name)!r}, wanted a number above 0")
     if config.train_on not in ("last", "all"):
         raise ValueError(f"train_on is {config.train_on!r}, wanted last or all")
@@ -535,8 +638,12 @@ def check_config(config):
         raise ValueError(f"recompute is {config.recompute!r}, wanted none, auto or full")
     for name in ("micro_batch_size", "micro_batch_tokens", "memory_gb", "max_steps", "warmup_steps", "weight_decay",
                  "val_set_size", "eval_steps", "save_steps", "save_total_limit", "num_answers"):
-        if getattr(config, name) < 0:
+        if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} is {getattr(config, name)!r}, wanted 0 or more")
+    if Path(config.output_dir).is_file():
+        raise ValueError(f"output_dir {config.output_dir} is a file, wanted a folder to make or to add to")
+    if config.wandb_project and not find_spec("wandb"):
+        raise ValueError("wandb_project asks for the package wandb: pip install wandb, or leave the option out")
     if config.full and config.base_dtype not in ("auto", "fp32"):
         raise ValueError(f"base_dtype {config.base_dtype} is for a frozen base, and --full trains the weights in fp32; "
                          "drop one of the two")
@@ -544,81 +651,96 @@ def check_config(config):
         raise ValueError("shard cuts the weights over processes, and there is one; start torchrun --nproc_per_node N train.py")
 
 
-def train(config, model, data):
+def train(config, model, data, start=None):
     """Train the parameters that require a gradient on data = (training rows, validation rows); return one record per
     step: step, epoch, loss (per target token), lr, grad_norm, tokens (real ones), seconds, tokens_per_second, and
-    val_loss where it was measured. With output_dir set, logs, checkpoints and the result land there. Raises
-    ValueError when the loss stops being finite; Ctrl-C saves a checkpoint and ends."""
+    val_loss where it was measured. With output_dir set, logs, checkpoints and the result land there; `start` is what
+    `open_run` made of config, if it was asked before. Raises ValueError naming the step when the loss is not finite (and
+    the rows) or a file cannot be written; the checkpoints before it stay whole. SIGTERM and Ctrl-C end the step, save a
+    checkpoint and raise SystemExit with 128 + the signal's number, as shells count: 0 is a finished run's alone."""
     check_config(config)
     rows, val_rows = data
+    info, folder = start or open_run(config)
+    out, (rank, n) = Path(config.output_dir) if config.output_dir else None, processes()
+    if out and folder == out:                                     # finished
+        return read_log(out / "log.jsonl")
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     per_epoch = -(-len(rows) // config.batch_size)
     total = min(config.max_steps or math.inf, per_epoch * config.num_epochs)
-    first = resume(model, optimizer, config.resume_from_checkpoint) if config.resume_from_checkpoint else 0
-    out, (rank, n) = Path(config.output_dir) if config.output_dir else None, processes()
-    history, log = [], None
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        if first and (out / "log.jsonl").is_file():               # the steps before the checkpoint stay
-            history = [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["step"] <= first]
-        if n > 1:
-            dist.barrier()                                        # all have read it before the first writes it anew
+    step = done = first = resume(model, optimizer, folder) if folder else 0
+    history = [r for r in read_log(folder.parent / "log.jsonl") if r["step"] <= first] if folder else []
+    log = tracker = None
     if out and rank == 0:
-        log = open(out / "log.jsonl", "w", encoding="utf-8")
-        log.writelines(json.dumps(record) + "\n" for record in history)
-    tracker = None
+        out.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(record) + "\n" for record in history)
+        write_atomically(out / "log.jsonl", lambda p: p.write_text(lines, encoding="utf-8"))
+        log = open(out / "log.jsonl", "a", encoding="utf-8")
     if config.wandb_project and rank == 0:
         import wandb
         tracker = wandb.init(project=config.wandb_project, name=config.wandb_run_name or None, config=asdict(config))
     model.train()
     bar = tqdm(range(first, total), initial=first, total=total, unit="step", dynamic_ncols=True, disable=rank > 0)
-    done = first
-    try:
-        for step in bar:
-            started, epoch = time.time(), step // per_epoch
-            if step == first or step % per_epoch == 0:
-                order = epoch_order(rows, config, epoch)
-            at = step % per_epoch * config.batch_size
-            batch = [rows[i] for i in order[at:at + config.batch_size]]
-            lr = optimizer.param_groups[0]["lr"] = lr_at(step, total, config)
-            torch.manual_seed((config.seed * 1_000_003 + step * n + rank) % 2**63)         # of dropout: no state to save
-            loss = step_gradient(model, batch, config)
-            norm = whole(clip_grad_norm_(parameters, config.max_grad_norm)).item()
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise ValueError(f"step {step + 1}: loss {loss}, gradient norm {norm}; the weights before it are kept in "
-                                 f"the last checkpoint. Lower --learning_rate or use --dtype fp32")
-            optimizer.step()
-            optimizer.zero_grad()
-            done, seconds, tokens = step + 1, time.time() - started, sum(len(row.ids) for row in batch)
-            record = {"step": done, "epoch": round(done / per_epoch, 4), "loss": loss, "lr": lr, "grad_norm": norm,
-                      "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-            if val_rows and (done == total or config.eval_steps and done % config.eval_steps == 0):
-                record["val_loss"] = evaluate(model, val_rows, config)
-            history.append(record)
-            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{tokens / seconds:,.0f}")
-            if log:
-                print(json.dumps(record), file=log, flush=True)
-            if tracker:
-                tracker.log(record, step=done)
-            if out and config.save_steps and done % config.save_steps == 0 and done < total:
-                save_checkpoint(model, optimizer, done, config)
-    except KeyboardInterrupt:
-        if out and done > first:
-            save_checkpoint(model, optimizer, done, config)
-            print(f"\nstopped after step {done}; go on with --resume_from_checkpoint {out}/checkpoint-{done}")
-        raise
-    finally:
-        bar.close()
-        if log:
-            log.close()
-            if history:
+    with signals_deferred() as caught:
+        try:
+            for step in bar:
+                started, epoch = time.time(), step // per_epoch
+                if step == first or step % per_epoch == 0:
+                    order = epoch_order(rows, config, epoch)
+                at = step % per_epoch * config.batch_size
+                chosen = order[at:at + config.batch_size]
+                batch = [rows[i] for i in chosen]
+                lr = optimizer.param_groups[0]["lr"] = lr_at(step, total, config)
+                torch.manual_seed((config.seed * 1_000_003 + step * n + rank) % 2**63)     # of dropout: no state to save
+                loss = step_gradient(model, batch, config)
+                norm = whole(clip_grad_norm_(parameters, config.max_grad_norm)).item()
+                if not math.isfinite(loss) or not math.isfinite(norm):
+                    bad = [i for i in chosen if not math.isfinite(evaluate(model, [rows[i]], config))] or chosen
+                    raise ValueError(f"loss {loss}, gradient norm {norm}, from rows "
+                                     f"{', '.join(f'{i} ({rows[i].name})' for i in bad[:9])}{' ...' * (len(bad) > 9)}; "
+                                     "look at them, lower --learning_rate or use --dtype fp32")
+                optimizer.step()
+                optimizer.zero_grad()
+                done, seconds, tokens = step + 1, time.time() - started, sum(len(row.ids) for row in batch)
+                record = {"step": done, "epoch": round(done / per_epoch, 4), "loss": loss, "lr": lr, "grad_norm": norm,
+                          "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+                best = min((r["val_loss"] for r in history if "val_loss" in r), default=math.inf)
+                if val_rows and (done == total or config.eval_steps and done % config.eval_steps == 0):
+                    record["val_loss"] = evaluate(model, val_rows, config)
+                history.append(record)
+                bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{tokens / seconds:,.0f}")
+                if log:
+                    print(json.dumps(record), file=log, flush=True)
+                if tracker:
+                    tracker.log(record, step=done)
+                due = config.save_steps and (done % config.save_steps == 0 or record.get("val_loss", math.inf) < best)
+                stopping = summed(len(caught), model.device) and done < total         # all processes at the same step
+                if out and done < total and (due or stopping):
+                    if log:
+                        os.fsync(log.fileno())                    # it has all steps of a checkpoint
+                    save_checkpoint(model, optimizer, history, config, info)
+                if stopping:
+                    break
+            model.eval()
+            if log and history:
                 draw_curve(history, out / "loss.svg")
-        if tracker:
-            tracker.finish()
-    model.eval()
-    if out:
-        save_weights(model, out, config)
+            if out and done == total:
+                save_weights(model, out, config, info | {"step": total})
+        except (ValueError, OSError) as error:
+            good = next(reversed(checkpoints(out).values()), None) if out else None
+            raise ValueError(f"step {min(step + 1, total)}: {error}. " + (
+                f"{good} is whole: --resume_from_checkpoint auto" if good else "Nothing was saved before it")) from None
+        finally:
+            bar.close()
+            with suppress(OSError):                               # of a full disk, which the error above has named
+                if log:
+                    log.close()
+            if tracker:
+                tracker.finish()
+    if done < total:
+        if rank == 0:
+            print(f"stopped after step {done} of {total}" + ", saved; go on with --resume_from_checkpoint auto" * bool(out))
+        raise SystemExit(128 + (caught or [signal.SIGTERM])[0])
     return history
 
 
@@ -660,17 +782,23 @@ def parse_config():
 def main():
     config = parse_config()
     check_config(config)
+    if not config.output_dir:
+        raise ValueError("output_dir is empty; give a folder for the result")
     lora = LoRAConfig(config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
     template = load_template(config.prompt_template_name)
     records, val_records = read_data(config)
     tokenizer = Tokenizer(find_tokenizer(find_base(config.base_model)))
     if config.stats:
         return print_stats(tokenizer, template, records + val_records * (not config.val_path))
+    start = open_run(config)
+    if start[1] == Path(config.output_dir):
+        return print(f"the run in {config.output_dir} is finished, {start[0]['step']} steps; nothing is left to do")
     device = join_processes(pick_device(config.device))
     rows, _ = encode_records(tokenizer, template, records, config)
     val_rows, val_records = encode_records(tokenizer, template, val_records, config) if val_records else ([], [])
     shape, dtype = open_checkpoint(find_base(config.base_model))[0], pick_dtype(config.dtype, device)
     config.micro_batch_tokens, recomputed, need = plan(shape, config, dtype, rows + val_rows, device)
+    start[0]["config"] = asdict(config)
     print(f"memory: {need / 2**30:.2f} GB by the estimate, with at most {config.micro_batch_tokens:,} tokens at once and "
           f"{recomputed} of {shape.n_layers} blocks recomputed")
     storage = torch.float32 if config.full else DTYPES.get(config.base_dtype, dtype)
@@ -699,10 +827,7 @@ def main():
     every = max(1, len(val_records) // max(1, config.num_answers))
     questions = [] if config.shard else val_records[::every][:config.num_answers]   # token by token, gathering is too slow
     before = answer_all(model, tokenizer, template, questions, "answers before") if questions else []
-    history = train(config, model, (rows, val_rows))
-    if not history:
-        print(f"nothing left to train: {config.resume_from_checkpoint} is at the last step")
-        return
+    history = train(config, model, (rows, val_rows), start)
     after = answer_all(model, tokenizer, template, questions, "answers after") if questions else []
     if processes()[0]:
         return

@@ -1,0 +1,265 @@
+"""Interrupted and gone on with equals uninterrupted, bit for bit: by kill, signal, full disk; and what is refused."""
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RECORDS
+
+import generate as G
+import lora as L
+import model as M
+import train as T
+
+
+def start(base, out, full=False, dtype=torch.float32, **settings):
+    """(config, fresh model, data) of a run of 12 steps with dropout: 8 rows, 2 a step, 3 epochs."""
+    config = T.TrainConfig(**{"base_model": str(base), "output_dir": str(out), "full": full, "batch_size": 2, "num_epochs": 3,
+                              "micro_batch_size": 1, "save_steps": 7, "eval_steps": 5, "learning_rate": 1e-2, "lora_dropout": 0.2,
+                              **settings})
+    model, tokenizer = G.load_base(base, "cpu", torch.float32 if full else dtype)
+    torch.manual_seed(config.seed)
+    if full:
+        model.requires_grad_(True)
+        model.compute_dtype = dtype
+    else:
+        L.add_lora(model, L.LoRAConfig(4, 8, config.lora_dropout, ("all",)))
+    rows = [T.encode_example(tokenizer, G.load_template("med_template"), r, config) for r in RECORDS]
+    return config, model, (rows, rows[:3])
+
+
+def outcome(out):
+    """What a finished run leaves, as far as it must not depend on interruptions."""
+    weights = next(p for p in (out / "adapter_model.safetensors", out / "model.safetensors") if p.is_file())
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return weights.read_bytes(), [(r["step"], r["loss"], r["lr"], r["grad_norm"], r.get("val_loss")) for r in log]
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    """An uninterrupted run, once for all tests."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    T.train(*start(base, out))
+    return out
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_12_is_7_and_5(base, tmp_path, full, dtype):
+    """Weights, losses, validation and log, with dropout on; the checkpoint also serves from another folder."""
+    T.train(*start(base, tmp_path / "whole", full, dtype))
+    want = outcome(tmp_path / "whole")
+    assert [step for step, *_ in want[1]] == list(range(1, 13)) and [bool(r[4]) for r in want[1]].count(True) == 3
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    for path in ("run.json", "checkpoint-5", "checkpoint-10"):
+        if (tmp_path / "part" / path).is_dir():
+            shutil.rmtree(tmp_path / "part" / path)
+    (tmp_path / "part/run.json").unlink()                         # as if killed after step 12, before the end
+    for resume, out in (("auto", "part"), (tmp_path / "whole/checkpoint-7", "other")):
+        history = T.train(*start(base, tmp_path / out, full, dtype, resume_from_checkpoint=str(resume)))
+        assert outcome(tmp_path / out) == want and len(history) == 12
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(base, whole, tmp_path, monkeypatch, capsys, number, code):
+    handler, step_gradient, calls = signal.getsignal(number), T.step_gradient, []
+
+    def interrupted(*args):
+        calls.append(0)
+        if len(calls) == 4:
+            os.kill(os.getpid(), number)
+        return step_gradient(*args)
+
+    monkeypatch.setattr(T, "step_gradient", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        T.train(*start(base, tmp_path))
+    assert stop.value.code == code and signal.getsignal(number) == handler
+    assert list(T.checkpoints(tmp_path)) == [4] and "--resume_from_checkpoint auto" in capsys.readouterr().out
+    T.train(*start(base, tmp_path, resume_from_checkpoint="auto"))
+    assert outcome(tmp_path) == outcome(whole)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_full_disk_stops_with_the_step_named_and_the_last_checkpoint_whole(base, whole, tmp_path, monkeypatch, full):
+    """From the save at step 10 on no file may grow beyond 10 kB; with space again the run goes on, as if never stopped."""
+    save, limits = T.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_with_little_space(model, optimizer, history, *rest):
+        if history[-1]["step"] == 10:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        save(model, optimizer, history, *rest)
+
+    monkeypatch.setattr(T, "save_checkpoint", save_with_little_space)
+    try:
+        with pytest.raises(ValueError, match=r"step 10: .*cannot be written.*checkpoint-9 is whole"):
+            T.train(*start(base, tmp_path, full, save_steps=3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    assert list(T.checkpoints(tmp_path)) == [5, 6, 9] and not list(tmp_path.glob("*.new"))
+    T.train(*start(base, tmp_path, full, resume_from_checkpoint="auto"))
+    if not full:
+        assert outcome(tmp_path) == outcome(whole)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows(base, tmp_path):
+    """A token that only one row holds has a NaN in its embedding."""
+    config, model, (rows, _) = start(base, tmp_path, save_steps=1)
+    row = rows[7]._replace(name="data.json:8")                    # the longest, 附子's
+    token = next(i for i in row.ids if not any(i in other.ids for other in rows[:7]))
+    model.tok_embeddings.weight.data[token] = torch.nan
+    step = next(s for s in range(4) if 7 in T.epoch_order(rows, config, 0)[2 * s:2 * s + 2]) + 1
+    with pytest.raises(ValueError, match=rf"step {step}: loss nan.* from rows 7 \(data.json:8\);") as error:
+        T.train(config, model, ([*rows[:7], row], []))
+    assert "\n" not in str(error.value) and list(T.checkpoints(tmp_path))[-1:] == [step - 1][:step - 1]
+
+
+def test_what_differs_is_refused_in_one_line(base, whole, tmp_path, capsys):
+    """Settings, base, data and template; --resume_anyway goes on; what changes no weight may change."""
+    copy, data = tmp_path / "base", tmp_path / "data.json"
+    shutil.copytree(base, copy)
+    data.write_text(json.dumps(RECORDS[0]))
+    given = {"resume_from_checkpoint": str(whole / "checkpoint-7"), "output_dir": str(tmp_path / "out")}
+
+    def resumed(**changes):
+        return T.open_run(start(base, whole, **{**given, **changes})[0])
+
+    assert resumed(save_steps=3, eval_steps=0, num_answers=0, base_model=str(copy))[1] == whole / "checkpoint-7"
+    template = M.read_json_file(G.TEMPLATES / "med_template.json")
+    (tmp_path / "t.json").write_text(json.dumps({**template, "prompt_no_input": "{instruction}。"}))
+    weights = copy / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1                                                  # one bit of the base
+    weights.write_bytes(raw)
+    for changes, words in (({"learning_rate": 2e-2, "seed": 1}, "learning_rate 0.01, not 0.02, seed 42, not 1;"),
+                           ({"lora_target_modules": ("all",)}, "lora_target_modules ['q_proj', 'v_proj'], not ['all'];"),
+                           ({"base_model": str(copy)}, "another base;"), ({"data_path": (str(data),)}, "another data;"),
+                           ({"prompt_template_name": str(tmp_path / "t.json")}, "another template;"),
+                           ({"val_path": str(data)}, "another validation;"), ({"full": True}, "full False, not True;")):
+        with pytest.raises(ValueError) as error:
+            resumed(**changes)
+        assert f"was made with {words}" in str(error.value) and "\n" not in str(error.value)
+        assert resumed(resume_anyway=True, **changes)[1] == whole / "checkpoint-7"
+        assert words[:-1] in capsys.readouterr().out
+    for folder in (base, tmp_path / "none", whole / "checkpoint-6"):
+        with pytest.raises(ValueError, match="is no checkpoint"):
+            resumed(resume_from_checkpoint=str(folder))
+
+
+def test_finished_and_unfinished_runs(base, whole, tmp_path, capsys):
+    """auto: a finished run stays as it is, an unfinished one goes on, nothing begins at step 1; alpaca-lora's spellings.
+    Without it, an unfinished run is not begun anew by mistake, and a finished one may be replaced."""
+    before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+    for word in ("auto", "True", str(whole)):
+        config, model, data = start(base, whole, resume_from_checkpoint=word)
+        assert T.open_run(config)[1] == whole and len(T.train(config, model, data)) == 12
+    assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
+    for word in ("", "False", "None"):
+        assert T.open_run(start(base, whole, resume_from_checkpoint=word)[0])[1] is None
+    assert T.open_run(start(base, tmp_path / "new", resume_from_checkpoint="auto")[0])[1] is None
+    assert "beginning with step 1" in capsys.readouterr().out
+    shutil.copytree(whole, tmp_path / "out")
+    (tmp_path / "out/run.json").unlink()
+    assert T.open_run(start(base, tmp_path / "out", resume_from_checkpoint="True")[0])[1].name == "checkpoint-10"
+    with pytest.raises(ValueError, match="did not finish; go on with --resume_from_checkpoint auto"):
+        T.train(*start(base, tmp_path / "out"))
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(base, tmp_path, monkeypatch):
+    """Validation is best at step 2; those of an earlier run, ahead of the step, go with the first of the new one."""
+    losses = iter([3.0, 1.0, 2.0, 1.0, 5.0, 6.0])
+    monkeypatch.setattr(T, "evaluate", lambda *args: next(losses))
+    (tmp_path / "checkpoint-99").mkdir()
+    (tmp_path / "checkpoint-99/run.json").write_text('{"started": 1}')
+    (tmp_path / "run.json").write_text('{"started": 1}')
+    (tmp_path / "checkpoint-12.new").mkdir()
+    T.train(*start(base, tmp_path, eval_steps=2, save_steps=3, save_total_limit=2))
+    assert list(T.checkpoints(tmp_path)) == [4, 6, 9] and not list(tmp_path.glob("*.new"))
+    saved = M.read_json_file(tmp_path / "checkpoint-4/run.json")
+    assert saved["step"] == 4 and saved["config"]["save_steps"] == 3 and len(saved["sha256"]["base"]) == 2
+
+
+class Crash(BaseException):
+    """A kill: no except clause of the code under test catches it."""
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_crash_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(base, tmp_path, monkeypatch, full):
+    """A save is cut off at its first, second, ... operation on files: what auto then finds is whole, the new or the last."""
+    config, model, (rows, _) = start(base, tmp_path, full, save_total_limit=1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    T.step_gradient(model, rows, config)
+    optimizer.step()
+    operations = [(os, "replace"), (os, "fsync"), (Path, "rename"), (shutil, "rmtree"), (shutil, "copyfile"), (Path, "mkdir"),
+                  (T, "save_file"), (L, "save_file"), (M, "write_safetensors"), (os, "unlink"), (os, "rmdir")]
+    originals, left = {(o, n): getattr(o, n) for o, n in operations if hasattr(o, n)}, [0]
+
+    def counted(original):
+        def operation(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                raise Crash
+            return original(*args, **kwargs)
+        return operation
+
+    T.save_checkpoint(model, optimizer, [{"step": 1}], config, {})
+    for key, original in originals.items():
+        monkeypatch.setattr(*key, counted(original))
+    step, crashes, seen = 2, 0, set()
+    while True:
+        left[0] = crashes + 1
+        try:
+            T.save_checkpoint(model, optimizer, [{"step": step}], config, {})
+            break
+        except Crash:
+            crashes, left[0] = crashes + 1, 0
+            last = T.resume(model, optimizer, list(T.checkpoints(tmp_path).values())[-1])
+            seen.add(last - step)
+            step = last + 1
+    assert crashes > 12 and seen == {-1, 0} and list(T.checkpoints(tmp_path)) == [step]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True])
+def test_twenty_kills_at_random_moments(base, records, tmp_path, full):
+    """train.py's main() in a process of its own, SIGKILLed 20 times at random, also inside saves (there is one a step), and
+    gone on with by auto each time: adapter, losses and log are those of an uninterrupted run."""
+    import random
+    import time
+    rng, moments = random.Random(0), []
+
+    def begin(out, *more):
+        child = os.fork()
+        if child == 0:                                            # what `python train.py ...` does, with torch imported already
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1), os.dup2(null, 2)
+            sys.argv = ["train.py", "--base_model", str(base), "--data_path", str(records), "--output_dir", str(out), "--batch_size",
+                        "2", "--micro_batch_size", "1", "--num_epochs", "20", "--save_steps", "1", "--eval_steps", "3",
+                        "--val_set_size", "2", "--lora_dropout", "0.2", "--num_answers", "0", "--dtype", "bf16",
+                        *["--full"] * full, *more]
+            try:
+                M.run(T.main)
+                os._exit(0)
+            except SystemExit as stop:
+                os._exit(stop.code)
+        return child
+
+    begun = time.time()
+    assert os.waitstatus_to_exitcode(os.waitpid(begin(tmp_path / "whole"), 0)[1]) == 0
+    seconds = time.time() - begun
+    for kill in range(20):
+        child = begin(tmp_path / "out", "--resume_from_checkpoint", "auto")
+        time.sleep(rng.uniform(0.02, seconds / 8))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        inside = bool(list((tmp_path / "out").glob("*.new")) or list((tmp_path / "out").glob("*.old")))
+        moments.append((list(T.checkpoints(tmp_path / "out"))[-1:], inside))
+    assert os.waitstatus_to_exitcode(os.waitpid(begin(tmp_path / "out", "--resume_from_checkpoint", "auto"), 0)[1]) == 0
+    print(f"whole run {seconds:.1f} s; last checkpoint at each kill, inside a save or not: {moments}")
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole") and len(outcome(tmp_path / "out")[1]) == 60
+    assert any(inside for _, inside in moments) and len({str(step) for step, _ in moments}) > 3

@@ -1,10 +1,12 @@
 """Interrupted and gone on with equals uninterrupted, bit for bit: by kill, signal, full disk; and what is refused."""
 import json
 import os
+import random
 import resource
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -229,9 +231,7 @@ def test_a_crash_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(base,
 def test_twenty_kills_at_random_moments(base, records, tmp_path, full):
     """train.py's main() in a process of its own, SIGKILLed 20 times at random, also inside saves (there is one a step), and
     gone on with by auto each time: adapter, losses and log are those of an uninterrupted run."""
-    import random
-    import time
-    rng, moments = random.Random(0), []
+    rng, moments, steps = random.Random(0), [], 120
 
     def begin(out, *more):
         child = os.fork()
@@ -239,8 +239,8 @@ def test_twenty_kills_at_random_moments(base, records, tmp_path, full):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1), os.dup2(null, 2)
             sys.argv = ["train.py", "--base_model", str(base), "--data_path", str(records), "--output_dir", str(out), "--batch_size",
-                        "2", "--micro_batch_size", "1", "--num_epochs", "20", "--save_steps", "1", "--eval_steps", "3",
-                        "--val_set_size", "2", "--lora_dropout", "0.2", "--num_answers", "0", "--dtype", "bf16",
+                        "2", "--micro_batch_size", "1", "--num_epochs", "999", "--max_steps", str(steps), "--save_steps", "1",
+                        "--eval_steps", "3", "--val_set_size", "2", "--lora_dropout", "0.2", "--num_answers", "0", "--dtype", "bf16",
                         *["--full"] * full, *more]
             try:
                 M.run(T.main)
@@ -249,17 +249,25 @@ def test_twenty_kills_at_random_moments(base, records, tmp_path, full):
                 os._exit(stop.code)
         return child
 
+    def logged():
+        log = tmp_path / "out/log.jsonl"
+        return log.read_text().count("\n") if log.is_file() else 0
+
     begun = time.time()
     assert os.waitstatus_to_exitcode(os.waitpid(begin(tmp_path / "whole"), 0)[1]) == 0
-    seconds = time.time() - begun
+    pace = (time.time() - begun) / steps
     for kill in range(20):
         child = begin(tmp_path / "out", "--resume_from_checkpoint", "auto")
-        time.sleep(rng.uniform(0.02, seconds / 8))
+        time.sleep(pace)                                          # the log is cut back to the checkpoint's step meanwhile
+        further, deadline = logged() + rng.randint(1, 3), time.time() + 100
+        while logged() < min(further, steps) and time.time() < deadline:
+            time.sleep(pace / 20)
+        time.sleep(rng.uniform(0, 1.5 * pace))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        inside = bool(list((tmp_path / "out").glob("*.new")) or list((tmp_path / "out").glob("*.old")))
-        moments.append((list(T.checkpoints(tmp_path / "out"))[-1:], inside))
+        inside = sorted(p.suffix for pattern in ("*.new", "*.old") for p in (tmp_path / "out").glob(f"checkpoint-{pattern}"))
+        moments.append((max(T.checkpoints(tmp_path / "out"), default=0), logged(), *inside))
     assert os.waitstatus_to_exitcode(os.waitpid(begin(tmp_path / "out", "--resume_from_checkpoint", "auto"), 0)[1]) == 0
-    print(f"whole run {seconds:.1f} s; last checkpoint at each kill, inside a save or not: {moments}")
-    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole") and len(outcome(tmp_path / "out")[1]) == 60
-    assert any(inside for _, inside in moments) and len({str(step) for step, _ in moments}) > 3
+    print(f"\n{steps} steps in {pace * steps:.1f} s; at each kill (last checkpoint, steps logged, inside a save): {moments}")
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole") and len(outcome(tmp_path / "out")[1]) == steps
+    assert len({step for step, *_ in moments}) > 10 and any(inside for _, _, *inside in moments)

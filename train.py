@@ -36,8 +36,8 @@ from tqdm import tqdm
 from generate import (DATA, Tokenizer, ask, bot_spans, find_base, flag, load_base, load_template, pick_device, pick_dtype,
                       read_instructions, render_prompt)
 from lora import LoRAConfig, add_lora, place, read_json_file, save_adapter
-from model import (DTYPES, PackedRows, Parser, find_tokenizer, open_checkpoint, open_weights, processes, run, save_model, sync,
-                   weight_files, whole, write_atomically, write_json)
+from model import (DTYPES, PackedRows, Parser, find_tokenizer, open_checkpoint, open_weights, processes, run, save_model,
+                   sync, weight_files, whole, write_atomically, write_json)
 
 
 def opt(default, text):
@@ -487,7 +487,8 @@ def save_weights(model, path, config, info):
 
 # settings that change no weight, or whose file's content counts and not its name
 FREE = {"base_model", "data_path", "val_path", "prompt_template_name", "output_dir", "eval_steps", "save_steps", "stats",
-        "save_total_limit", "memory_gb", "resume_from_checkpoint", "resume_anyway", "num_answers", "wandb_project", "wandb_run_name"}
+        "save_total_limit", "memory_gb", "resume_from_checkpoint", "resume_anyway", "num_answers", "wandb_project",
+        "wandb_run_name"}
 
 
 def describe_run(config):
@@ -533,9 +534,7 @@ def open_run(config):
         return info, None
     if folder != out and not (folder / "state.safetensors").is_file():
         raise ValueError(f"{folder} is no checkpoint (it has no state.safetensors); give a checkpoint-STEP folder, or auto")
-    old = read_json_file(folder / "run.json")
-    config.micro_batch_tokens = config.micro_batch_tokens or old["config"]["micro_batch_tokens"]   # what `plan` chose stays
-    new = json.loads(json.dumps(info | {"config": asdict(config)}))                               # tuples are lists there
+    old, new = read_json_file(folder / "run.json"), json.loads(json.dumps(info))                  # tuples are lists there
     changed = [f"another {name}" for name, value in new["sha256"].items() if old["sha256"][name] != value]
     changed += [f"{name} {old['config'][name]!r}, not {value!r}" for name, value in new["config"].items()
                 if name not in FREE and old["config"].get(name, value) != value]
@@ -546,6 +545,7 @@ def open_run(config):
     if changed:
         print(f"going on from {folder}, although it was made with {', '.join(changed)}")
         folder = last if folder == out else folder
+    config.micro_batch_tokens = old.get("tokens_at_once", config.micro_batch_tokens)               # what `plan` chose stays
     return info | {key: old[key] for key in ("started", "step")}, folder
 
 
@@ -798,7 +798,7 @@ def main():
     val_rows, val_records = encode_records(tokenizer, template, val_records, config) if val_records else ([], [])
     shape, dtype = open_checkpoint(find_base(config.base_model))[0], pick_dtype(config.dtype, device)
     config.micro_batch_tokens, recomputed, need = plan(shape, config, dtype, rows + val_rows, device)
-    start[0]["config"] = asdict(config)
+    start[0]["tokens_at_once"] = config.micro_batch_tokens
     print(f"memory: {need / 2**30:.2f} GB by the estimate, with at most {config.micro_batch_tokens:,} tokens at once and "
           f"{recomputed} of {shape.n_layers} blocks recomputed")
     storage = torch.float32 if config.full else DTYPES.get(config.base_dtype, dtype)

@@ -1,5 +1,6 @@
 """train.py: the gradient, the targets, resuming, the whole run, and bad input."""
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -131,9 +132,30 @@ def test_bentsaos_command_line_runs(base, records, tmp_path):
     assert asked.returncode == 0, asked.stderr
     merged = command("lora.py", "merge", "--base_model", base, "--lora_weights", tmp_path / "out", "--output_dir", tmp_path / "m")
     assert merged.returncode == 0 and "on average" in merged.stdout
-    again = command("train.py", "--base_model", base, "--data_path", records, "--output_dir", tmp_path / "w", "--wandb_project", "x",
-                    "--val_set_size", 0, "--num_answers", 0)
-    assert again.returncode != 0 and "wandb" in again.stderr      # only this option asks for the package
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BENTSAO.is_dir(), reason="BenTsao's records are not beside the project")
+def test_bentsaos_finetune_sh_word_for_word(base, tmp_path, monkeypatch, capsys):
+    """Its scripts/finetune.sh on its own records, the base's name too, which the hub's local cache resolves; two steps of it."""
+    cache = tmp_path / "models--decapoda-research--llama-7b-hf"
+    shutil.copytree(base, cache / "snapshots" / "5f98ee")
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("5f98ee")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/llama_data.json").symlink_to(BENTSAO / "bentsao_llama_data.json")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    line = ("--base_model 'decapoda-research/llama-7b-hf' --data_path './data/llama_data.json' --output_dir './lora-llama-med-'e1 "
+            "--prompt_template_name 'med_template' --micro_batch_size 128 --batch_size 128 --wandb_run_name e1")
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *shlex.split(line), "--max_steps", "2"])
+    T.main()
+    info = json.loads(Path("lora-llama-med-e1/run.json").read_text())
+    assert info["config"]["wandb_run_name"] == "e1" and info["step"] == 2 and "8,158 records" in capsys.readouterr().out
+    settings = json.loads(Path("lora-llama-med-e1/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "decapoda-research/llama-7b-hf" and settings["r"] == 8
+    log = [json.loads(line) for line in Path("lora-llama-med-e1/log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log] == [1, 2] and log[1]["val_loss"] > 0
 
 
 def damaged(base, folder, how):
@@ -144,6 +166,8 @@ def damaged(base, folder, how):
         weights.write_bytes(weights.read_bytes()[:-1000])
     elif how == "no weights":
         weights.unlink()
+    elif how == "no tokenizer":
+        (folder / "tokenizer.model").unlink()
     elif how == "tokenizer":
         params = json.loads((folder / "params.json").read_text())
         import model as M
@@ -156,30 +180,65 @@ def damaged(base, folder, how):
     return folder
 
 
-BAD = {  # name: (arguments over a good command, a word the line must have)
+GOOD = '{"instruction": "a", "output": "b"}\n'
+BAD = {  # name: (arguments over a good command, a word the line must have). @ is a file of what follows, BASE a base so damaged
     "missing data": (["--data_path", "nowhere.json"], "nowhere.json"),
-    "empty data": (["--data_path", "@empty:"], "is empty"),
-    "no json": (["--data_path", '@bad:{"instruction": "a", "output": "b"}\n{oops\n'], "line 2"),
-    "no answer": (["--data_path", '@bad:{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n'], "line 2"),
-    "blank answer": (["--data_path", '@bad:{"instruction": "a", "output": " "}\n'], "line 1"),
-    "not an object": (["--data_path", "@bad:[1, 2]"], "line 1"),
-    "gbk": (["--data_path", "@gbk:"], "UTF-8"),
+    "a folder of data": (["--data_path", "."], "not a file"),
+    "one of several files": (["--data_path", "@" + GOOD, "nowhere.json:0.5"], "nowhere.json not found"),
+    "a weight of nothing": (["--data_path", "RECORDS:0"], "wanted a number above 0"),
+    "a weight that is none": (["--data_path", "RECORDS:-1"], "not found"),
+    "empty data": (["--data_path", "@"], "is empty"),
+    "no json": (["--data_path", "@" + GOOD + "{oops\n"], "line 2"),
+    "no array": (["--data_path", "@[" + GOOD], "JSON array"),
+    "no answer": (["--data_path", "@" + GOOD + '{"instruction": "a"}'], "line 2"),
+    "blank answer": (["--data_path", '@{"instruction": "a", "output": " "}'], "line 1"),
+    "a number for a text": (["--data_path", '@{"instruction": 1, "output": "b"}'], "line 1"),
+    "a list for the input": (["--data_path", '@{"instruction": "a", "input": [1], "output": "b"}'], "input"),
+    "not an object": (["--data_path", "@[1, 2]"], "line 1"),
+    "two questions": (["--data_path", '@{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}'], "message 2"),
+    "a tool's message": (["--data_path", '@{"messages": [{"role": "tool", "content": "a"}]}'], "message 1"),
+    "an open conversation": (["--data_path", '@{"conversations": [{"from": "human", "value": "a"}]}'], "without one"),
+    "half a history": (["--data_path", '@{"instruction": "a", "output": "b", "history": [["c"]]}'], "history"),
+    "gbk": (["--data_path", "@gbk"], "UTF-8"),
+    "missing validation": (["--val_path", "nowhere.json"], "nowhere.json"),
+    "validation too large": (["--val_set_size", "8"], "val_set_size"),
     "template": (["--prompt_template_name", "nope"], "med_template"),
+    "template's file": (["--prompt_template_name", "@nope"], "not JSON"),
+    "template's text": (["--prompt_template_name", '@{"prompt_no_input": "?"}'], "{instruction}"),
     "target": (["--lora_target_modules", "x_proj"], "x_proj"),
+    "no target": (["--lora_target_modules", "[]"], "no LoRA target"),
     "rank": (["--lora_r", "0"], "rank"),
+    "alpha": (["--lora_alpha", "0"], "lora_alpha"),
     "dropout": (["--lora_dropout", "1.5"], "dropout"),
     "batch": (["--batch_size", "0"], "batch_size"),
-    "text for a number": (["--num_epochs", "many"], "num_epochs"),
-    "unknown option": (["--lora_rank_x", "3"], "lora_rank_x"),
-    "dtype": (["--dtype", "fp7"], "fp7"),
-    "device": (["--device", "cuda:99"], "cuda:99"),
-    "validation too large": (["--val_set_size", "8"], "val_set_size"),
+    "micro-batch": (["--micro_batch_size", "-1"], "micro_batch_size"),
+    "rate": (["--learning_rate", "nan"], "learning_rate"),
+    "rate without end": (["--learning_rate", "inf"], "learning_rate"),
+    "decay": (["--weight_decay", "nan"], "weight_decay"),
+    "norm": (["--max_grad_norm", "0"], "max_grad_norm"),
+    "warm-up": (["--warmup_steps", "-5"], "warmup_steps"),
     "cutoff too small": (["--cutoff_len", "10"], "cutoff_len"),
-    "truncated weights": (["--base_model", "truncated"], "damaged"),
-    "no weights": (["--base_model", "no weights"], "weights not found"),
-    "tokenizer of another size": (["--base_model", "tokenizer"], "pieces"),
-    "shape": (["--base_model", "shape"], "wk"),
-    "params lack a key": (["--base_model", "params"], "n_layers"),
+    "text for a number": (["--num_epochs", "many"], "num_epochs"),
+    "a number and a half": (["--num_epochs", "1.5"], "num_epochs"),
+    "neither yes nor no": (["--full", "maybe"], "full"),
+    "unknown option": (["--lora_rank_x", "3"], "lora_rank_x"),
+    "which answers": (["--train_on", "first"], "train_on"),
+    "dtype": (["--dtype", "fp7"], "fp7"),
+    "base_dtype": (["--base_dtype", "int3"], "int3"),
+    "all of a frozen base": (["--full", "--base_dtype", "int8"], "--full"),
+    "device": (["--device", "cuda:99"], "cuda:99"),
+    "no output": (["--output_dir", ""], "output_dir"),
+    "output is a file": (["--output_dir", "@x"], "is a file"),
+    "no package": (["--wandb_project", "x"], "pip install wandb"),
+    "resume from nothing": (["--resume_from_checkpoint", "checkpoint-7"], "checkpoint-7"),
+    "resume from a base": (["--resume_from_checkpoint", "BASE "], "state.safetensors"),
+    "a hub's name": (["--base_model", "decapoda-research/llama-7b-hf"], "decapoda-research/llama-7b-hf"),
+    "truncated weights": (["--base_model", "BASE truncated"], "damaged"),
+    "no weights": (["--base_model", "BASE no weights"], "not found"),
+    "no tokenizer": (["--base_model", "BASE no tokenizer"], "tokenizer.model"),
+    "tokenizer of another size": (["--base_model", "BASE tokenizer"], "pieces"),
+    "shape": (["--base_model", "BASE shape"], "wk"),
+    "params lack a key": (["--base_model", "BASE params"], "n_layers"),
 }
 
 
@@ -188,15 +247,15 @@ def test_bad_input_is_one_line_and_exit_code_2(name, base, records, tmp_path, mo
     """main() runs in this process for speed; run() is what the script itself calls."""
     from model import run
     arguments, word = BAD[name]
-    arguments = list(arguments)
-    if arguments[0] == "--base_model":
-        arguments[1] = str(damaged(base, tmp_path / "base", arguments[1]))
-    if arguments[1].startswith("@"):
-        kind, _, text = arguments[1][1:].partition(":")
-        path = tmp_path / "data.json"
-        path.write_bytes("{\"instruction\": \"中药\"}".encode("gbk") if kind == "gbk" else text.encode())
-        arguments[1] = str(path)
+    for i, argument in enumerate(arguments := list(arguments)):
+        if argument.startswith("BASE "):
+            arguments[i] = str(damaged(base, tmp_path / "base", argument[5:]))
+        elif argument.startswith("@"):
+            (tmp_path / "given.json").write_bytes('{"instruction": "中药"}'.encode("gbk") if argument == "@gbk" else argument[1:].encode())
+            arguments[i] = str(tmp_path / "given.json")
+        arguments[i] = arguments[i].replace("RECORDS", str(records))
     out = tmp_path / "out"
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["train.py", "--base_model", str(base), "--data_path", str(records), "--output_dir",
                                       str(out), "--val_set_size", "2", *arguments])
     with pytest.raises(SystemExit) as stop:

@@ -208,7 +208,7 @@ class DroppedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, a, p):
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-2**63, None)
+        bits = torch.randint(-2**63, 2**63 - 1, (-(-x.numel() // 4),), device=x.device)
         keep = bits.view(torch.int16)[:x.numel()].view_as(x) >= round(p * 2**16) - 2**15
         ctx.save_for_backward(x, a, keep)
         return F.linear(x * keep, a)

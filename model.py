@@ -369,7 +369,8 @@ class PackedRows:
         B, S = self.place.shape
         q, k, v = (x[0].transpose(0, 1).index_select(0, self.place.flatten()).unflatten(0, (B, S)).transpose(1, 2)
                    for x in (q, k, v))                                                     # (B, heads, S, D)
-        y = causal_attention(q, k, v).transpose(1, 2).flatten(0, 1)                        # (B S, H, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+        y = y.transpose(1, 2).flatten(0, 1)                                                # (B S, H, D)
         return y.index_select(0, self.back).transpose(0, 1).unsqueeze(0)                   # (1, H, N, D)
 
     def advance(self, T):

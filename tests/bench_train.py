@@ -12,6 +12,8 @@ what Trainer adds to it is not counted. BenTsao's settings: r 8 on q and v, alph
   ours            train.py's step_gradient on the rows of peft random
   ours, no prefix the same without the prompt's common opening computed once
 
+On a CPU without native bf16 (AVX512-BF16, AMX) only float32 is run: --dtype bf16 asks for the other, which is far slower.
+
 Tokens are real ones: no padding, and all of each row, however much of it was shared. MFU is 4 FLOP per real token and
 weight (embeddings apart) over the largest product measured here. With the project's data at hand (--data) the rows are
 BenTsao's; else they are random ids with the lengths of BenTsao's, which four numbers describe.
@@ -19,12 +21,12 @@ BenTsao's; else they are random ids with the lengths of BenTsao's, which four nu
 import argparse
 import json
 import math
-import os
 import platform
 import statistics
 import sys
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -217,15 +219,22 @@ def measure(args, dtype, cutoff, device):
     spread = [grouped[(2 * i + 1) * len(grouped) // (2 * args.rounds * args.rows // 8)] for i in range(args.rounds * args.rows // 8)]
     spread = [spread[i::args.rounds] for i in range(args.rounds)]
 
-    config = T.TrainConfig(output_dir="", batch_size=args.rows, micro_batch_size=8, cutoff_len=cutoff,
-                           **({"recompute": args.recompute} if args.recompute else {}))
+    config = T.TrainConfig(output_dir="", base_model="random weights", batch_size=args.rows, micro_batch_size=8, cutoff_len=cutoff,
+                           recompute=args.recompute, memory_gb=args.memory_gb, micro_batch_tokens=8192)
     ours = build(args.size, device, dtype)
+    shape = ours.config
+    _, ours.recomputed, need = T.plan(shape, config, dtype, pool, device)
     with torch.no_grad():
         theirs = build_theirs(ours, config.lora_dropout) if not args.ours_only else None
     torch.manual_seed(config.seed)
     L.add_lora(ours, L.LoRAConfig(config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules))
     ours.train()
-    sides = {"ours": (ours, lambda rows: T.step_gradient(ours, rows, config))}
+    if args.compile:
+        for block in ours.layers:
+            block.compile(dynamic=True)
+    apart = replace(config, share_opening=False)
+    sides = {"ours, no prefix": (ours, lambda rows: T.step_gradient(ours, rows, apart)),
+             "ours": (ours, lambda rows: T.step_gradient(ours, rows, config))}
     if theirs is not None:
         same_adapter(ours, theirs)
         random_step = lambda rows: their_step(theirs, cut(rows, 8))  # noqa: E731
@@ -234,7 +243,7 @@ def measure(args, dtype, cutoff, device):
     # memory first: one micro-batch, the same 8 rows on both sides; it warms the kernels up as well
     memory = {}
     for name, (model, step) in sides.items():
-        if name != "peft grouped":
+        if name not in ("peft grouped", "ours, no prefix"):
             memory[name] = peak_bytes(device, lambda: step(steps[0][:8]))
             model.zero_grad()
     optimizers = {id(m): torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=3e-4, weight_decay=0.0)
@@ -248,7 +257,7 @@ def measure(args, dtype, cutoff, device):
             losses[name].append(step(rows))
             parameters = [p for p in model.parameters() if p.requires_grad]
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            if name != "peft grouped":                            # it measures speed; the loss is that of the same steps
+            if name in ("peft random", "ours"):                   # the others measure speed alone
                 optimizers[id(model)].step()
             model.zero_grad()
             seconds[name].append(clock(device) - start)
@@ -258,13 +267,15 @@ def measure(args, dtype, cutoff, device):
     for name in sides:
         speed = statistics.median(n / s for n, s in zip(real[name], seconds[name]))
         table[name] = {"real_tokens_per_second": speed, "mfu": 4 * weights * speed / peak, "losses": losses[name],
-                       "memory_mib": memory.get(name, memory.get("peft random", 0)) / 2**20}
-    figures = {"dtype": str(dtype)[6:], "cutoff": cutoff, "matmul_gflops": peak / 1e9, "sides": table}
+                       "memory_mib": memory[name] / 2**20 if name in memory else None}
+    figures = {"dtype": str(dtype)[6:], "cutoff": cutoff, "matmul_gflops": peak / 1e9, "estimate_gib": need / 2**30,
+               "recomputed": ours.recomputed, "sides": table}
     print(f"\n{figures['dtype']}, cut-off {cutoff}, {args.rounds} steps of {args.rows} rows; largest product {peak / 1e9:,.0f} GFLOP/s")
     print("| side | real tokens/s | MFU | activations of 8 rows, MiB | loss of the last step |\n|---|---|---|---|---|")
     for name, t in table.items():
-        last = "-" if name == "peft grouped" else f"{t['losses'][-1]:.4f}"
-        print(f"| {name} | {t['real_tokens_per_second']:,.0f} | {t['mfu']:.1%} | {t['memory_mib']:,.0f} | {last} |")
+        last = "-" if name not in ("peft random", "ours") else f"{t['losses'][-1]:.4f}"
+        held = f"{t['memory_mib']:,.0f}" if t["memory_mib"] else "-"
+        print(f"| {name} | {t['real_tokens_per_second']:,.0f} | {t['mfu']:.1%} | {held} | {last} |")
     if theirs is not None:
         ratio = {n: [real["ours"][i] / seconds["ours"][i] / (real[n][i] / seconds[n][i]) for i in range(args.rounds)]
                  for n in ("peft random", "peft grouped")}
@@ -285,13 +296,22 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", type=Path, default=DATA if DATA.is_dir() else None, help="folder with BenTsao's records")
+    parser.add_argument("--simulated", action="store_true", help="random ids of like lengths, though --data is there")
     parser.add_argument("--ours_only", action="store_true")
-    parser.add_argument("--recompute", default="")
+    parser.add_argument("--recompute", choices=("none", "auto", "full"), default="auto")
+    parser.add_argument("--memory_gb", type=float, default=0.0, help="plan for so much, and cap a GPU to it (with --ours_only)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile our blocks")
     args = parser.parse_args()
+    args.data = None if args.simulated else args.data
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False             # float32 means float32 on both sides
+        if args.memory_gb:
+            torch.cuda.set_per_process_memory_fraction(args.memory_gb * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     tables = []
-    for dtype in args.dtype or ["fp32"]:
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    for dtype in args.dtype or (["bf16"] if args.size == "7b" else ["bf16", "fp32"] if native else ["fp32"]):
         for cutoff in args.cutoff:
             tables.append(measure(args, M.DTYPES[dtype], cutoff, device))
     print(json.dumps({"benchmark": "train", "size": args.size, "speedup": tables[0].get("speedup"),

@@ -1,12 +1,15 @@
 """The fast paths of training compute what plain code computes: gradients against a padded float64 model written here,
 padding, the memory estimate against what is allocated."""
+import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_train import Allocated, simulated_rows
-from conftest import formula_weights, make_config
+from bench_train import Allocated, build, build_theirs, simulated_rows
+from conftest import ROOT, formula_weights, make_config
 
 import lora as L
 import model as M
@@ -132,9 +135,35 @@ def test_compiled_blocks(recomputed):
     (plain_loss(wanted, rows) / T.target_count(rows)).backward()
     model.recomputed = recomputed
     for block in model.layers:
-        block.compile(dynamic=True)
+        block.compile(dynamic=True, fullgraph=True)
     T.step_gradient(model, rows, T.TrainConfig(output_dir="", micro_batch_tokens=100))
     assert (gradient(model) - gradient(wanted)).norm() < 1e-5 * gradient(wanted).norm()
+
+
+@pytest.mark.slow
+def test_benchmark_at_7b_on_meta():
+    """The shapes that `bench_train.py --size 7b` builds: peft's names take our weights, and a step's gradient has a place."""
+    ours = build("7b", torch.device("meta"), torch.bfloat16)
+    theirs = build_theirs(ours, 0.05)
+    assert sum(p.numel() for p in theirs.parameters() if not p.requires_grad) == 6_738_415_616
+    L.add_lora(ours, L.LoRAConfig())
+    assert sum(p.numel() for p in ours.parameters() if p.requires_grad) == sum(
+        p.numel() for p in theirs.parameters() if p.requires_grad) == 4_194_304
+    rows = simulated_rows(8, 512)
+    packed = M.PackedRows([len(row.ids) - 1 for row in rows], 38, "meta")
+    ours.train().hidden(torch.zeros(1, len(packed.back), dtype=torch.long, device="meta"), packed).sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ours.parameters() if p.requires_grad)
+
+
+@pytest.mark.slow
+def test_benchmark_runs_without_the_projects_data():
+    """Tiny, simulated rows: the last line is one JSON object, and both sides have the same first loss."""
+    done = subprocess.run([sys.executable, ROOT / "tests/bench_train.py", "--size", "tiny", "--rows", "8", "--rounds", "1", "--cutoff",
+                           "256", "--simulated"], capture_output=True, text=True, timeout=300)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    sides = figures["tables"][0]["sides"]
+    assert figures["speedup"] > 1 and figures["rows"] == "simulated"
+    assert abs(sides["ours"]["losses"][0] - sides["peft random"]["losses"][0]) < 0.01
 
 
 LITERATURE = [24, 260, 420, 640, 1500]                             # a row of 1 to 6 turns: least, quartiles, greatest

@@ -39,7 +39,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
-from lora import QUANTISED, load_adapter, lora_linears, quantize, read_json_file, remove_adapter
+from lora import QUANTISED, load_adapter, lora_linears, merge, quantize, read_json_file, remove_adapter
 from model import DTYPES, Parser, RaggedStep, find_tokenizer, load_model, open_checkpoint, run, write_atomically, write_json
 
 DATA = Path(__file__).parent / "data"
@@ -229,7 +229,6 @@ class Batch:
         self.model, self.tokenizer, self.eos_id = model, tokenizer, tokenizer.eos_id if eos_id is None else eos_id
         self.cache, self.free, self.prefill_chunk = model.new_cache(rows, max_len), rows, prefill_chunk
         self.owner, self.tokens, self.lengths = [], [], []        # per row in use: request, token to feed, positions filled
-
         self.compiled = compile and compile_step(self.ragged_logits, self.cache)
 
     @torch.inference_mode()
@@ -643,7 +642,7 @@ def weights_key(base, adapter=""):
     return [str(base), *(sha256(file.read_bytes()).hexdigest() for file in files)]
 
 
-def answer_file(model, tokenizer, tasks, output, rows, weights):
+def answer_file(model, tokenizer, tasks, output, rows, weights, compile=False):
     """Answer tasks [(record, prompt ids, Decoding), ...], rows at a time and of similar length, and append each answer
     to the file output ("": stdout) as it comes: the record with answer, finish_reason, index, and a key that stands for
     prompt, decoding and weights (what tells them apart). Started again it goes on; at the end the file is in the order
@@ -663,7 +662,7 @@ def answer_file(model, tokenizer, tasks, output, rows, weights):
     left = sorted((i for i, key in enumerate(keys) if key not in done), key=lambda i: len(tasks[i][1]))
     beams, running = tasks[0][2].num_beams, {}
     batch = Batch(model, tokenizer, beams * max(1, min(rows, len(left))),
-                  max(len(ids) + decoding.max_new_tokens for _, ids, decoding in tasks))
+                  max(len(ids) + decoding.max_new_tokens for _, ids, decoding in tasks), compile=compile)
     with open(output, "a", encoding="utf-8") if output else nullcontext(sys.stdout) as file, \
             tqdm(total=len(tasks), initial=len(done), unit="answer", dynamic_ncols=True) as bar:
         while left or running:
@@ -1061,6 +1060,10 @@ def main():
     parser.add_argument("--dtype", default="auto", help="of the activations: auto, bf16, fp16, fp32")
     parser.add_argument("--base_dtype", default="auto", help="of the base as stored: auto (--dtype), bf16, fp16, fp32, int8, nf4")
     parser.add_argument("--load_8bit", type=flag, nargs="?", const=True, default=False, help="the same as --base_dtype int8")
+    parser.add_argument("--merge", type=flag, nargs="?", const=True, default=False, help="fold the adapter into the weights: "
+                        "faster by its two thin products a linear, but bf16 rounds a part of the update away")
+    parser.add_argument("--compile", type=flag, nargs="?", const=True, default=False,
+                        help="compile the step that decodes (--instruct_dir): pays for files of many questions")
     args = parser.parse_args()
     decoding = Decoding(**{name: getattr(args, name) for name in Decoding.__dataclass_fields__})
     for name in ("n", "batch_size"):
@@ -1071,6 +1074,10 @@ def main():
     key = args.api_key or os.environ.get("API_KEY", "")
     if args.serve and args.host not in LOCAL and not key:
         raise ValueError(f"host {args.host} opens the model to other machines; give --api_key too, or stay on 127.0.0.1")
+    if args.merge and (args.serve or not args.use_lora):
+        raise ValueError("--merge wants an adapter that is the only model asked: leave out --serve and --use_lora False")
+    if args.compile and not args.instruct_dir:
+        raise ValueError("--compile takes a minute that only a file of questions (--instruct_dir) gives back; leave it out")
     if args.serve and args.num_beams > 1:
         raise ValueError("the server streams and does not search with beams; leave --num_beams out")
 
@@ -1093,6 +1100,9 @@ def main():
     model, tokenizer = load_base(base, device, dtype, "int8" if args.load_8bit else args.base_dtype)
     if args.use_lora:
         load_adapter(model, args.lora_weights)
+    if args.merge:
+        errors = merge(model).values()
+        print(f"merged {len(errors)} linears; the updates lose {sum(errors) / len(errors):.1%} to {model.dtype}", file=sys.stderr)
     decodings = several(decoding, args.n)
 
     def render(turns):
@@ -1121,7 +1131,8 @@ def main():
         prompts = [tokenizer.encode(render_prompt(template, q["instruction"], q["input"]), bos=True) for q in questions]
         answer_file(model, tokenizer, [(q, ids, decoding) for q, ids in zip(questions, prompts) for decoding in decodings],
                     args.output, args.batch_size,
-                    [args.dtype, args.base_dtype, *weights_key(base, args.lora_weights if args.use_lora else "")])
+                    [args.dtype, args.base_dtype, *weights_key(base, args.lora_weights if args.use_lora else ""),
+                     *["merged"] * args.merge], args.compile)
     elif args.prompt:
         for decoding in decodings:
             for _ in answer(render_prompt(template, args.prompt, args.input), decoding):

@@ -1,14 +1,17 @@
 """The decoding engine: transformers' tokens in every deterministic mode, exact distributions in every sampled one, and
 answers that do not depend on their company in the batch."""
+import json
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import make_config
+from conftest import ROOT, make_config
 
 import generate as G
 import model as M
-from lora import LoRAConfig, add_lora, lora_linears, merge, quantize
+from lora import LoRAConfig, add_lora, lora_linears, merge, quantize, save_adapter
 from test_model import to_transformers
 
 EOS = 2
@@ -292,3 +295,25 @@ def test_a_compiled_step_gives_the_same_tokens():
     make = lambda: [G.Request(ids, G.Decoding(4 + i % 17, num_beams=1 + i % 2)) for i, ids in enumerate(prompts(12, 8))]
     eager, compiled = answer_all(model, make(), rows=5), answer_all(model, make(), rows=5, compile=True)
     assert [(r.ids, r.finish_reason) for r in eager] == [(r.ids, r.finish_reason) for r in compiled]
+
+
+def test_merge_and_compile_from_the_command_line(base, records, tmp_path):
+    """--merge says what it lost and answers as the adapter does; what it does not fit with is said."""
+    model, tokenizer = G.load_base(base, torch.device("cpu"), torch.float32)
+    add_lora(model, LoRAConfig(r=4))
+    for _, module in lora_linears(model):
+        module.lora_b.data.normal_(0, 0.3)
+    save_adapter(model, tmp_path / "adapter", base)
+
+    def call(*args):
+        return subprocess.run([sys.executable, ROOT / "generate.py", "--base_model", base, "--lora_weights", tmp_path / "adapter",
+                               "--max_new_tokens", "8", *args], capture_output=True, text=True, timeout=300)
+    for name, more in (("plain", ()), ("merged", ("--merge",))):
+        done = call("--instruct_dir", records, "--output", tmp_path / name, *more)
+        assert done.returncode == 0 and ("merged 4 linears; the updates lose 0.0%" in done.stderr) == bool(more), done.stderr
+    answers = [[json.loads(line)["answer"] for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
+               for name in ("plain", "merged")]
+    assert answers[0] == answers[1] and len(answers[0]) == 8
+    for args, words in ((("a", "--merge", "--use_lora=False"), "--merge wants an adapter"), (("a", "--compile"), "--instruct_dir")):
+        done = call(*args)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1

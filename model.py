@@ -15,6 +15,7 @@ Where each dtype stands ("compute" is bf16, fp16 or fp32; there is no autocast, 
   logits               float32
 """
 import argparse
+import gc
 import hashlib
 import json
 import math
@@ -629,15 +630,16 @@ def read_checkpoint(checkpoint):
     """Yield (our name, tensor in our layout) of what `open_checkpoint` found. Raises ValueError for NaN or infinity.
 
     A tensor that can be used as it lies is a view of the mapped file. Joined shards and Hugging Face's q and k, whose rows
-    are put into Meta's order, are copies, one at a time; files are mapped anew every 256 MiB and for each q and k, so that
-    the pages read for what is copied (or cast, or sent to a GPU by the caller) do not stay in memory."""
+    are put into Meta's order, are copies, one at a time; files are mapped anew when a quarter of a file's size was read, and
+    for each q and k, so that pages read for what is copied (or cast, or sent to a GPU by the caller) do not stay in memory."""
     config, _, groups = checkpoint
     tied = {}
     for files, keys in groups:
         maps, used = [open_weights(file) for file in files], 0
+        mapped = all(".safetensors" in file.name or zipfile.is_zipfile(file) for file in files)
         for key, name in keys.items():
             heads = rotary_heads(name, config) if key != name else None
-            parts = [weights[key] for weights in ([open_weights(files[0])] if heads else maps)]
+            parts = [weights[key] for weights in ([open_weights(files[0])] if heads and mapped else maps)]
             axis = join_axis(name, parts[0].shape, config)
             if axis is None and not all(torch.equal(parts[0], part) for part in parts[1:]):
                 raise ValueError(f"{files[0]} and the shards beside it differ in {key}, which they share; they belong to "
@@ -645,14 +647,15 @@ def read_checkpoint(checkpoint):
             tensor = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, axis)
             if not all(math.isfinite(end) for end in tensor.aminmax()):
                 raise ValueError(f"{files[0]}: {key} holds NaN or infinity; copy or download it again")
+            used += tensor.nbytes
+            if used > files[0].stat().st_size // 4 and mapped:
+                del parts, maps
+                gc.collect()                                      # torch.load leaves its map in a reference cycle
+                maps, used = [open_weights(file) for file in files], 0
             if config.tie_embeddings and name in ("tok_embeddings.weight", "output.weight"):
                 tied[name] = tensor
             if not config.tie_embeddings or name != "output.weight":
                 yield name, tensor if heads is None else hf_to_meta_rows(tensor, heads)
-            used += tensor.nbytes
-            if used > 2**28:
-                del parts, tensor
-                maps, used = [open_weights(file) for file in files], 0
     if len(tied) == 2 and not torch.equal(*tied.values()):
         raise ValueError(f"{groups[0][0][0].parent} says that output and embedding are tied, but holds two different ones")
 
@@ -808,7 +811,7 @@ def describe_model(path):
             f"{n:,} parameters in {dtype}, {n * size / gib:.2f} GiB",
             f"inference: {n * size / gib:.2f} GiB and {cache / 2**20:.3f} MiB a position for keys and values; "
             f"{(n * size + cache * 2048) / gib:.2f} GiB with 2,048 positions",
-            f"LoRA training, r 8 on q_proj v_proj: {(n * size + 16 * adapter) / gib:.2f} GiB and the activations of a micro-batch "
+            f"LoRA training, r 8 on q_proj v_proj: {(n * size + 16 * adapter) / gib:.2f} GiB and a micro-batch's activations "
             f"({adapter:,} parameters of 16 bytes: float32, gradient, AdamW's two moments)",
             f"fingerprint {hashlib.sha256(chr(10).join(sorted(sums.values())).encode()).hexdigest()}"]
 

@@ -287,7 +287,7 @@ def test_memory_needed_is_what_training_allocates(name):
     shape = M.LLaMAConfig(256, 4, 4, 1000, 1e-6)
     rows = [T.Row([(i * j + 1) % 1000 for j in range(length + 1)], [False] * (length // 2) + [True] * (length + 1 - length // 2))
             for i in range(1, 2 * n + 1)]
-    config = T.TrainConfig(output_dir="", base_model="base", batch_size=2 * n, micro_batch_tokens=n * (length + 1), max_steps=2,
+    config = T.TrainConfig(output_dir="", batch_size=2 * n, micro_batch_tokens=n * (length + 1), max_steps=2,
                            share_opening=False, save_steps=0, **settings)
     wanted = measured_bytes(shape, config, M.DTYPES[dtype], rows, recomputed)
     got = T.memory_needed(shape, config, M.DTYPES[dtype], n * length, n * (length + 1 - length // 2), recomputed)

@@ -642,6 +642,24 @@ def weights_key(base, adapter=""):
     return [str(base), *(sha256(file.read_bytes()).hexdigest() for file in files)]
 
 
+def answer_batch(model, tokenizer, tasks, rows, compile=False):
+    """Yield (number of the task, its Request, the text) of tasks [(prompt ids, Decoding), ...] as their answers end, rows
+    of them at a time and of similar length: the longest prompts first, so that the memory they take is known at once."""
+    if not tasks:
+        return
+    left, beams, running = sorted(range(len(tasks)), key=lambda i: len(tasks[i][0])), tasks[0][1].num_beams, {}
+    batch = Batch(model, tokenizer, beams * max(1, min(rows, len(left))),
+                  max(len(ids) + decoding.max_new_tokens for ids, decoding in tasks), compile=compile)
+    while left or running:
+        while left and batch.free >= beams:
+            batch.add(request := Request(*tasks[left[-1]]))
+            running[request] = left.pop()
+        for request, _ in batch.step():
+            if request.finish_reason:
+                stream = TextStream(tokenizer, request.decoding.stop)
+                yield running.pop(request), request, "".join(map(stream.push, request.ids)) + stream.push()
+
+
 def answer_file(model, tokenizer, tasks, output, rows, weights, compile=False):
     """Answer tasks [(record, prompt ids, Decoding), ...], rows at a time and of similar length, and append each answer
     to the file output ("": stdout) as it comes: the record with answer, finish_reason, index, and a key that stands for
@@ -659,24 +677,14 @@ def answer_file(model, tokenizer, tasks, output, rows, weights, compile=False):
             raise ValueError(f"{output} holds something else than answers to these questions by these weights and settings; "
                              "name another --output or delete it")
         os.truncate(output, os.path.getsize(output) - len(torn))
-    left = sorted((i for i, key in enumerate(keys) if key not in done), key=lambda i: len(tasks[i][1]))
-    beams, running = tasks[0][2].num_beams, {}
-    batch = Batch(model, tokenizer, beams * max(1, min(rows, len(left))),
-                  max(len(ids) + decoding.max_new_tokens for _, ids, decoding in tasks), compile=compile)
+    left = [i for i, key in enumerate(keys) if key not in done]
     with open(output, "a", encoding="utf-8") if output else nullcontext(sys.stdout) as file, \
             tqdm(total=len(tasks), initial=len(done), unit="answer", dynamic_ncols=True) as bar:
-        while left or running:
-            while left and batch.free >= beams:                   # the longest first, so that memory is known at once
-                batch.add(request := Request(*tasks[left[-1]][1:]))
-                running[request] = left.pop()
-            for request, _ in batch.step():
-                if request.finish_reason:
-                    i, stream = running.pop(request), TextStream(tokenizer, request.decoding.stop)
-                    text = "".join(map(stream.push, request.ids)) + stream.push()
-                    row = {**tasks[i][0], "answer": text, "finish_reason": request.finish_reason, "index": i, "key": keys[i]}
-                    print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
-                    done[keys[i]] = row
-                    bar.update()
+        for at, request, text in answer_batch(model, tokenizer, [tasks[i][1:] for i in left], rows, compile):
+            i = left[at]
+            done[keys[i]] = {**tasks[i][0], "answer": text, "finish_reason": request.finish_reason, "index": i, "key": keys[i]}
+            print(json.dumps(done[keys[i]], ensure_ascii=False), file=file, flush=True)
+            bar.update()
     if output:
         rows = "".join(json.dumps(done[key], ensure_ascii=False) + "\n" for key in keys)
         write_atomically(output, lambda p: p.write_text(rows, encoding="utf-8"))

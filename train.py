@@ -33,8 +33,8 @@ from safetensors.torch import save_file
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from generate import (DATA, Tokenizer, ask, bot_spans, find_base, flag, load_base, load_template, pick_device, pick_dtype,
-                      read_instructions, render_prompt)
+from generate import (DATA, Decoding, Tokenizer, answer_batch, bot_spans, find_base, flag, load_base, load_template, pick_device,
+                      pick_dtype, read_instructions, render_prompt)
 from lora import LoRAConfig, add_lora, place, read_json_file, save_adapter
 from model import (DTYPES, PackedRows, Parser, find_tokenizer, open_checkpoint, open_weights, processes, run, save_model,
                    sync, weight_files, whole, write_atomically, write_json)
@@ -101,7 +101,7 @@ class TrainConfig:
 
 # `python train.py` alone: a base of 5 million weights wants a far larger step than 7 billion do, and all its linears
 TINY = {"base_model": str(DATA / "tiny"), "data_path": (str(DATA / "train.jsonl"),), "val_path": str(DATA / "heldout.jsonl"),
-        "batch_size": 64, "micro_batch_size": 32, "num_epochs": 3, "learning_rate": 5e-3, "warmup_steps": 10,
+        "batch_size": 64, "micro_batch_size": 32, "num_epochs": 4, "learning_rate": 5e-3, "warmup_steps": 10,
         "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": ("all",), "eval_steps": 50,
         "num_answers": 1000}
 
@@ -753,8 +753,12 @@ def facts_recalled(records, answers):
 def answer_all(model, tokenizer, template, records, label):
     """Greedy answers to the records' questions, as texts. Each process answers its share and receives the others'."""
     rank, n = processes()
-    own = ["".join(ask(model, tokenizer, render_prompt(template, r["instruction"], r["input"]), 128))
-           for r in tqdm(records[rank::n], desc=label, unit="question", dynamic_ncols=True, disable=rank > 0)]
+    tasks = [(tokenizer.encode(render_prompt(template, r["instruction"], r["input"]), bos=True), Decoding(max_new_tokens=128))
+             for r in records[rank::n]]
+    own = [""] * len(tasks)
+    for i, _, text in tqdm(answer_batch(model, tokenizer, tasks, 32), desc=label, total=len(tasks), unit="answer",
+                           dynamic_ncols=True, disable=rank > 0):
+        own[i] = text
     shares = [own] * n
     if n > 1:
         dist.all_gather_object(shares, own)

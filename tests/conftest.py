@@ -1,8 +1,11 @@
 """A small base written by the tests: weights by formula, a SentencePiece model with byte fallback, eight records."""
 import json
+import os
 import sys
 from io import BytesIO
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")                  # two workers on two cores; torch reads it when imported
 
 import pytest
 import sentencepiece

@@ -214,11 +214,11 @@ def test_literature_rows_are_one_prompt_everywhere(tmp_path, monkeypatch, base):
         texts, asked = [m["content"] for m in row["messages"]], []
         replies = iter(texts[1::2])
 
-        def answer(instruction, input):
-            asked.append(G.render_prompt(template, instruction, input))
-            return next(replies)
+        def answer(prompt):
+            asked.append(prompt)
+            yield next(replies)
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(texts[0::2]) + "\n"))
-        G.chat(answer, True)
+        G.chat(answer, lambda turns: G.render_prompt(template, G.render_turns(turns)), tokenizer, True, 10**6, "")
         assert asked[-1].encode() == prompt.encode()
 
 

@@ -166,7 +166,8 @@ def test_compiled_without_a_break(kind):
     linear = L.QUANTISED[kind](weight((64, 128)))
     x = torch.randn(9, 128, requires_grad=True)
     compiled = torch.compile(lambda x: linear(x).square().sum(), fullgraph=True, backend="aot_eager")
-    assert torch.equal(torch.autograd.grad(compiled(x), x)[0], torch.autograd.grad(linear(x).square().sum(), x)[0])
+    ours, plain = (torch.autograd.grad(f(x), x)[0] for f in (compiled, lambda x: linear(x).square().sum()))
+    assert (ours - plain).abs().max() < 1e-6 * plain.abs().max()  # the compiled graph may take another product kernel
 
 
 @pytest.mark.parametrize("kind, bits", [("int8", 8 + 16 / 352), ("nf4", 4 + 8 / 64 + 32 / 64 / 256)])

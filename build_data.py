@@ -17,7 +17,6 @@ Beside x.jsonl stand x.replies.jsonl, every reply that was paid for, and x.rejec
 Both files of records follow from the replies alone: they are written anew at the end of each run.
 """
 import asyncio
-import email.utils
 import fcntl
 import hashlib
 import json
@@ -303,12 +302,16 @@ def rouge_l(a, b):
     return 2 * (len(a) - row.bit_count()) / max(1, len(a) + len(b))
 
 
-def most_like(kept, text, threshold):
-    """(ROUGE-L, text) of the kept text most like a new one if that reaches the threshold; else (0, "") and it is kept.
-    A token is a Chinese character or a word of other letters. A common subsequence is no longer than the number of
-    common tokens, counted with their multiplicity: most texts are ruled out by that."""
+def split_words(text):
+    """(tokens of a text for ROUGE, Chinese characters and words of other letters; the same, each with its how-manieth)."""
     words, seen = re.findall(r"[a-z0-9]+|\w", text.lower()), Counter()
-    bag = [(word, seen.update([word]) or seen[word]) for word in words]
+    return words, [(word, seen.update([word]) or seen[word]) for word in words]
+
+
+def most_like(kept, text, threshold=0.7):
+    """(ROUGE-L, text) of the kept text most like a new one if that reaches the threshold; else (0, "") and it is kept.
+    A common subsequence is no longer than the number of common tokens: most texts are ruled out by that."""
+    words, bag = split_words(text)
     shared, sizes = kept.shared(bag)
     close = np.flatnonzero(2 * shared >= threshold * (sizes + len(bag)))
     score, like = max(((rouge_l(words, kept.texts[i][0]), kept.texts[i][1]) for i in close), default=(0.0, ""))
@@ -360,7 +363,8 @@ class Sieve:
     def __init__(self, names=None, seeds=()):
         self.names, self.exact, self.grams, self.tasks = names, set(), Kept(), Kept()
         for seed in seeds:
-            most_like(self.tasks, seed, 2.0)
+            words, bag = split_words(seed)
+            self.tasks.add(bag, (words, seed))
 
     def reason(self, record, questions, answers, job):
         """The reason to reject a record, "" to keep it. Puts what it tells of the job's facts on the record."""
@@ -384,7 +388,7 @@ class Sieve:
             return "near duplicate" if text not in self.exact else "duplicate"
         self.exact.add(text)
         if job["form"] == "self_instruct":
-            record["rouge_l"], record["like"] = most_like(self.tasks, record["instruction"], 0.7)
+            record["rouge_l"], record["like"] = most_like(self.tasks, record["instruction"])
             return "like a task kept before" if record["like"] else ""
         return ""
 
@@ -395,34 +399,33 @@ def build(args, jobs, sieve):
     replies = output.with_suffix(".replies.jsonl")
     if output.exists() and not replies.exists():
         raise ValueError(f"{output} stands there without {replies.name}: it is not this command's; give another --output")
-    asker, repairs, kept, rejected = Asker(replies, args), [], [], []
+    asker, kept, rejected = Asker(replies, args), [], []
+
+    def outcome(job):
+        """(reply, items, reason): the latest reply to a job, its items, or else why there are none."""
+        reply = asker.reply(job["key"] + "/repair") or asker.reply(job["key"])
+        try:
+            return reply, parse_items(reply["content"], job["fields"]), ""
+        except (TypeError, ValueError) as error:
+            return reply, [], str(error) if reply else f"no reply: {asker.failed.get(job['key'], asker.stop)}"
+
     asker.ask([(job["key"], job["messages"]) for job in jobs])
     if args.dry_run:
         return
     repair = Template((Path(args.prompts) / "repair.txt").read_text(encoding="utf-8"))
+    asker.ask([(job["key"] + "/repair", [*job["messages"], {"role": "assistant", "content": reply["content"] or "（空）"},
+                                         {"role": "user", "content": repair.safe_substitute(reason=reason)}])
+               for job in jobs for reply, _, reason in [outcome(job)] if reply and reason and not reply["key"].endswith("/repair")])
     for job in jobs:
-        if reply := asker.reply(job["key"]):
-            try:
-                parse_items(reply["content"], job["fields"])
-            except ValueError as error:
-                repairs.append((job["key"] + "/repair", [
-                    *job["messages"], {"role": "assistant", "content": reply["content"] or "（空）"},
-                    {"role": "user", "content": repair.safe_substitute(reason=error)}]))
-    asker.ask(repairs)
-    for job in jobs:
+        reply, items, reason = outcome(job)
         source = {"entity": job.get("entity"), "kind": job.get("kind"), "form": job["form"]}
-        reply = asker.reply(job["key"] + "/repair") or asker.reply(job["key"])
-        try:
-            if not reply:
-                raise ValueError(f"no reply: {asker.failed.get(job['key'], asker.stop)}")
-            source.update({key: reply[key] for key in ("prompt_hash", "model", "params", "usage", "time")})
-            items = parse_items(reply["content"], job["fields"])
-            if job["form"] == "literature" and not 2 <= len(items) <= 6:
-                raise ValueError(f"{len(items)} turns, wanted 2 to 6")
-        except ValueError as error:
-            rejected.append({"id": job["key"], **source, "reason": str(error), "content": reply and reply["content"]})
+        source.update({key: reply[key] for key in ("prompt_hash", "model", "params", "usage", "time")} if reply else {})
+        if job["form"] == "literature" and items and not 2 <= len(items) <= 6:
+            items, reason = [], f"turns: {len(items)}, wanted 2 to 6"
+        if reason:
+            rejected.append({"id": job["key"], **source, "reason": reason, "content": reply and reply["content"]})
             continue
-        said = [(item[job["fields"][0]], item[job["fields"][1]]) for item in items]
+        said = [tuple(item[field] for field in job["fields"]) for item in items]
         if job["form"] == "literature":                           # one record of all turns, as BenTsao wrote its rows
             messages = [{"role": role, "content": text} for turn in said for role, text in zip(("user", "assistant"), turn)]
             items = [{"instruction": render_turns([*said[:-1], (said[-1][0], None)]), "output": said[-1][1], "messages": messages}]
@@ -440,32 +443,28 @@ def build(args, jobs, sieve):
         print(f"stopped: {asker.stop}; the same command goes on")
 
 
+def add_options(commands, *options):
+    """Options (name, default, help) of several subcommands; the type is the default's."""
+    for command in commands:
+        for name, default, help in options:
+            command.add_argument(f"--{name}", type=type(default), default=default, help=help)
+
+
 def add_api_options(command):
     """The options of every subcommand that asks an API, through `Asker`."""
     command.add_argument("--model", required=True, help="name of the model at the endpoint")
     command.add_argument("--dry_run", action="store_true", help="show prompts, number of requests, tokens and cost; ask nothing")
     command.add_argument("--batch", action="store_true", help="through the Batch API: half the price, within 24 hours")
-    for name, default, help in (
-            ("base_url", "", "an OpenAI-compatible endpoint (empty: OPENAI_BASE_URL, else OpenAI's)"),
-            ("temperature", 1.0, "of the sampling; left out where the model refuses it"), ("max_tokens", 2048, "tokens of a reply at most"),
-            ("concurrency", 16, "requests in flight"), ("rpm", 0, "requests per minute at most (0: no limit)"),
-            ("tpm", 0, "tokens per minute at most, prompt and max_tokens counted (0: no limit)"),
-            ("timeout", 120.0, "seconds without a byte until a request is given up"), ("retries", 6, "further tries of a request"),
-            ("max_requests", 0, "stop after so many requests of this run (0: no limit)"),
-            ("max_cost", 0.0, "dollars for all replies of the output; none is asked that could exceed it (0: no limit)"),
-            ("price_in", 0.0, "dollars for a million prompt tokens"), ("price_out", 0.0, "dollars for a million reply tokens"),
-            ("poll", 30.0, "seconds between two looks at a batch")):
-        command.add_argument(f"--{name}", type=type(default), default=default, help=help)
-
-
-def retry_after(error):
-    """Seconds that a refusal's Retry-After header asks to wait (a number or a date), 0 without one."""
-    text = error.response.headers.get("retry-after", "") if hasattr(error, "response") else ""
-    try:
-        date = email.utils.parsedate_to_datetime(text).timestamp() if ":" in text else 0.0
-        return min(3600.0, max(0.0, date - time.time() if date else float(text)))
-    except ValueError:
-        return 0.0
+    add_options(
+        [command], ("base_url", "", "an OpenAI-compatible endpoint (empty: OPENAI_BASE_URL, else OpenAI's)"),
+        ("temperature", 1.0, "of the sampling; left out where the model refuses it"), ("max_tokens", 2048, "tokens of a reply at most"),
+        ("concurrency", 16, "requests in flight"), ("rpm", 0, "requests per minute at most (0: no limit)"),
+        ("tpm", 0, "tokens per minute at most, prompt and max_tokens counted (0: no limit)"),
+        ("timeout", 120.0, "seconds without a byte until a request is given up"), ("retries", 6, "further tries of a request"),
+        ("max_requests", 0, "stop after so many requests of this run (0: no limit)"),
+        ("max_cost", 0.0, "dollars for all replies of the output; none is asked that could exceed it (0: no limit)"),
+        ("price_in", 0.0, "dollars for a million prompt tokens"), ("price_out", 0.0, "dollars for a million reply tokens"),
+        ("poll", 30.0, "seconds between two looks at a batch"))
 
 
 class Asker:
@@ -577,7 +576,8 @@ class Asker:
                     continue
                 if code in (401, 403, 404) or error.code == "insufficient_quota":
                     raise ValueError(f"{client.base_url} refuses model {args.model}: {text}") from None
-                self.failed[key], seconds = text, retry_after(error)
+                self.failed[key], header = text, error.response.headers.get("retry-after", "")
+                seconds = min(3600, float(header)) if re.fullmatch(r"\d+(\.\d+)?", header) else 0
                 if code < 500 and code not in (408, 409, 429):
                     break
             except (APIConnectionError, ValueError) as error:     # ValueError: an answer that is no chat completion
@@ -598,13 +598,11 @@ class Asker:
         jobs = iter(todo)
 
         async def work():
-            for job in jobs:
+            while not self.stop and (job := next(jobs, None)):
                 try:
                     await self.send(client, *job)
                 except (ValueError, OSError) as error:
                     self.stop = error
-                if self.stop:
-                    return
         await asyncio.gather(*(work() for _ in range(min(self.args.concurrency, len(todo)))))
 
     async def batched(self, client, todo):
@@ -641,6 +639,9 @@ class Asker:
                                 self.take(key, hash, (row.get("response") or {}).get("body"))
                         except ValueError as error:
                             self.failed[key] = self.clean(row.get("error") or error)
+                for key, _ in todo:
+                    if key not in self.places:
+                        self.failed.setdefault(key, f"{id} {batch.status}")
                 del pending[file]
                 write_json(note, pending)
 
@@ -669,10 +670,13 @@ class Asker:
             raise ValueError(f"{self.path}: {len(changed):,} replies answer other prompts (first: {changed[0]}); the seed, the data or "
                              "a form has changed: give another --output, or delete those lines")
         todo = [job for job in jobs if job[0] not in self.places]
+        tokens = {name: sum(self.most(messages)[name] for _, messages in todo) for name in ("prompt_tokens", "completion_tokens")}
+        if self.args.batch and self.args.max_cost and self.spent + self.cost(tokens) > self.args.max_cost:
+            raise ValueError(f"max_cost {self.args.max_cost}: {self.spent:.4f} dollars spent, and the batch may cost {self.cost(tokens):.4f}; "
+                             "lower --count or --max_tokens")
         if self.args.dry_run:
             for key, messages in todo[:3]:
                 print(f"--- {key}", *(message["content"] for message in messages), sep="\n")
-            tokens = {name: sum(self.most(messages)[name] for _, messages in todo) for name in ("prompt_tokens", "completion_tokens")}
             print(f"--- {len(jobs):,} prompts, {len(todo):,} to ask: about {tokens['prompt_tokens']:,} tokens in and at most "
                   f"{tokens['completion_tokens']:,} out, {self.cost(tokens):.2f} dollars at most; {self.spent:.4f} spent so far")
         elif todo and not self.stop:
@@ -823,30 +827,28 @@ def main():
     parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     offline = commands.add_parser("offline", help="instruction records from forms, split by entity")
-    offline.add_argument("--output_dir", default=str(DATA), help="folder for train.jsonl and heldout.jsonl")
-    offline.add_argument("--heldout", type=float, default=0.1, help="share of the entities that is held out")
-    offline.add_argument("--questions", type=int, default=2, help="question forms per fact in train.jsonl (held out: 1)")
     knowledge = commands.add_parser("knowledge", help="an LLM writes instruction records from facts")
     literature = commands.add_parser("literature", help="an LLM writes dialogues about conclusions of papers")
-    literature.add_argument("--literature", default=str(DATA / "literature.jsonl"), help="lines of 标题, 疾病, 结论")
     tasks = commands.add_parser("self-instruct", help="an LLM writes new tasks after seed tasks")
-    tasks.add_argument("--seed_tasks", default=str(DATA / "seed_tasks.jsonl"), help="alpaca records")
     stats = commands.add_parser("stats", help="what a file of records holds")
     stats.add_argument("file", help="alpaca records or dialogues, array or lines; x.rejected.jsonl beside it is counted too")
-    stats.add_argument("--tokenizer", default="", help="a tokenizer.model: lengths in tokens, rows that a cut-off would cut")
-    stats.add_argument("--prompt_template_name", default="med_template", help="template of the prompts whose tokens are counted")
-    stats.add_argument("--html", default="", help="file for the report as a page")
-    for command in (offline, knowledge, literature, tasks, stats):
-        command.add_argument("--knowledge", default=str(DATA / "knowledge.jsonl"), help="knowledge base: CMeKG's form or triples")
-    for command in (offline, knowledge):
-        command.add_argument("--forms", default=str(DATA / "forms.json"), help="questions and statements by relation")
-    for command in (offline, knowledge, literature, tasks):
-        command.add_argument("--seed", type=int, default=0, help="of every random choice")
+    add_options([stats], ("tokenizer", "", "a tokenizer.model: lengths in tokens, rows that a cut-off would cut"),
+                ("prompt_template_name", "med_template", "template of the prompts whose tokens are counted"),
+                ("html", "", "file for the report as a page"))
+    add_options([offline], ("output_dir", str(DATA), "folder for train.jsonl and heldout.jsonl"),
+                ("heldout", 0.1, "share of the entities that is held out"),
+                ("questions", 2, "question forms per fact in train.jsonl (held out: 1)"))
+    add_options([literature], ("literature", str(DATA / "literature.jsonl"), "lines of 标题, 疾病, 结论"))
+    add_options([tasks], ("seed_tasks", str(DATA / "seed_tasks.jsonl"), "alpaca records"))
+    add_options([offline, knowledge, literature, tasks, stats],
+                ("knowledge", str(DATA / "knowledge.jsonl"), "knowledge base: CMeKG's form or triples"))
+    add_options([offline, knowledge], ("forms", str(DATA / "forms.json"), "questions and statements by relation"))
+    add_options([offline, knowledge, literature, tasks], ("seed", 0, "of every random choice"))
+    add_options([knowledge, literature, tasks], ("count", 100, "prompts; a greater count goes on where a smaller one ended"),
+                ("prompts", str(DATA / "prompts"), "folder of prompt forms"),
+                ("mix", "", "weights of the forms, as single=3,vignette=1 (empty: their own)"))
     for command in (knowledge, literature, tasks):
         command.add_argument("--output", required=True, help="file of records; replies and rejected ones stand beside it")
-        command.add_argument("--count", type=int, default=100, help="prompts; a greater count goes on where a smaller one ended")
-        command.add_argument("--prompts", default=str(DATA / "prompts"), help="folder of prompt forms")
-        command.add_argument("--mix", default="", help="weights of the forms, as single=3,vignette=1 (empty: their own)")
         add_api_options(command)
     judging = commands.add_parser("judge", help="an LLM scores answers, or says which of two is better")
     judging.add_argument("answers", nargs="+", help="file of records with an answer, as generate.py --output writes it; two to compare")

@@ -153,3 +153,11 @@ def test_rows_a_batch_lost_are_named(tmp_path):
         asker = D.Asker(tmp_path / "r.jsonl", options(server.url, "--batch", "--poll", "0.1"))
         asker.ask(jobs(40))
         assert len(asker.places) + len(asker.failed) == 40 and "expired" in next(iter(asker.failed.values()))
+
+
+def test_batch_is_not_sent_above_its_cap(tmp_path):
+    with Running() as server:
+        asker = D.Asker(tmp_path / "r.jsonl", options(server.url, "--batch", "--max_cost", "0.01", "--price_in", "1", "--price_out", "1"))
+        with pytest.raises(ValueError, match="max_cost"):
+            asker.ask(jobs(40))
+        assert server.stats()["batches"] == 0

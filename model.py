@@ -533,7 +533,7 @@ def open_weights(file):
             raise ValueError(f"{file} is refused: loading it would run {called[1]}, and weights are only data") from None
         raise ValueError(f"{file} is damaged or no file of weights; copy or download it again") from None
     except (SafetensorError, RuntimeError, EOFError, LookupError, AttributeError, OSError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or ["it ends early"])[0]
+        reason = (str(error).splitlines() or ["it ends early"])[0].partition(". ")[0]
         raise ValueError(f"{file} is damaged or no file of weights ({reason}); copy or download it again") from None
     if not isinstance(weights, dict):
         raise ValueError(f"{file} holds a {type(weights).__name__}, wanted a dict of tensors")
@@ -648,7 +648,7 @@ def read_checkpoint(checkpoint):
             if not all(math.isfinite(end) for end in tensor.aminmax()):
                 raise ValueError(f"{files[0]}: {key} holds NaN or infinity; copy or download it again")
             used += tensor.nbytes
-            if used > files[0].stat().st_size // 4 and mapped:
+            if used > max(2**24, files[0].stat().st_size // 4) and mapped:
                 del parts, maps
                 gc.collect()                                      # torch.load leaves its map in a reference cycle
                 maps, used = [open_weights(file) for file in files], 0

@@ -340,7 +340,7 @@ def parse_items(content, fields):
     text = re.sub(r"(?s)^```(?:json)?\n(.*)\n```$", r"\1", text)
     try:
         items = [{**item, **{field: item[field].strip() for field in fields}} for item in json.loads(text)["items"]]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:                 # the latter: brackets nested without end
         raise ValueError(f"no JSON: {error}" if text else "empty") from None
     except (LookupError, TypeError, AttributeError):
         raise ValueError('wanted {"items": [{' + ", ".join(f'"{field}": text' for field in fields) + "}, ...]}") from None
@@ -519,7 +519,9 @@ class Asker:
         """Append the reply in the body of a chat completion to the file. Raises ValueError if there is none."""
         try:
             choice, usage = body["choices"][0], body.get("usage") or {}
-            reply = {"key": key, "content": choice["message"].get("content") or "", "finish_reason": choice.get("finish_reason"),
+            if not isinstance(content := choice["message"].get("content") or "", str):
+                raise TypeError("content is no text")
+            reply = {"key": key, "content": content, "finish_reason": choice.get("finish_reason"),
                      "prompt_hash": prompt_hash, "model": body.get("model"), "params": {"model": self.args.model, **self.params},
                      "usage": {k: usage.get(k) or 0 for k in ("prompt_tokens", "completion_tokens")},
                      "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}

@@ -99,7 +99,7 @@ def test_names_are_found_by_longest_match():
 
 
 @pytest.mark.parametrize("content, word", [
-    ("", "empty"), ("好的，如下", "no JSON"), ('{"items": [{"instruction": "甲", "output": "乙"}', "no JSON"), ("[]", "wanted"),
+    ("", "empty"), ("好的，如下", "no JSON"), ("[" * 100_000, "no JSON"), ('{"items": [{"instruction": "甲", "output": "乙"}', "no JSON"), ("[]", "wanted"),
     ('{"items": []}', "no items"), ('{"items": [{"instruction": "甲"}]}', "wanted"), ('{"items": [{"instruction": "甲", "output": 3}]}', "wanted"),
     ('{"items": "x"}', "wanted"), ('{"items": null}', "wanted"), ("null", "wanted")])
 def test_a_reply_is_parsed_strictly(content, word):

@@ -115,7 +115,7 @@ def test_recomputed_gradient_is_the_same(full, recomputed):
 
 
 def test_half_precision_gradients():
-    """fp16 and bf16 against float64: observed 0.003 and 0.02 of the norm. fp16 from a scale that overflows ends finite."""
+    """fp16 and bf16 against float64: within 0.006 and 0.04 of the norm. fp16 from a scale that overflows ends finite."""
     rows, wanted = uneven_rows(), prepared(False)
     (plain_loss(wanted, rows) / T.target_count(rows)).backward()
     for dtype, bound in ((torch.bfloat16, 0.04), (torch.float16, 0.006)):

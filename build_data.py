@@ -633,7 +633,7 @@ class Asker:
                     if self.stop:
                         return
                 for result in filter(None, (batch.output_file_id, batch.error_file_id)):
-                    for line in (await client.files.content(result)).text.splitlines():
+                    for line in filter(None, (await client.files.content(result)).text.split("\n")):
                         row = json.loads(line)
                         hash, key = row["custom_id"].split(" ", 1)
                         try:

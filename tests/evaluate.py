@@ -22,6 +22,7 @@ for all models, so that the difference of two models is a paired one.
 import csv
 import hashlib
 import html
+import io
 import json
 import math
 import re
@@ -34,7 +35,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from build_data import read_knowledge  # noqa: E402
-from generate import DATA, Decoding, answer_file, each_model, pick_device, pick_dtype, read_instructions, render_prompt  # noqa: E402
+from generate import DATA, Decoding, answer_file, each_model, pick_device, pick_dtype, read_instructions, read_records, render_prompt  # noqa: E402
 from model import Parser, causal_attention, read_json_file, run, write_atomically, write_json  # noqa: E402
 
 REFUSAL = re.compile("抱歉|对不起|无法(回答|提供)|不能(回答|提供)|作为(一个|一名)?(人工智能|AI|语言模型)|I'm sorry|As an AI")
@@ -160,12 +161,12 @@ def read_choices(path):
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); name a file of questions") from None
     if path.suffix == ".csv":
-        rows = list(csv.DictReader(text.splitlines(keepends=True)))
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
     elif text.lstrip().startswith("{") and '"example"' in text.split("[")[0]:
         rows = read_json_file(path)["example"]
     else:
         try:
-            rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(t) for t in text.splitlines() if t.strip()]
+            rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(t) for t in text.split("\n") if t.strip()]
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
     questions = []
@@ -395,7 +396,7 @@ def main():
             tasks = [({"instruction": p}, tokenizer.encode(render_prompt(template, p, i), bos=True), decoding) for p, i in prompts]
             path = out / f"{kind}-{name}.jsonl"
             answer_file(model, tokenizer, tasks, str(path), args.rows, weights)
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            return [row for _, row in read_records(path)]
 
         rows = answers([(r["instruction"], r["input"]) for r in records], "answers")
         scores = score(records, rows, [bits(model, tokenizer, template, r) for r in records], knowledge)
@@ -438,7 +439,7 @@ def main():
 
 def read_instructions_of_pairs(path):
     """[{consistent, inconsistent}, ...] of a file of JSON lines. Raises ValueError naming the line."""
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [row for _, row in read_records(path)]
     for number, row in enumerate(rows, 1):
         if not all(isinstance(row.get(key), str) and row[key] for key in ("consistent", "inconsistent")):
             raise ValueError(f"{path} line {number}: consistent and inconsistent want a text each")

@@ -1,5 +1,6 @@
 """generate.py --compare: several models on one base, the seed's questions, and a table that says what they said."""
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ SEED = [  # the three questions of BenTsao's README, in the form of its infer.js
 
 def adapter(base, folder, seed):
     model, _ = G.load_base(base, "cpu", torch.float32)
+    torch.manual_seed(seed)                                       # of A
     L.add_lora(model, L.LoRAConfig(4, 8, 0.0, ("all",)))
     for i, (_, module) in enumerate(L.lora_linears(model)):
         module.lora_b.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed + i))
@@ -44,13 +46,13 @@ def test_table_of_three_models(base, tmp_path):
     done = call(f"base={base}", f"alpaca={base}+{b}", f"tuned={base}+{a}")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "table/compare.csv").read_text(encoding="utf-8-sig")
-    head, *rows = csv.reader(text.splitlines(keepends=True))
+    head, *rows = csv.reader(io.StringIO(text, newline=""))
     assert head == ["问题", "base", "alpaca", "tuned"] and len(rows) == 3
     for row, asked in zip(rows, SEED):                            # each with its own template and no trace of the one before
         assert row[1:] == [greedy(base, None, "med_template", asked), greedy(base, b, "alpaca", asked),
                            greedy(base, a, "med_template", asked)]
     assert len({tuple(row[1:]) for row in rows}) == 3 and rows[0][1] != rows[0][3]
-    markdown = (tmp_path / "table/compare.md").read_text(encoding="utf-8").splitlines()
+    markdown = (tmp_path / "table/compare.md").read_text(encoding="utf-8").rstrip("\n").split("\n")
     assert len(markdown) == 5 and all(line.replace("\\|", "").count("|") == 5 for line in markdown)
     page = (tmp_path / "table/compare.html").read_text(encoding="utf-8")
     assert "<b>" not in page and page.count("<tr>") == 4 and "<mark>" in page

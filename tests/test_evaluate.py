@@ -105,6 +105,9 @@ def test_published_question_formats(tmp_path):
         (question,) = E.read_choices(tmp_path / name)
         assert (question["question"], question["options"], question["answer"]) == ("问", {"A": "甲", "B": "乙", "D": "丁"}, "B"), name
     assert len(E.read_choices(ROOT / "data/choice.jsonl")) == 200
+    line = json.dumps({"question": "问\u2028题", "options": {"A": "甲", "B": "乙"}, "answer": "A"}, ensure_ascii=False)
+    (tmp_path / "lines.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")         # U+2028 ends a line for str.splitlines
+    assert [q["question"] for q in E.read_choices(tmp_path / "lines.jsonl")] == ["问\u2028题"] * 2
     (tmp_path / "bad.json").write_text('[{"question": "问", "option": {"A": "甲", "B": "乙"}, "answer": "C"}]', encoding="utf-8")
     with pytest.raises(ValueError, match="question 1"):
         E.read_choices(tmp_path / "bad.json")

@@ -36,8 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 from generate import DATA, Tokenizer, load_template, read_instructions, read_records, render_prompt, render_turns
-from lora import read_json_file
-from model import Parser, run, write_atomically, write_json
+from model import Parser, read_json_file, run, write_atomically, write_json
 
 
 def read_knowledge(path):

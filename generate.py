@@ -39,8 +39,9 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
-from lora import QUANTISED, load_adapter, lora_linears, merge, quantize, read_json_file, remove_adapter
-from model import DTYPES, Parser, RaggedStep, find_tokenizer, load_model, open_checkpoint, run, write_atomically, write_json
+from lora import QUANTISED, load_adapter, lora_linears, merge, quantize, remove_adapter
+from model import (DTYPES, Parser, RaggedStep, find_tokenizer, load_model, open_checkpoint, read_json_file, run, write_atomically,
+                   write_json)
 
 DATA = Path(__file__).parent / "data"
 TEMPLATES = DATA / "templates"

@@ -35,9 +35,9 @@ from tqdm import tqdm
 
 from generate import (DATA, Decoding, Tokenizer, answer_batch, bot_spans, find_base, flag, load_base, load_template, pick_device,
                       pick_dtype, read_instructions, render_prompt)
-from lora import LoRAConfig, add_lora, place, read_json_file, save_adapter
-from model import (DTYPES, PackedRows, Parser, find_tokenizer, open_checkpoint, open_weights, processes, run, save_model,
-                   sync, weight_files, whole, write_atomically, write_json)
+from lora import LoRAConfig, add_lora, place, save_adapter
+from model import (DTYPES, PackedRows, Parser, find_tokenizer, open_checkpoint, open_weights, processes, read_json_file, run,
+                   save_model, sync, weight_files, whole, write_atomically, write_json)
 
 
 def opt(default, text):

@@ -358,6 +358,15 @@ def folder_hashes(path):
     return {p.name: file_hash(p) for p in names}
 
 
+def read_pairs(path):
+    """[{consistent, inconsistent}, ...] of a file. Raises ValueError naming the line."""
+    rows = read_records(path)
+    for number, row in rows:
+        if not all(isinstance(row.get(key), str) and row[key] for key in ("consistent", "inconsistent")):
+            raise ValueError(f"{path} line {number}: consistent and inconsistent want a text each")
+    return [row for _, row in rows]
+
+
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", help="NAME=BASE or NAME=BASE+ADAPTER; the first is compared with")
@@ -376,7 +385,7 @@ def main():
     args = parser.parse_args()
     records = read_instructions(args.data_path, answers=True)
     questions = [q for path in args.choices for q in read_choices(path)]
-    pairs = read_instructions_of_pairs(args.statements) if args.statements else []
+    pairs = read_pairs(args.statements) if args.statements else []
     knowledge = read_knowledge(args.knowledge)
     out, device = Path(args.output_dir), pick_device(args.device)
     out.mkdir(parents=True, exist_ok=True)
@@ -435,15 +444,6 @@ def main():
     for name, cells in table.items():
         print(f"| {name} | {' | '.join(shown(cells.get(m), name) for m in models)} |")
     print(f"{out}: report.html, scores.json, scores.svg, answers and choices of each model, run.json")
-
-
-def read_instructions_of_pairs(path):
-    """[{consistent, inconsistent}, ...] of a file of JSON lines. Raises ValueError naming the line."""
-    rows = [row for _, row in read_records(path)]
-    for number, row in enumerate(rows, 1):
-        if not all(isinstance(row.get(key), str) and row[key] for key in ("consistent", "inconsistent")):
-            raise ValueError(f"{path} line {number}: consistent and inconsistent want a text each")
-    return rows
 
 
 if __name__ == "__main__":

@@ -626,12 +626,13 @@ def open_checkpoint(path, mixed=False):
     return config, dtype, [(paths, {key: ours[key] for key in group[0][1]}) for paths, group in zip(files, groups)]
 
 
-def read_checkpoint(checkpoint):
-    """Yield (our name, tensor in our layout) of what `open_checkpoint` found. Raises ValueError for NaN or infinity.
+def read_checkpoint(checkpoint, device="cpu", dtype=None):
+    """Yield (our name, tensor in our layout, on device, cast to dtype unless None) of what `open_checkpoint` found. Raises
+    ValueError for NaN or infinity.
 
     A tensor that can be used as it lies is a view of the mapped file. Joined shards and Hugging Face's q and k, whose rows
-    are put into Meta's order, are copies, one at a time; files are mapped anew when a quarter of a file's size was read, and
-    for each q and k, so that pages read for what is copied (or cast, or sent to a GPU by the caller) do not stay in memory."""
+    are put into Meta's order, are written where they will stay, with no copy between. Files are mapped anew when a quarter
+    of a file's size was read, and for each q and k, so that the pages of what was copied do not stay in memory."""
     config, _, groups = checkpoint
     tied = {}
     for files, keys in groups:
@@ -644,18 +645,26 @@ def read_checkpoint(checkpoint):
             if axis is None and not all(torch.equal(parts[0], part) for part in parts[1:]):
                 raise ValueError(f"{files[0]} and the shards beside it differ in {key}, which they share; they belong to "
                                  "different models")
-            tensor = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, axis)
-            if not all(math.isfinite(end) for end in tensor.aminmax()):
+            if not all(math.isfinite(end) for part in parts for end in part.aminmax()):
                 raise ValueError(f"{files[0]}: {key} holds NaN or infinity; copy or download it again")
-            used += tensor.nbytes
+            if heads or len(parts) > 1:
+                shape = [n * len(parts) if i == axis else n for i, n in enumerate(parts[0].shape)]
+                tensor = torch.empty(shape, device=device, dtype=dtype or parts[0].dtype)
+                for place, part in zip([tensor] if axis is None else tensor.chunk(len(parts), axis), parts):
+                    if heads:                                     # as hf_to_meta_rows does, without its copy
+                        place, part = place.unflatten(0, (heads, -1, 2)).transpose(1, 2), part.unflatten(0, (heads, 2, -1))
+                    place.copy_(part)
+            else:
+                tensor = parts[0].to(device, dtype)
+            used += sum(part.nbytes for part in parts)
             if used > max(2**24, files[0].stat().st_size // 4) and mapped:
-                del parts, maps
+                maps = parts = part = None
                 gc.collect()                                      # torch.load leaves its map in a reference cycle
                 maps, used = [open_weights(file) for file in files], 0
             if config.tie_embeddings and name in ("tok_embeddings.weight", "output.weight"):
                 tied[name] = tensor
             if not config.tie_embeddings or name != "output.weight":
-                yield name, tensor if heads is None else hf_to_meta_rows(tensor, heads)
+                yield name, tensor
     if len(tied) == 2 and not torch.equal(*tied.values()):
         raise ValueError(f"{groups[0][0][0].parent} says that output and embedding are tied, but holds two different ones")
 
@@ -667,7 +676,7 @@ def load_model(path, device="cpu", dtype=None):
     config, stored, _ = checkpoint
     with torch.device("meta"):
         model = LLaMA(config)
-    state = {name: tensor.to(device, dtype or stored) for name, tensor in read_checkpoint(checkpoint)}
+    state = dict(read_checkpoint(checkpoint, device, dtype or stored))
     if config.tie_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, strict=True, assign=True)

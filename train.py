@@ -565,7 +565,7 @@ def save_checkpoint(model, optimizer, history, config, info):
     for left in [*out.glob("checkpoint-*.new"), *out.glob("checkpoint-*.old")] if rank == 0 else []:
         shutil.rmtree(left)
     try:
-        save_weights(model, folder, config, info | {"step": step})
+        save_weights(model, folder, config, info | {"step": step, "loss_scale": model.loss_scale})
         for name, p in model.named_parameters():
             if p.requires_grad:
                 for key, part in (("value", p.detach()), *((k, optimizer.state[p][k]) for k in ("exp_avg", "exp_avg_sq"))):
@@ -595,7 +595,8 @@ def discard(folder):
 
 def resume(model, optimizer, folder):
     """Put a checkpoint's parameters and moments back; return its step."""
-    step, state = read_json_file(folder / "run.json")["step"], open_weights(folder / "state.safetensors")
+    made, state = read_json_file(folder / "run.json"), open_weights(folder / "state.safetensors")
+    step, model.loss_scale = made["step"], made.get("loss_scale", model.loss_scale)
     for name, p in model.named_parameters():
         if p.requires_grad:
             if f"{name}/value" not in state or state[f"{name}/value"].shape != p.shape:

@@ -10,7 +10,7 @@ import generate as G  # noqa: E402
 import lora as L  # noqa: E402
 import train as T  # noqa: E402
 
-CASES = {"lora": {}, "full": {"full": True}, "nf4": {"base_dtype": "nf4"}}
+CASES = {"lora": {}, "full": {"full": True}, "nf4": {"base_dtype": "nf4"}, "recompute": {"recompute": "full"}}
 
 
 def run_case(base, out, case, shard=False, **settings):
@@ -19,6 +19,7 @@ def run_case(base, out, case, shard=False, **settings):
                               "num_epochs": 3, "learning_rate": 1e-3, "warmup_steps": 0, "eval_steps": 2, "save_steps": 3,
                               "lora_dropout": 0.0, "shard": shard, **CASES[case], **settings})
     model, tokenizer = G.load_base(base, torch.device("cpu"), torch.float32, config.base_dtype)
+    model.recomputed = len(model.layers) * (config.recompute == "full")
     torch.manual_seed(0)
     if config.full:
         model.requires_grad_(True)
@@ -40,7 +41,7 @@ if __name__ == "__main__":
         for shard in (False, True):
             name = f"{case}-{'shard' if shard else 'copies'}"
             run_case(base, out / name, case, shard)
-            if case != "nf4":
+            if case in ("lora", "full"):
                 run_case(base, out / f"{name}-dropout", case, shard, lora_dropout=0.3)
                 run_case(base, out / f"{name}-resumed", case, shard, lora_dropout=0.3,
                          resume_from_checkpoint=str(out / f"{name}-dropout" / "checkpoint-3"))

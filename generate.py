@@ -40,8 +40,8 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 from lora import QUANTISED, load_adapter, lora_linears, merge, quantize, remove_adapter
-from model import (DTYPES, Parser, RaggedStep, find_tokenizer, load_model, open_checkpoint, read_json_file, run, write_atomically,
-                   write_json)
+from model import (BF16_PRODUCTS, DTYPES, Parser, RaggedStep, find_tokenizer, load_model, open_checkpoint, read_json_file, run,
+                   write_atomically, write_json)
 
 DATA = Path(__file__).parent / "data"
 TEMPLATES = DATA / "templates"
@@ -531,9 +531,10 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """The torch dtype of an option: "auto" is bf16 on a GPU that has it, else fp32."""
+    """The torch dtype of an option: "auto" is bf16 on a GPU or CPU that has instructions for it, else fp32."""
     if name == "auto":
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        native = BF16_PRODUCTS if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported()
+        name = "bf16" if native else "fp32"
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} unknown; choose from auto {' '.join(DTYPES)}")
     return DTYPES[name]

@@ -22,9 +22,9 @@ from sentencepiece import SentencePieceProcessor
 from torch import nn
 
 from model import (DTYPES, Linear, Parser, copy_tokenizer, find_tokenizer, hf_name, hf_to_meta_rows, load_model,
-                   meta_to_hf_rows, new_folder, open_checkpoint, open_weights, processes, product, read_checkpoint,
-                   read_json_file, rotary_heads, run, save_model, save_tensors, whole, write_atomically, write_json,
-                   write_safetensors)
+                   meta_to_hf_rows, new_folder, open_checkpoint, open_weights, processes, product, product_gradient,
+                   read_checkpoint, read_json_file, rotary_heads, run, save_model, save_tensors, whole, write_atomically,
+                   write_json, write_safetensors)
 
 HF_TO_META = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
               "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -89,7 +89,7 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         stored = ctx.saved_tensors                                # once: recomputation hands them out a single time
-        return grad @ ctx.matrix(grad.dtype, *stored), None, *(None for _ in stored)
+        return product_gradient(grad, ctx.matrix(grad.dtype, *stored)), None, *(None for _ in stored)
 
 
 def int8_matrix(dtype, codes, scale):
@@ -211,12 +211,12 @@ class DroppedProduct(torch.autograd.Function):
         bits = torch.randint(-2**63, 2**63 - 1, (-(-x.numel() // 4),), device=x.device)
         keep = bits.view(torch.int16)[:x.numel()].view_as(x) >= round(p * 2**16) - 2**15
         ctx.save_for_backward(x, a, keep)
-        return F.linear(x * keep, a)
+        return product(x * keep, a)
 
     @staticmethod
     def backward(ctx, grad):
         x, a, keep = ctx.saved_tensors
-        dx = (grad @ a).mul_(keep) if ctx.needs_input_grad[0] else None
+        dx = product_gradient(grad, a).mul_(keep) if ctx.needs_input_grad[0] else None
         return dx, grad.flatten(0, -2).T @ (x * keep).flatten(0, -2), None
 
 
@@ -241,8 +241,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):                                         # (..., I) -> (..., O)
         a, b, p = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype), self.dropout * self.training
-        h = DroppedProduct.apply(x, a, p) if p else F.linear(x, a)                         # (..., r)
-        return self.base(x) + F.linear(h * (self.scale / (1 - p)), b)
+        h = DroppedProduct.apply(x, a, p) if p else product(x, a)                           # (..., r)
+        return self.base(x) + product(h * (self.scale / (1 - p)), b)
 
 
 def lora_linears(model):

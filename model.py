@@ -12,6 +12,7 @@ Where each dtype stands ("compute" is bf16, fp16 or fp32; there is no autocast, 
   residual stream      compute, from the embedding on
   RMSNorm, RoPE        float32 inside, compute outside
   attention scores     inside scaled_dot_product_attention, which accumulates in float32
+  products             compute, accumulated in float32; on a CPU without bf16 instructions float32 inside (`goes_wide`)
   logits               float32
 """
 import argparse
@@ -39,7 +40,6 @@ from torch.utils.checkpoint import checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ONEDNN = torch.backends.mkldnn.is_available()
-BF16_PRODUCTS = not ONEDNN or torch.ops.mkldnn._is_mkldnn_bf16_supported()      # has this CPU instructions for them?
 HF_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",     # ours, Meta's: theirs
             "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
             "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
@@ -157,19 +157,62 @@ class LLaMAConfig:
             raise ValueError(f"{path}: {error}") from None
 
 
+def has_bf16_products():
+    """Has this CPU instructions for bf16 products that torch uses? AVX512-BF16, AMX or Arm's; _is_mkldnn_bf16_supported alone
+    is also true of x86 processors where oneDNN makes them of float32's."""
+    return ONEDNN and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+                       or not torch.cpu._is_avx2_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+BF16_PRODUCTS = has_bf16_products()
+
+
+def goes_wide(x):
+    """Are products of x better made in float32? On a CPU without instructions for bf16 its products run at a ninth of
+    float32's rate (AVX2; 1,504 rows of 512), fp16's are no faster."""
+    return x.is_cpu and x.dtype.itemsize < 4 and not BF16_PRODUCTS and not torch.compiler.is_compiling()
+
+
 def product(x, weight):
-    """y = W x of x (..., I) and W (O, I), in the dtype of x: `F.linear`, but that on a CPU without gradients the kernel
-    is chosen. oneDNN's float32 product takes half the time of the one that F.linear picks (1 to 16 rows, 2816 x 1024);
-    where bf16 has no instructions its products run at a sixth of float32's rate, so from 6 rows on W is cast to float32,
-    1,024 rows at a time so that they stay in the processor's cache."""
-    weight = weight.to(x.dtype)
-    if not ONEDNN or not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """y = W x of x (..., I) and W (O, I), in the dtype of x: `F.linear`, but that on a CPU the kernel is chosen: where x
+    `goes_wide`, `WideProduct`; without gradients, oneDNN's float32 product, which takes half the time of the one that
+    F.linear picks (1 to 16 rows, 2816 x 1024) and a tenth more for many rows."""
+    weight, rows = weight.to(x.dtype), x.numel() // x.size(-1)
+    if goes_wide(x) and rows > 5:                                 # fewer: the casts take longer than the products
+        return WideProduct.apply(x, weight)
+    if not (ONEDNN and x.is_cpu and x.dtype == torch.float32) or torch.is_grad_enabled() or torch.compiler.is_compiling() \
+            or rows > 255:
         return F.linear(x, weight)
-    if x.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    if BF16_PRODUCTS or x.numel() < 6 * x.size(-1):
-        return F.linear(x, weight)
-    return torch.cat([product(x.float(), rows.float()) for rows in weight.split(1024)], -1).to(x.dtype)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def product_gradient(grad, weight):
+    """dx (..., I) = W^T dy of dy (..., O) and W (O, I), in the dtype of dy; in float32 where dy `goes_wide`."""
+    if not goes_wide(grad):
+        return grad @ weight
+    dx = grad.new_zeros(grad.numel() // len(weight), weight.size(1), dtype=torch.float32)
+    for part, rows in zip(grad.flatten(0, -2).split(1024, -1), weight.split(1024)):
+        dx.addmm_(part.float(), rows.float())
+    return dx.to(grad.dtype).view(*grad.shape[:-1], -1)
+
+
+class WideProduct(torch.autograd.Function):
+    """y = W x and its gradients as float32 products, each rounded once to the dtype of x. W is cast 1,024 rows at a time, which
+    stay in the processor's cache. Kept is what F.linear keeps: W and, if W is trained, x, both as they are."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        y, wide = x.new_empty(*x.shape[:-1], len(weight)), x.float()
+        for part, rows in zip(y.split(1024, -1), weight.split(1024)):
+            part.copy_(product(wide, rows.float()))
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        dw = None if x is None else (grad.flatten(0, -2).T.float() @ x.flatten(0, -2).float()).to(x.dtype)
+        return None if weight is None else product_gradient(grad, weight), dw
 
 
 class Linear(nn.Linear):
@@ -267,8 +310,12 @@ def causal_attention(q, k, v, mask=None):
     K dividing H (Ainslie et al. 2023). A mask (B, 1, T, S), True where q sees k, takes the place of the causal one.
     Returns (B, H, T, D)."""
     T, S = q.size(2), k.size(2)
-    if q.is_cpu and T == 1 and q.dtype != torch.float32:   # one query: the kernel's own conversion takes twice as long
-        return causal_attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
+    if goes_wide(q) or q.is_cpu and T == 1 and q.dtype != torch.float32:   # one query: the kernel's own conversion is slow
+        def attend(q, k, v):
+            return causal_attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
+        if torch.is_grad_enabled():                               # keep q, k, v as they are; their casts are made again
+            return checkpoint(attend, q, k, v, use_reentrant=False, preserve_rng_state=False)
+        return attend(q, k, v)
     if mask is None and 1 < T < S:      # a chunk behind earlier positions; is_causal=True would align its mask top-left, not here
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
@@ -370,8 +417,7 @@ class PackedRows:
         B, S = self.place.shape
         q, k, v = (x[0].transpose(0, 1).index_select(0, self.place.flatten()).unflatten(0, (B, S)).transpose(1, 2)
                    for x in (q, k, v))                                                     # (B, heads, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
-        y = y.transpose(1, 2).flatten(0, 1)                                                # (B S, H, D)
+        y = causal_attention(q, k, v).transpose(1, 2).flatten(0, 1)                        # (B S, H, D)
         return y.index_select(0, self.back).transpose(0, 1).unsqueeze(0)                   # (1, H, N, D)
 
     def advance(self, T):

@@ -99,11 +99,12 @@ class TrainConfig:
     wandb_run_name: str = opt("", "name of the run, there and in run.json")
 
 
-# `python train.py` alone: a base of 5 million weights wants a far larger step than 7 billion do, and all its linears
+# `python train.py` alone: a base of 5 million weights wants a far larger step than 7 billion do, and all its linears; in
+# float32, so that it learns the same everywhere
 TINY = {"base_model": str(DATA / "tiny"), "data_path": (str(DATA / "train.jsonl"),), "val_path": str(DATA / "heldout.jsonl"),
         "batch_size": 64, "micro_batch_size": 32, "num_epochs": 4, "learning_rate": 5e-3, "warmup_steps": 10,
         "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": ("all",), "eval_steps": 50,
-        "num_answers": 1000}
+        "num_answers": 1000, "dtype": "fp32"}
 
 
 class Row(NamedTuple):

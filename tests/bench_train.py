@@ -12,7 +12,8 @@ what Trainer adds to it is not counted. BenTsao's settings: r 8 on q and v, alph
   ours            train.py's step_gradient on the rows of peft random
   ours, no prefix the same without the prompt's common opening computed once
 
-On a CPU without native bf16 (AVX512-BF16, AMX) only float32 is run: --dtype bf16 asks for the other, which is far slower.
+On a CPU without bf16 instructions (AVX512-BF16, AMX) only float32 is run, since theirs in bf16 takes a minute for 8 rows
+there: ask for it with --dtype bf16, and few --rows.
 
 Tokens are real ones: no padding, and all of each row, however much of it was shared. MFU is 4 FLOP per real token and
 weight (embeddings apart) over the largest product measured here. With the project's data at hand (--data) the rows are
@@ -310,7 +311,7 @@ def main():
         if args.memory_gb:
             torch.cuda.set_per_process_memory_fraction(args.memory_gb * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     tables = []
-    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    native = device.type == "cuda" or M.BF16_PRODUCTS
     for dtype in args.dtype or (["bf16"] if args.size == "7b" else ["bf16", "fp32"] if native else ["fp32"]):
         for cutoff in args.cutoff:
             tables.append(measure(args, M.DTYPES[dtype], cutoff, device))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from bench_train import Allocated, build, build_theirs, simulated_rows
 from conftest import ROOT, formula_weights, make_config
 
+import generate as G
 import lora as L
 import model as M
 import train as T
@@ -114,17 +115,73 @@ def test_recomputed_gradient_is_the_same(full, recomputed):
     assert torch.equal(*grads)
 
 
-def test_half_precision_gradients():
-    """fp16 and bf16 against float64: within 0.006 and 0.04 of the norm. fp16 from a scale that overflows ends finite."""
-    rows, wanted = uneven_rows(), prepared(False)
+@pytest.mark.parametrize("full, recomputed", [(False, 0), (True, 0), (False, 2)])
+@pytest.mark.parametrize("native", [False, True])
+def test_half_precision_gradients(native, full, recomputed, monkeypatch):
+    """fp16 and bf16 against float64, with products in float32 and in themselves: within 0.006 and 0.04 of the norm. fp16
+    from a scale that overflows ends finite."""
+    monkeypatch.setattr(M, "BF16_PRODUCTS", native)
+    rows, wanted = uneven_rows(), prepared(full)
     (plain_loss(wanted, rows) / T.target_count(rows)).backward()
     for dtype, bound in ((torch.bfloat16, 0.04), (torch.float16, 0.006)):
-        model = prepared(False, dtype)
+        model = prepared(full, torch.float32 if full else dtype)
+        model.compute_dtype, model.recomputed, model.loss_scale = dtype, recomputed, 2.0**40
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-        model.loss_scale = 2.0**40
         T.step_gradient(model, rows, T.TrainConfig(output_dir=""))
         assert (gradient(model) - gradient(wanted)).norm() < bound * gradient(wanted).norm()
         assert model.loss_scale < 2.0**30 or dtype != torch.float16
+
+
+def heads_first(x):
+    return x.view(1, len(x), 4, -1).transpose(1, 2)               # (N, 4 D) -> (1, 4, N, D)
+
+
+WIDE = {"product": lambda x, w: M.product(x, w), "quantised": lambda x, w: L.FrozenProduct.apply(x, lambda dtype, w: w, w),
+        "attention": lambda x, w: M.causal_attention(*(heads_first(t) for t in (x, x * 0.5, x + 1)))}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_products_are_at_least_as_exact_and_keep_no_more(name, monkeypatch):
+    """bf16 through float32 products against float64: result and gradients at most as far off as bf16's own products (to 2 %,
+    for sums whose rounding is luck), and no more bytes alive between forward and gradient."""
+    torch.manual_seed(0)
+    x, w = torch.randn(96, 640).bfloat16().requires_grad_(), torch.randn(2100, 640).bfloat16().requires_grad_(name == "product")
+    inputs = [t for t in (x, w) if t.requires_grad]
+    dy = torch.randn_like(WIDE[name](x, w)).bfloat16()
+
+    def computed(dtype):
+        a, b = (t.detach().to(dtype).requires_grad_(t.requires_grad) for t in (x, w))
+        with Allocated() as allocated:
+            y = WIDE[name](a, b)
+        kept = allocated.now
+        return [y.detach(), *torch.autograd.grad(y, [t for t in (a, b) if t.requires_grad], dy.to(dtype))], kept
+
+    wanted, _ = computed(torch.float64)
+    errors, kept = {}, {}
+    for native in (False, True):
+        monkeypatch.setattr(M, "BF16_PRODUCTS", native)
+        got, kept[native] = computed(torch.bfloat16)
+        assert all(t.dtype == torch.bfloat16 for t in got) and len(got) == 1 + len(inputs)
+        errors[native] = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, wanted)]
+    assert all(wide < 0.005 and wide <= 1.02 * plain for wide, plain in zip(errors[False], errors[True])), errors
+    assert kept[False] <= kept[True]
+
+
+@pytest.mark.parametrize("machine, avx2, avx512_bf16, amx, onednn, wanted", [
+    ("Zen 3", True, False, False, False, False), ("Skylake-X, which emulates", True, False, False, True, False),
+    ("Zen 4", True, True, False, True, True), ("Sapphire Rapids", True, True, True, True, True),
+    ("Graviton 3", False, False, False, True, True), ("Raspberry Pi 4", False, False, False, False, False)])
+def test_auto_is_bf16_where_its_products_are_native(machine, avx2, avx512_bf16, amx, onednn, wanted, monkeypatch):
+    for name, there in (("avx2", avx2), ("avx512_bf16", avx512_bf16), ("amx_tile", amx)):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda there=there: there)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    assert M.has_bf16_products() == wanted
+    monkeypatch.setattr(G, "BF16_PRODUCTS", M.has_bf16_products())
+    cpu = torch.device("cpu")
+    assert G.pick_dtype("auto", cpu) == (torch.bfloat16 if wanted else torch.float32)
+    assert G.pick_dtype("fp32", cpu) == torch.float32 and G.pick_dtype("bf16", cpu) == torch.bfloat16
+    assert G.pick_dtype("auto", torch.device("meta")) == torch.float32
+    assert T.TINY["dtype"] == "fp32"                              # the README's figures, on any CPU
 
 
 @pytest.mark.slow

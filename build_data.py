@@ -28,6 +28,7 @@ import time
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
+from contextlib import AsyncExitStack
 from itertools import permutations, zip_longest
 from pathlib import Path
 from string import Template
@@ -460,8 +461,9 @@ def add_api_options(command):
         ("concurrency", 16, "requests in flight"), ("rpm", 0, "requests per minute at most (0: no limit)"),
         ("tpm", 0, "tokens per minute at most, prompt and max_tokens counted (0: no limit)"),
         ("timeout", 120.0, "seconds without a byte until a request is given up"), ("retries", 6, "further tries of a request"),
-        ("max_requests", 0, "stop after so many requests of this run (0: no limit)"),
-        ("max_cost", 0.0, "dollars for all replies of the output; none is asked that could exceed it (0: no limit)"),
+        ("max_requests", 0, "stop after so many requests of this run, those that timed out counted (0: no limit)"),
+        ("max_cost", 0.0, "dollars for all replies of the output, and for requests of this run that timed out; "
+                          "none is asked that could exceed it (0: no limit)"),
         ("price_in", 0.0, "dollars for a million prompt tokens"), ("price_out", 0.0, "dollars for a million reply tokens"),
         ("poll", 30.0, "seconds between two looks at a batch"))
 
@@ -548,8 +550,9 @@ class Asker:
 
     async def send(self, client, key, messages):
         """One request until it is answered, refused for good (then self.failed holds the reason) or the run is stopped."""
-        from openai import APIConnectionError, APIStatusError
+        from openai import APIConnectionError, APIStatusError, APITimeoutError
         args, most = self.args, self.most(messages)
+        cost = self.cost(most)
         for attempt in range(args.retries + 1):
             if args.rpm or args.tpm:                              # requests leave evenly spaced
                 self.turn, seconds = max(self.turn, time.monotonic()), self.turn - time.monotonic()
@@ -557,23 +560,21 @@ class Asker:
                 await self.wait(seconds)
             if args.max_requests and self.requests >= args.max_requests:
                 self.stop = self.stop or f"max_requests {args.max_requests} reached"
-            if args.max_cost and self.spent + self.reserved + self.cost(most) > args.max_cost:
+            if args.max_cost and self.spent + self.reserved + cost > args.max_cost:
                 self.stop = self.stop or f"max_cost {args.max_cost} would be passed, {self.spent:.4f} dollars spent"
             if self.stop:
                 return
             self.requests += 1
-            self.reserved += self.cost(most)
-            sent = {"model": args.model, "messages": messages, **self.params}
+            self.reserved += cost
+            sent = {"messages": messages, **self.params}
             try:
-                self.take(key, prompt_hash(messages), await client.post("/chat/completions", cast_to=object, body=sent))
+                body = await client.post("/chat/completions", cast_to=object, body={"model": args.model, **sent})
+                self.take(key, prompt_hash(messages), body)
                 self.dead = 0
                 return
             except APIStatusError as error:
                 text, code = self.clean(error), error.status_code
-                refused = next((name for name in sent if name != "model" and name in (error.param or text)), None)
-                if code in (400, 422) and refused in ("temperature", "response_format", "max_completion_tokens"):
-                    if self.params.pop(refused, None) == args.max_tokens:
-                        self.params["max_tokens"] = args.max_tokens
+                if code in (400, 422) and self.give_up(error.param or text, sent):
                     continue
                 if code in (401, 403, 404) or error.code == "insufficient_quota":
                     raise ValueError(f"{client.base_url} refuses model {args.model}: {text}") from None
@@ -583,37 +584,53 @@ class Asker:
                     break
             except (APIConnectionError, ValueError) as error:     # ValueError: an answer that is no chat completion
                 self.failed[key], seconds = self.clean(error), 0.0
+                if isinstance(error, APITimeoutError):            # an endpoint may bill it: its cost stays reserved
+                    self.reserved += cost
             finally:
-                self.reserved -= self.cost(most)
+                self.reserved -= cost
             await self.wait((seconds or min(30, 0.5 * 2 ** attempt)) + random.random() * min(1 + attempt, 5))
         self.dead += 1
         if self.dead >= 2 * args.concurrency:
             raise ValueError(f"{client.base_url}: {self.dead} requests in a row without an answer, the last one: {self.failed[key]}")
 
-    def clean(self, error):
-        """An error's text in one line without the key, which a server may have put there."""
-        return " ".join(str(error).replace(os.environ["OPENAI_API_KEY"], "***").split())[:300]
+    def give_up(self, text, sent):
+        """Leave out, from here on, the first of the parameters sent that an error's text names; whether it is one to leave out."""
+        name = next((name for name in sent if name in text), None)
+        if name not in ("temperature", "response_format", "max_completion_tokens"):
+            return False
+        self.params.pop(name, None)
+        if name == "max_completion_tokens":                       # as it was called before, and still is by many servers
+            self.params["max_tokens"] = self.args.max_tokens
+        return True
 
-    async def online(self, client, todo):
-        """Send the jobs, `concurrency` at a time. What stops one stops all, after the replies in flight have come in."""
+    def clean(self, error):
+        """An error's text in one line without the key, which a server may have put there (a short one is no secret)."""
+        key = os.environ["OPENAI_API_KEY"]
+        return " ".join((str(error).replace(key, "***") if len(key) > 7 else str(error)).split())[:300]
+
+    async def online(self, clients, todo):
+        """Send the jobs, `concurrency` at a time. What stops one stops all, after the replies in flight have come in.
+        For each request a client looks through all its connections, so that many share them among several clients."""
         jobs = iter(todo)
 
-        async def work():
+        async def work(client):
             while not self.stop and (job := next(jobs, None)):
                 try:
                     await self.send(client, *job)
                 except (ValueError, OSError) as error:
                     self.stop = error
-        await asyncio.gather(*(work() for _ in range(min(self.args.concurrency, len(todo)))))
+        await asyncio.gather(*(work(clients[i // 16]) for i in range(min(self.args.concurrency, len(todo)))))
 
     async def batched(self, client, todo):
         """The same through files and batches. Their ids are noted before anything waits, so that a run killed at any
         moment finds its batches again; a batch made but not noted is known by its file."""
         note = self.path.with_suffix(".batches.json")
         pending = read_json_file(note) if note.is_file() else {}                           # {id of a file: id of its batch}
-        for new in (False, True):                                 # first what an earlier run left, then the rest
-            if new:
-                todo = [job for job in todo if job[0] not in self.places]
+        asked = None
+        while pending or asked != self.params:                    # first what an earlier run left, then the rest, and what was
+            if not pending:                                       # refused once more without the parameter that is to blame
+                asked, todo = dict(self.params), [job for job in todo if job[0] not in self.places]
+                self.failed.clear()
                 for chunk in (todo[i:i + 20000] for i in range(0, len(todo), 20000)):
                     lines = [{"custom_id": f"{prompt_hash(messages)} {key}", "method": "POST", "url": "/v1/chat/completions",
                               "body": {"model": self.args.model, "messages": messages, **self.params}} for key, messages in chunk]
@@ -635,14 +652,18 @@ class Asker:
                     for line in filter(None, (await client.files.content(result)).text.split("\n")):
                         row = json.loads(line)
                         hash, key = row["custom_id"].split(" ", 1)
+                        body = (row.get("response") or {}).get("body")
                         try:
                             if key not in self.places:
-                                self.take(key, hash, (row.get("response") or {}).get("body"))
+                                self.take(key, hash, body)
                         except ValueError as error:
-                            self.failed[key] = self.clean(row.get("error") or error)
+                            refusal = body.get("error") if isinstance(body, dict) else None
+                            self.failed[key] = self.clean(refusal or row.get("error") or error)
+                            self.give_up(self.failed[key] if refusal else "", asked or self.params)
+                why = "".join(f": {error.message}" for error in batch.errors and batch.errors.data or ())
                 for key, _ in todo:
                     if key not in self.places:
-                        self.failed.setdefault(key, f"{id} {batch.status}")
+                        self.failed.setdefault(key, f"{id} {batch.status}{self.clean(why)}")
                 del pending[file]
                 write_json(note, pending)
 
@@ -656,11 +677,13 @@ class Asker:
         loop.add_signal_handler(signal.SIGINT, interrupt)
         try:
             with tqdm(total=len(todo), unit="reply", mininterval=1) as self.bar:
-                async with AsyncOpenAI(base_url=self.args.base_url or None, timeout=self.args.timeout,
-                                       max_retries=self.args.retries if self.args.batch else 0) as client:
-                    await (self.batched if self.args.batch else self.online)(client, todo)
+                async with AsyncExitStack() as stack:
+                    clients = [await stack.enter_async_context(AsyncOpenAI(
+                        base_url=self.args.base_url or None, timeout=self.args.timeout,
+                        max_retries=self.args.retries if self.args.batch else 0)) for _ in range(0, self.args.concurrency, 16)]
+                    await (self.batched(clients[0], todo) if self.args.batch else self.online(clients, todo))
         except OpenAIError as error:
-            raise ValueError(f"{client.base_url}: {self.clean(error)}; run the same command to go on") from None
+            raise ValueError(f"{clients[0].base_url}: {self.clean(error)}; run the same command to go on") from None
         if isinstance(self.stop, Exception):
             raise self.stop
 
@@ -672,6 +695,8 @@ class Asker:
                              "a form has changed: give another --output, or delete those lines")
         todo = [job for job in jobs if job[0] not in self.places]
         tokens = {name: sum(self.most(messages)[name] for _, messages in todo) for name in ("prompt_tokens", "completion_tokens")}
+        if self.args.batch and 0 < self.args.max_requests < len(todo):
+            raise ValueError(f"max_requests {self.args.max_requests}, and a batch of {len(todo):,} is left to ask; lower --count")
         if self.args.batch and self.args.max_cost and self.spent + self.cost(tokens) > self.args.max_cost:
             raise ValueError(f"max_cost {self.args.max_cost}: {self.spent:.4f} dollars spent, and the batch may cost {self.cost(tokens):.4f}; "
                              "lower --count or --max_tokens")

@@ -114,7 +114,8 @@ class Server:
                     errors.append({"custom_id": row["custom_id"], "response": None, "error": {"code": "batch_expired", "message": "expired"}})
                 else:
                     status, body = self.completion(row["body"])
-                    lines.append({"custom_id": row["custom_id"], "response": {"status_code": status, "body": body}, "error": None})
+                    (lines if status == 200 else errors).append(
+                        {"custom_id": row["custom_id"], "response": {"status_code": status, "body": body}, "error": None})
             for name, rows in (("output_file_id", lines), ("error_file_id", errors)):
                 if rows:
                     random.Random(0).shuffle(rows)                # OpenAI promises no order
@@ -152,7 +153,11 @@ class Server:
             return 200, self.files[file.group(1)], b"", 0
         if path == "/v1/batches" and method == "POST":
             id = f"batch_{len(self.batches)}"
-            self.batches[id] = {"id": id, "object": "batch", "status": "in_progress", "created_at": time.time(), **json.loads(data)}
+            batch = {"id": id, "object": "batch", "status": "in_progress", "created_at": time.time(), **json.loads(data)}
+            if f'"model": "{self.o.model}"'.encode() not in self.files[batch["input_file_id"]]:
+                batch |= {"status": "failed", "errors": {"object": "list", "data": [
+                    {"code": "model_not_found", "message": "The provided model `fake` does not exist", "line": 1}]}}
+            self.batches[id] = batch
             return 200, self.batches[id], b"", 0
         if path == "/v1/batches":
             return 200, {"object": "list", "data": [self.batch(id) for id in self.batches], "has_more": False}, b"", 0

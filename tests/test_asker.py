@@ -87,6 +87,25 @@ def test_caps_hold(tmp_path):
         assert again.spent <= 0.01 and len(again.places) <= 16            # the cap is the file's, not the run's
 
 
+def test_requests_that_time_out_count(tmp_path):
+    """An endpoint may bill what it answers too late: as one request, and as dear as it could be (here 0.8 thousandths)."""
+    with Running("--faults", '{"hang": 1}') as server:
+        common = ("--timeout", "0.3", "--retries", "0", "--concurrency", "3")
+        asker = D.Asker(tmp_path / "a.jsonl", options(server.url, "--max_requests", "5", *common))
+        asker.ask(jobs(50))
+        assert server.stats()["requests"] == asker.requests == 5 and "max_requests" in asker.stop
+        prices = ("--max_cost", "0.004", "--price_in", "1", "--price_out", "2", "--max_tokens", "400")
+        asker = D.Asker(tmp_path / "b.jsonl", options(server.url, *prices, *common))
+        asker.ask(jobs(50))
+        assert server.stats()["requests"] == 5 + 4 and "max_cost" in asker.stop and asker.spent == 0
+
+
+def test_a_key_that_is_no_secret_stays_out_of_other_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "e")
+    with Running("--model", "other") as server, pytest.raises(ValueError, match="The model `fake` does not exist"):
+        D.Asker(tmp_path / "r.jsonl", options(server.url)).ask(jobs(1))
+
+
 def test_requests_leave_evenly_spaced(tmp_path):
     with Running() as server:
         start = time.time()
@@ -155,9 +174,33 @@ def test_rows_a_batch_lost_are_named(tmp_path):
         assert len(asker.places) + len(asker.failed) == 40 and "expired" in next(iter(asker.failed.values()))
 
 
+def test_a_batch_gives_up_refused_parameters(tmp_path):
+    """Each refusal costs one more batch, of the rows that were refused; the next Asker's batch knows nothing of it."""
+    with Running("--batch_delay", "0", "--refuse", "max_completion_tokens", "temperature") as server:
+        asker = D.Asker(tmp_path / "r.jsonl", options(server.url, "--batch", "--poll", "0.1", "--max_tokens", "77"))
+        asker.ask(jobs(20))
+        assert asker.params == {"max_tokens": 77, "response_format": {"type": "json_object"}} and not asker.failed
+        assert {r["params"]["max_tokens"] for r in lines(tmp_path / "r.jsonl")} == {77} and len(asker.places) == 20
+        assert server.stats()["batches"] == 3 and set(server.stats()["answered"].values()) == {1}
+    with Running("--batch_delay", "0", "--refuse", "messages") as server:         # what cannot be left out ends at once
+        asker = D.Asker(tmp_path / "m.jsonl", options(server.url, "--batch", "--poll", "0.1"))
+        asker.ask(jobs(20))
+        assert len(asker.failed) == 20 and "messages" in asker.failed["item 0"] and server.stats()["batches"] == 1
+
+
+def test_a_batch_that_fails_says_why(tmp_path):
+    with Running("--model", "other") as server:
+        asker = D.Asker(tmp_path / "r.jsonl", options(server.url, "--batch", "--poll", "0.1"))
+        asker.ask(jobs(3))
+        assert len(asker.failed) == 3 and "failed" in asker.failed["item 0"] and "`fake` does not exist" in asker.failed["item 0"]
+
+
 def test_batch_is_not_sent_above_its_cap(tmp_path):
     with Running() as server:
         asker = D.Asker(tmp_path / "r.jsonl", options(server.url, "--batch", "--max_cost", "0.01", "--price_in", "1", "--price_out", "1"))
         with pytest.raises(ValueError, match="max_cost"):
+            asker.ask(jobs(40))
+        asker = D.Asker(tmp_path / "n.jsonl", options(server.url, "--batch", "--max_requests", "39"))
+        with pytest.raises(ValueError, match="max_requests"):
             asker.ask(jobs(40))
         assert server.stats()["batches"] == 0

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import resource
+import subprocess
 import sys
 
 import pytest
@@ -339,3 +340,24 @@ def test_a_full_disk_stops_in_one_line_and_loses_nothing(tmp_path, monkeypatch, 
         assert cli(monkeypatch, *command) == 0
         again = lines(tmp_path / "x.replies.jsonl")
         assert again[:len(safe)] == safe and len(again) == 40 == len({r["key"] for r in again})
+
+
+def test_our_own_server_is_an_endpoint(tmp_path, monkeypatch):
+    """generate.py --serve with the small base, which writes no JSON: each prompt asked, asked once more to mend the reply,
+    and rejected with the reason; a second run asks nothing."""
+    command = ("generate.py", "--base_model", DATA / "tiny", "--use_lora", "False", "--device", "cpu", "--serve", "--port", "0")
+    server = subprocess.Popen([sys.executable, *map(str, command)], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        url = next(line for line in server.stderr if line.startswith("http")).split()[0] + "v1"
+        command = ("knowledge", "--model", "base", "--base_url", url, "--output", tmp_path / "x.jsonl", "--count", 3, "--max_tokens", 60)
+        assert cli(monkeypatch, *command) == 0
+        replies = lines(tmp_path / "x.replies.jsonl")
+        assert cli(monkeypatch, *command) == 0 and lines(tmp_path / "x.replies.jsonl") == replies
+    finally:
+        server.kill()
+        server.communicate()
+    ended = lines(tmp_path / "x.jsonl") + lines(tmp_path / "x.rejected.jsonl")
+    prompts = {"/".join(r["id"].split("/")[:3]) for r in ended}
+    assert len(prompts) == 3 and all(r.get("reason", "kept") and not r.get("reason", "").startswith("no reply") for r in ended)
+    assert sorted(r["key"] for r in replies) == sorted(prompts | {r["key"] for r in replies if r["key"].endswith("/repair")})
+    assert all(r["usage"]["completion_tokens"] <= 60 and r["usage"]["prompt_tokens"] > 100 and r["params"]["model"] == "base" for r in replies)

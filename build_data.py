@@ -48,7 +48,7 @@ def read_knowledge(path):
     first = Path(path).open("rb").readline().lstrip(b"\xef\xbb\xbf") if Path(path).is_file() else b""
     if b"\t" in first and first[:1] not in b"{[":
         try:
-            lines = enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1)
+            lines = enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error}); convert it, for instance with iconv -f GBK -t UTF-8") from None
         rows = [(n, dict(zip(("head", "relation", "tail"), line.split("\t")))) for n, line in lines if line.strip()]
@@ -486,13 +486,15 @@ class Asker:
         self.params = {"temperature": args.temperature, "max_completion_tokens": args.max_tokens,
                        "response_format": {"type": "json_object"}}
         self.requests, self.size, self.spent, self.reserved, self.turn, self.dead, self.stop = 0, 0, 0.0, 0.0, 0.0, 0, None
-        if not args.dry_run:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path if self.path.exists() or not args.dry_run else os.devnull, "rb" if args.dry_run else "ab+", buffering=0)
         try:
+            if not args.dry_run:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path if self.path.exists() or not args.dry_run else os.devnull, "rb" if args.dry_run else "ab+", buffering=0)
             fcntl.flock(self.file, (fcntl.LOCK_SH if args.dry_run else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{path} is being written by another process; wait for it or give another --output") from None
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror}; give another --output") from None
         with open(self.file.name, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.endswith(b"\n"):                          # else a last line cut off by a crash: it goes
@@ -539,7 +541,8 @@ class Asker:
         self.size += len(line)
         self.failed.pop(key, None)
         self.spent += self.cost(reply["usage"])
-        self.bar.set_postfix_str(f"${self.spent:.4f}", refresh=False)
+        if self.spent:                                            # without prices there is none to show
+            self.bar.set_postfix_str(f"${self.spent:.4f}", refresh=False)
         self.bar.update()
 
     async def wait(self, seconds):
@@ -703,8 +706,9 @@ class Asker:
         if self.args.dry_run:
             for key, messages in todo[:3]:
                 print(f"--- {key}", *(message["content"] for message in messages), sep="\n")
+            dollars = f"{self.cost(tokens):.2f} dollars at most; {self.spent:.4f} spent so far"
             print(f"--- {len(jobs):,} prompts, {len(todo):,} to ask: about {tokens['prompt_tokens']:,} tokens in and at most "
-                  f"{tokens['completion_tokens']:,} out, {self.cost(tokens):.2f} dollars at most; {self.spent:.4f} spent so far")
+                  f"{tokens['completion_tokens']:,} out, {dollars if self.args.price_out else 'dollars with --price_in and --price_out'}")
         elif todo and not self.stop:
             asyncio.run(self.run(todo))
 
@@ -871,8 +875,8 @@ def main():
     add_options([offline, knowledge], ("forms", str(DATA / "forms.json"), "questions and statements by relation"))
     add_options([offline, knowledge, literature, tasks], ("seed", 0, "of every random choice"))
     add_options([knowledge, literature, tasks], ("count", 100, "prompts; a greater count goes on where a smaller one ended"),
-                ("prompts", str(DATA / "prompts"), "folder of prompt forms"),
-                ("mix", "", "weights of the forms, as single=3,vignette=1 (empty: their own)"))
+                ("prompts", str(DATA / "prompts"), "folder of prompt forms"))
+    add_options([knowledge], ("mix", "", "weights of the forms, as single=3,vignette=1 (empty: their own)"))
     for command in (knowledge, literature, tasks):
         command.add_argument("--output", required=True, help="file of records; replies and rejected ones stand beside it")
         add_api_options(command)
@@ -896,20 +900,21 @@ def main():
     if args.command == "stats":
         report(args.file, args.knowledge, args.tokenizer, args.prompt_template_name, args.html)
         return
+    if args.count < 1:
+        raise ValueError(f"count {args.count}, wanted at least 1")
     prompts = read_prompts(args.prompts)
-    mix = dict(part.partition("=")[::2] for part in args.mix.split(",") if part)
-    if args.count < 1 or not all("kinds" in prompts.get(name, {}) and weight.isdecimal() for name, weight in mix.items()):
-        raise ValueError(f"count {args.count}, mix {args.mix!r}: wanted at least 1, and name=weight,... of {' '.join(prompts)}")
-    for name, form in prompts.items():
-        form["weight"] = int(mix.get(name, 0)) if mix else form.get("weight", 0)
     if args.command == "self-instruct":
         seeds = read_instructions(args.seed_tasks, answers=True)
-        build(args, self_instruct_jobs(args, prompts, seeds), Sieve(seeds=[seed["instruction"] for seed in seeds]))
-        return
+        return build(args, self_instruct_jobs(args, prompts, seeds), Sieve(seeds=[seed["instruction"] for seed in seeds]))
     entities = read_knowledge(args.knowledge)
     if args.command == "literature":
         jobs = literature_jobs(args, prompts)
     else:
+        mix = dict(part.partition("=")[::2] for part in args.mix.split(",") if part)
+        if not all("kinds" in prompts.get(name, {}) and weight.isdecimal() for name, weight in mix.items()):
+            raise ValueError(f"mix {args.mix!r}, wanted name=weight,... of {' '.join(prompts)}")
+        for name, form in prompts.items():
+            form["weight"] = int(mix.get(name, 0)) if mix else form.get("weight", 0)
         jobs = knowledge_jobs(args, entities, read_json_file(args.forms), prompts)
     build(args, jobs, Sieve(Names(entities)))
 

@@ -2,7 +2,8 @@
 
   faults     1,000 items at concurrency 32 with 429, 500, dropped and hung connections, broken and empty replies
   kills      the same killed with SIGKILL at ten random moments, compared with an unbroken run
-  rate       20,000 items from a server that answers in 50 ms, concurrency 64, beside a bare client of sockets
+  rate       20,000 items from a server that answers in 50 ms, concurrency 64, beside the openai client in an empty loop and
+             a bare client of sockets; fewer from servers that take 100 and 200 ms, and at concurrency 256
   grounding  1,000 right replies and 200 with a wrong herb, formula or drug planted
   rouge      the filter of self-instruct at 50,000 kept instructions
 """
@@ -104,12 +105,25 @@ async def bare(url, n, concurrency, body):
     return n / (time.time() - start)
 
 
+async def empty(url, n, concurrency, body):
+    """Requests per second of the openai client alone, and its milliseconds of CPU for each: the floor under `Asker`."""
+    from openai import AsyncOpenAI
+    left, start, cpu = iter(range(n)), time.time(), time.process_time()
+    async with AsyncOpenAI(base_url=url, max_retries=0) as client:
+        async def work():
+            for _ in left:
+                await client.post("/chat/completions", cast_to=object, body=body)
+        await asyncio.gather(*(work() for _ in range(concurrency)))
+    return round(n / (time.time() - start)), round((time.process_time() - cpu) / n * 1e3, 3)
+
+
 def rate():
-    """The server of the promise, and one four times as slow, which still answers faster than any LLM does."""
-    return {f"{latency} s": rate_at(n, latency) for n, latency in ((20000, 0.05), (8000, 0.2))}
+    """The server of the promise, and slower ones, which still answer faster than any LLM does."""
+    return {f"{latency} s, concurrency {concurrency}": rate_at(n, latency, concurrency)
+            for n, latency, concurrency in ((20000, 0.05, 64), (8000, 0.1, 64), (4000, 0.2, 64), (8000, 0.2, 256))}
 
 
-def rate_at(n, latency, concurrency=64):
+def rate_at(n, latency, concurrency):
     parser = M.Parser()
     D.add_api_options(parser)
     with tempfile.TemporaryDirectory() as folder, Running("--latency", str(latency)) as server:
@@ -128,7 +142,8 @@ def rate_at(n, latency, concurrency=64):
         asker.ask(jobs)
         seconds, cpu = time.time() - start, time.process_time() - cpu
         allowed = (allowed + asyncio.run(bare(server.url, n // 4, concurrency, body))) / 2
-        return {"items": len(asker.places), "per_second": round(n / seconds), "server_allows_in_theory": round(concurrency / latency),
+        alone, alone_cpu = asyncio.run(empty(server.url, n // 4, concurrency, json.loads(body)))
+        return {"items": len(asker.places), "openai_client_alone": alone, "its_cpu_ms_per_item": alone_cpu, "per_second": round(n / seconds), "server_allows_in_theory": round(concurrency / latency),
                 "bare_client": round(allowed), "share_of_theory": round(n / seconds / concurrency * latency, 3),
                 "share_of_bare_client": round(n / seconds / allowed, 3), "client_cpu_ms_per_item": round(cpu / n * 1e3, 3),
                 "memory_mib": [round(m, 1) for m in memory]}

@@ -144,6 +144,8 @@ def test_dry_run_asks_nothing_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     asker.ask(jobs(100))
     out = capsys.readouterr().out
     assert "100 prompts, 100 to ask" in out and "204,800 out" in out and "0.41 dollars" in out and not list(tmp_path.iterdir())
+    D.Asker(tmp_path / "r.jsonl", options("http://127.0.0.1:9/v1", "--dry_run")).ask(jobs(100))
+    assert "0.00" not in (out := capsys.readouterr().out) and "--price_in" in out    # not known is not nothing
 
 
 def test_batch_is_found_again_after_a_kill(tmp_path):

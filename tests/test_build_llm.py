@@ -48,7 +48,7 @@ def lines(path):
 def test_one_knowledge_base_in_every_form(tmp_path):
     """CMeKG lines, an array, triples as JSON and between tabs (with BOM and CRLF) are the same entities."""
     known = [{"中心词": "麻黄", "性味": ["辛", "温"], "禁忌": ["体虚者慎用"], "注意事项": ["高血压者慎用"]},
-             {"中心词": "感冒", "临床表现": ["鼻塞", "咳嗽"]}, {"中心词": "某片", "成份": ["甲"], "适应症": ["感冒"]}]
+             {"中心词": "感冒", "临床表现": ["鼻塞", "咳嗽"]}, {"中心词": "某片", "成份": ["甲\u2028乙"], "适应症": ["感冒"]}]
     triples = [(e["中心词"], r, v) for e in known for r in e if r != "中心词" for v in e[r]]
     (tmp_path / "lines").write_text("\n".join(json.dumps(e, ensure_ascii=False) for e in known), encoding="utf-8")
     (tmp_path / "array").write_text(json.dumps(known), encoding="utf-8")
@@ -56,7 +56,7 @@ def test_one_knowledge_base_in_every_form(tmp_path):
     (tmp_path / "tabs").write_bytes(b"\xef\xbb\xbf" + "".join("\t".join(t) + "\r\n" for t in triples).encode())
     wanted = [{"中心词": "麻黄", "类型": "中药", "性味": ["辛", "温"], "使用注意": ["体虚者慎用", "高血压者慎用"]},
               {"中心词": "感冒", "类型": "疾病", "相关症状": ["鼻塞", "咳嗽"]},
-              {"中心词": "某片", "类型": "药物", "组成": ["甲"], "主治": ["感冒"]}]
+              {"中心词": "某片", "类型": "药物", "组成": ["甲\u2028乙"], "主治": ["感冒"]}]
     for name in ("lines", "array", "triples", "tabs"):
         assert D.read_knowledge(tmp_path / name) == wanted, name
 
@@ -278,7 +278,7 @@ BAD_OPTIONS = [
     (["--model", "m", "--count", "0"], "count"), (["--model", "m", "--mix", "unknown=3"], "mix"), (["--model", "m", "--mix", "single"], "mix"),
     (["--model", "m", "--concurrency", "0"], "concurrency"), (["--model", "m", "--timeout", "-1"], "below 0"), ([], "--model"),
     (["--model", "m", "--max_cost", "3"], "prices"), (["--model", "m", "--rpm", "many"], "rpm"), (["--model", "m", "--prompts", "nowhere"], "no prompts"),
-    (["--model", "m", "--knowledge", "nowhere"], "not found"), (["--model", "m", "--output", "/proc/x.jsonl"], "/proc"),
+    (["--model", "m", "--knowledge", "nowhere"], "not found"), (["--model", "m", "--output", "/proc/x.jsonl"], "/proc/x.replies.jsonl cannot be written"),
     (["--model", "m", "--base_url", "nonsense"], "nonsense"), (["--modell", "m"], "--model")]
 
 

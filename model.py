@@ -318,8 +318,8 @@ def causal_attention(q, k, v, mask=None):
         return attend(q, k, v)
     if mask is None and 1 < T < S:      # a chunk behind earlier positions; is_causal=True would align its mask top-left, not here
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                          enable_gqa=q.size(1) != k.size(1))
+    causal = True if mask is None and T > 1 else False            # where T is a symbol, compiled, T > 1 is no bool
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
 
 
 class KVCache:

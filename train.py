@@ -36,8 +36,8 @@ from tqdm import tqdm
 from generate import (DATA, Decoding, Tokenizer, answer_batch, bot_spans, find_base, flag, load_base, load_template, pick_device,
                       pick_dtype, read_instructions, render_prompt)
 from lora import LoRAConfig, add_lora, place, save_adapter
-from model import (DTYPES, PackedRows, Parser, find_tokenizer, open_checkpoint, open_weights, processes, read_json_file, run,
-                   save_model, sync, weight_files, whole, write_atomically, write_json)
+from model import (DTYPES, PackedRows, Parser, find_tokenizer, goes_wide, open_checkpoint, open_weights, processes, read_json_file,
+                   run, save_model, sync, weight_files, whole, write_atomically, write_json)
 
 
 def opt(default, text):
@@ -243,11 +243,11 @@ def micro_batches(rows, size, budget):
     return cut
 
 
-def memory_needed(shape, config, dtype, tokens, targets, recomputed):
+def memory_needed(shape, config, dtype, tokens, targets, recomputed, wide=False):
     """Bytes that training allocates for a LLaMAConfig with `tokens` computed at once, `targets` of them predicted ones:
     weights; what is trained, float32, with its gradient and AdamW's two moments; activations kept for the gradient (of
     `recomputed` blocks the input alone); and the larger of two peaks: a chunk of logits, when every block's activations are
-    there, or the gradient inside a feed-forward, when the last block's are gone."""
+    there, or the gradient inside a feed-forward, when the last block's are gone; where products go wide, their casts."""
     C, F, V, L, s = shape.dim, shape.ffn_dim, shape.vocab_size, shape.n_layers, dtype.itemsize
     Q, K = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
     linears = {"wq": (C, Q), "wk": (C, K), "wv": (C, K), "wo": (Q, C), "w1": (C, F), "w3": (C, F), "w2": (F, C)}   # (I, O)
@@ -268,11 +268,13 @@ def memory_needed(shape, config, dtype, tokens, targets, recomputed):
         kept += sum(s * config.lora_r + linears[name][0] * (config.lora_dropout > 0) for name in adapted)
     if config.shard:                                              # cut over the processes; two blocks gathered at a time
         weights, state = weights / processes()[1] + 2 * weights / L, state / processes()[1]
+    kept -= wide * (s * Q + 4 * shape.n_heads)                    # attention made again keeps its inputs alone
     last = kept - (1 - targets / tokens) * s * (2 * F + C)        # whose feed-forward sees the targets alone
     whole = L - recomputed
     forward = tokens * (max(whole - 1, 0) * kept + (whole > 0) * last) + logits
     backward = tokens * (max(whole - 1, 1) * kept + s * (3 * F + 2 * C))
-    return int(weights + state + tokens * recomputed * s * C + max(forward, backward))
+    casts = wide * 4 * F * (tokens + min(1024, C))
+    return int(weights + state + tokens * recomputed * s * C + max(forward, backward) + casts)
 
 
 def plan(shape, config, dtype, rows, device):
@@ -289,7 +291,8 @@ def plan(shape, config, dtype, rows, device):
             [most] if config.micro_batch_tokens else [most, most // 2, most // 4, longest]
         blocks = {"none": [0], "full": [shape.n_layers]}.get(config.recompute, range(shape.n_layers + 1))
         ways = [(max(tokens, longest), k) for some in (blocks[:1], blocks[1:]) for tokens in sizes for k in some]
-        needs = [(*way, memory_needed(shape, config, dtype, way[0], math.ceil(way[0] * share), way[1])) for way in ways]
+        wide = goes_wide(torch.empty(0, dtype=dtype, device=device))
+        needs = [(*way, memory_needed(shape, config, dtype, way[0], math.ceil(way[0] * share), way[1], wide)) for way in ways]
         return next((n for n in needs if n[2] <= room), None), min(n[2] for n in needs)
 
     found, least = first_fit(config)

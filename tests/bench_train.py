@@ -12,8 +12,8 @@ what Trainer adds to it is not counted. BenTsao's settings: r 8 on q and v, alph
   ours            train.py's step_gradient on the rows of peft random
   ours, no prefix the same without the prompt's common opening computed once
 
-On a CPU without bf16 instructions (AVX512-BF16, AMX) only float32 is run, since theirs in bf16 takes a minute for 8 rows
-there: ask for it with --dtype bf16, and few --rows.
+On a CPU without bf16 instructions (AVX512-BF16, AMX) only float32 is run, since theirs in bf16 takes minutes for 8 rows
+there: ask for it with --dtype bf16, 8 --rows and one of their --sides, one --measure at a time.
 
 Tokens are real ones: no padding, and all of each row, however much of it was shared. MFU is 4 FLOP per real token and
 weight (embeddings apart) over the largest product measured here. With the project's data at hand (--data) the rows are
@@ -41,6 +41,7 @@ import model as M  # noqa: E402
 import train as T  # noqa: E402
 
 SIZES = {"tiny": (64, 2, 4), "small": (512, 8, 8), "medium": (1024, 16, 16), "7b": (4096, 32, 32)}  # dim, layers, heads
+SIDES = ["peft random", "peft grouped", "ours, no prefix", "ours"]
 VOCAB = 32000
 # BenTsao's 8,658 rows under LLaMA's tokenizer: 38 tokens of template, then question and end of template, and answer
 # with EOS, both near lognormal and independent of each other (correlation 0.03): (median, sigma of the logarithm).
@@ -217,7 +218,8 @@ def measure(args, dtype, cutoff, device):
     steps = cut([pool[i] for i in order], args.rows)[:args.rounds]
     # grouped steps are uniform inside and differ among themselves: take micro-batches spread over the whole order
     grouped = cut([pool[i] for i in length_grouped(pool, 128)], 8)[:len(pool) // 8]
-    spread = [grouped[(2 * i + 1) * len(grouped) // (2 * args.rounds * args.rows // 8)] for i in range(args.rounds * args.rows // 8)]
+    n = args.rounds * max(1, args.rows // 8)
+    spread = [grouped[(2 * i + 1) * len(grouped) // (2 * n)][:args.rows] for i in range(n)]
     spread = [spread[i::args.rounds] for i in range(args.rounds)]
 
     config = T.TrainConfig(output_dir="", base_model="random weights", batch_size=args.rows, micro_batch_size=8, cutoff_len=cutoff,
@@ -226,7 +228,7 @@ def measure(args, dtype, cutoff, device):
     shape = ours.config
     _, ours.recomputed, need = T.plan(shape, config, dtype, pool, device)
     with torch.no_grad():
-        theirs = build_theirs(ours, config.lora_dropout) if not args.ours_only else None
+        theirs = build_theirs(ours, config.lora_dropout) if any("peft" in side for side in args.sides) else None
     torch.manual_seed(config.seed)
     L.add_lora(ours, L.LoRAConfig(config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules))
     ours.train()
@@ -240,18 +242,19 @@ def measure(args, dtype, cutoff, device):
         same_adapter(ours, theirs)
         random_step = lambda rows: their_step(theirs, cut(rows, 8))  # noqa: E731
         sides = {"peft random": (theirs, random_step), "peft grouped": (theirs, random_step), **sides}
+    sides = {name: sides[name] for name in SIDES if name in args.sides}
 
     # memory first: one micro-batch, the same 8 rows on both sides; it warms the kernels up as well
     memory = {}
     for name, (model, step) in sides.items():
-        if name not in ("peft grouped", "ours, no prefix"):
+        if "memory" in args.measure and name not in ("peft grouped", "ours, no prefix"):
             memory[name] = peak_bytes(device, lambda: step(steps[0][:8]))
             model.zero_grad()
     optimizers = {id(m): torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=3e-4, weight_decay=0.0)
                   for m, _ in sides.values()}
     peak, seconds, real, losses = 0.0, {n: [] for n in sides}, {n: [] for n in sides}, {n: [] for n in sides}
-    for i in range(args.rounds):
-        peak = max(peak, matmul_peak(device, dtype))
+    for i in range(args.rounds * ("speed" in args.measure)):
+        peak = max(peak, matmul_peak(device, dtype if device.type == "cuda" or M.BF16_PRODUCTS else torch.float32))
         for name, (model, step) in sides.items():
             rows = [row for micro in spread[i] for row in micro] if name == "peft grouped" else steps[i]
             start = clock(device)
@@ -266,24 +269,25 @@ def measure(args, dtype, cutoff, device):
     weights = sum(p.numel() for n, p in ours.named_parameters() if "tok_embeddings" not in n and "lora_" not in n)
     table = {}
     for name in sides:
-        speed = statistics.median(n / s for n, s in zip(real[name], seconds[name]))
-        table[name] = {"real_tokens_per_second": speed, "mfu": 4 * weights * speed / peak, "losses": losses[name],
+        speed = statistics.median(n / s for n, s in zip(real[name], seconds[name])) if peak else 0.0
+        table[name] = {"real_tokens_per_second": speed, "mfu": 4 * weights * speed / max(peak, 1.0), "losses": losses[name],
                        "memory_mib": memory[name] / 2**20 if name in memory else None}
     figures = {"dtype": str(dtype)[6:], "cutoff": cutoff, "matmul_gflops": peak / 1e9, "estimate_gib": need / 2**30,
                "recomputed": ours.recomputed, "sides": table}
     print(f"\n{figures['dtype']}, cut-off {cutoff}, {args.rounds} steps of {args.rows} rows; largest product {peak / 1e9:,.0f} GFLOP/s")
     print("| side | real tokens/s | MFU | activations of 8 rows, MiB | loss of the last step |\n|---|---|---|---|---|")
     for name, t in table.items():
-        last = "-" if name not in ("peft random", "ours") else f"{t['losses'][-1]:.4f}"
+        last = f"{t['losses'][-1]:.4f}" if peak and name in ("peft random", "ours") else "-"
         held = f"{t['memory_mib']:,.0f}" if t["memory_mib"] else "-"
         print(f"| {name} | {t['real_tokens_per_second']:,.0f} | {t['mfu']:.1%} | {held} | {last} |")
-    if theirs is not None:
-        ratio = {n: [real["ours"][i] / seconds["ours"][i] / (real[n][i] / seconds[n][i]) for i in range(args.rounds)]
-                 for n in ("peft random", "peft grouped")}
-        figures |= {"speedup": statistics.median(ratio["peft random"]), "speedup_grouped": statistics.median(ratio["peft grouped"]),
-                    "memory_ratio": memory["ours"] / memory["peft random"]}
-        print(f"ours / peft random {figures['speedup']:.2f}, ours / peft grouped {figures['speedup_grouped']:.2f}, "
-              f"activation memory {figures['memory_ratio']:.2f} of theirs", flush=True)
+    for key, name in (("speedup", "peft random"), ("speedup_grouped", "peft grouped")):
+        if peak and {name, "ours"} <= sides.keys():
+            ratios = [real["ours"][i] / seconds["ours"][i] / (real[name][i] / seconds[name][i]) for i in range(args.rounds)]
+            figures[key] = statistics.median(ratios)
+            print(f"ours / {name} {figures[key]:.2f}", flush=True)
+    if {"peft random", "ours"} <= memory.keys():
+        figures["memory_ratio"] = memory["ours"] / memory["peft random"]
+        print(f"activation memory {figures['memory_ratio']:.2f} of theirs", flush=True)
     return figures
 
 
@@ -298,9 +302,10 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", type=Path, default=DATA if DATA.is_dir() else None, help="folder with BenTsao's records")
     parser.add_argument("--simulated", action="store_true", help="random ids of like lengths, though --data is there")
-    parser.add_argument("--ours_only", action="store_true")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--measure", nargs="+", choices=("speed", "memory"), default=("speed", "memory"))
     parser.add_argument("--recompute", choices=("none", "auto", "full"), default="auto")
-    parser.add_argument("--memory_gb", type=float, default=0.0, help="plan for so much, and cap a GPU to it (with --ours_only)")
+    parser.add_argument("--memory_gb", type=float, default=0.0, help="plan for so much, and cap a GPU to it (with --sides ours)")
     parser.add_argument("--compile", action="store_true", help="torch.compile our blocks")
     args = parser.parse_args()
     args.data = None if args.simulated else args.data

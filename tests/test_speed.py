@@ -347,5 +347,6 @@ def test_memory_needed_is_what_training_allocates(name):
     config = T.TrainConfig(output_dir="", batch_size=2 * n, micro_batch_tokens=n * (length + 1), max_steps=2,
                            share_opening=False, save_steps=0, **settings)
     wanted = measured_bytes(shape, config, M.DTYPES[dtype], rows, recomputed)
-    got = T.memory_needed(shape, config, M.DTYPES[dtype], n * length, n * (length + 1 - length // 2), recomputed)
+    got = T.memory_needed(shape, config, M.DTYPES[dtype], n * length, n * (length + 1 - length // 2), recomputed,
+                          M.goes_wide(torch.empty(0, dtype=M.DTYPES[dtype])))
     assert abs(got - wanted) < 0.1 * wanted, f"estimate {got / 2**20:.1f} MiB, allocated {wanted / 2**20:.1f}"

@@ -1,8 +1,8 @@
 """The server under many clients that ask, leave, cancel and send rubbish:  python tests/soak_server.py --seconds 300
 
-Every answer that comes whole is compared with the offline greedy one. At the end no place may be taken, the server must
-answer and stop on SIGTERM, and its memory must not have grown. The last line is one JSON object; exit code 1 if anything
-was wrong.
+Every answer that comes whole is compared with the offline greedy one. At the end no place may be taken and memory must not
+have grown. Then the server is killed and started again by the same command: it must offer the same models, answer the same,
+and stop on SIGTERM. The last line is one JSON object; exit code 1 if anything was wrong.
 """
 import argparse
 import collections
@@ -147,13 +147,20 @@ def main():
         make_adapter(adapter)
         answers = offline(adapter, args.max_tokens)
         print(f"{len(answers)} offline answers, {len(set(answers.values()))} different", flush=True)
-        server = subprocess.Popen([sys.executable, ROOT / "generate.py", "--serve", "--port", "0", "--lora_weights", adapter,
-                                   "--context", "1024"], stderr=log)
-        try:
-            while not (found := re.search(r"http://127\.0\.0\.1:(\d+)/", Path(log.name).read_text())):
+
+        def start(port):
+            """(server, its port): the process that serves, on a free port for 0."""
+            server = subprocess.Popen([sys.executable, ROOT / "generate.py", "--serve", "--port", str(port), "--lora_weights",
+                                       adapter, "--context", "1024"], stderr=log)
+            begun = Path(log.name).read_text().count("http://")
+            while len(found := re.findall(r"http://127\.0\.0\.1:(\d+)/", Path(log.name).read_text())) == begun:
                 assert server.poll() is None, Path(log.name).read_text()
                 time.sleep(0.1)
-            clients = Clients(int(found[1]), answers, args.max_tokens)
+            return server, int(found[-1])
+
+        server, port = start(0)
+        try:
+            clients = Clients(port, answers, args.max_tokens)
             threads = [threading.Thread(target=clients.run, args=(i,)) for i in range(args.clients)]
             for thread in threads:
                 thread.start()
@@ -172,6 +179,13 @@ def main():
                     if not health["running"] and not health["waiting"]:
                         break
                     time.sleep(0.1)
+                offered = [model.id for model in client.models.list()]
+                server.kill()
+                server.wait()
+                server, _ = start(port)
+                if (again := [model.id for model in client.models.list()]) != offered:
+                    clients.wrong.append(f"started again it offers {again}, before {offered}")
+                clients.ask(client, None, QUESTIONS[1], "tuned", answers[QUESTIONS[1], "tuned"])
             server.send_signal(signal.SIGTERM)
             code = server.wait(30)
             tracebacks = Path(log.name).read_text().count("Traceback")

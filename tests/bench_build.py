@@ -119,15 +119,16 @@ async def empty(url, n, concurrency, body):
 
 def rate():
     """The server of the promise, and slower ones, which still answer faster than any LLM does."""
-    return {f"{latency} s, concurrency {concurrency}": rate_at(n, latency, concurrency)
-            for n, latency, concurrency in ((20000, 0.05, 64), (8000, 0.1, 64), (4000, 0.2, 64), (8000, 0.2, 256))}
+    return {f"{latency} s, concurrency {concurrency} {' '.join(more)}": rate_at(n, latency, concurrency, *more)
+            for n, latency, concurrency, *more in ((20000, 0.05, 64, "--aiohttp"), (20000, 0.05, 64), (8000, 0.1, 64), (4000, 0.2, 64),
+                                                   (8000, 0.2, 256))}
 
 
-def rate_at(n, latency, concurrency):
+def rate_at(n, latency, concurrency, *more):
     parser = M.Parser()
     D.add_api_options(parser)
     with tempfile.TemporaryDirectory() as folder, Running("--latency", str(latency)) as server:
-        args = parser.parse_args(["--model", "fake", "--base_url", server.url, "--concurrency", str(concurrency)])
+        args = parser.parse_args(["--model", "fake", "--base_url", server.url, "--concurrency", str(concurrency), *more])
         jobs = [(f"item {i}", [{"role": "user", "content": f"- 黄芪的功效：补气升阳、固表止汗{i}"}]) for i in range(n)]
         body = json.dumps({"model": "fake", "messages": jobs[0][1]}).encode()
         allowed = asyncio.run(bare(server.url, n // 4, concurrency, body))

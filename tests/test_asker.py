@@ -31,10 +31,11 @@ def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_job_is_answered_once_whatever_the_server_does(tmp_path):
+@pytest.mark.parametrize("transport", [[], ["--aiohttp"]])
+def test_every_job_is_answered_once_whatever_the_server_does(tmp_path, transport):
     """Each fault of transport costs exactly one more request; what is on the file is never asked again."""
     with Running("--key", KEY, "--faults", '{"429": 0.05, "500": 0.1, "drop": 0.05, "hang": 0.05}') as server:
-        asker = D.Asker(tmp_path / "r.jsonl", options(server.url, "--concurrency", "32", "--timeout", "1"))
+        asker = D.Asker(tmp_path / "r.jsonl", options(server.url, "--concurrency", "32", "--timeout", "1", *transport))
         asker.ask(jobs(60))
         seen = server.stats()
         assert sorted(r["key"] for r in lines(tmp_path / "r.jsonl")) == sorted(k for k, _ in jobs(60)) and not asker.failed
@@ -98,6 +99,12 @@ def test_requests_that_time_out_count(tmp_path):
         asker = D.Asker(tmp_path / "b.jsonl", options(server.url, *prices, *common))
         asker.ask(jobs(50))
         assert server.stats()["requests"] == 5 + 4 and "max_cost" in asker.stop and asker.spent == 0
+
+
+def test_aiohttp_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(D, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="aiohttp is not installed: pip install"):
+        D.Asker(tmp_path / "r.jsonl", options("http://127.0.0.1:1/v1", "--aiohttp"))
 
 
 def test_a_key_that_is_no_secret_stays_out_of_other_words(tmp_path, monkeypatch):

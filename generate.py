@@ -210,15 +210,17 @@ class Request:
 
 def compile_step(step, cache):
     """The function step, compiled for one shape: on a GPU into one CUDA graph, which takes the 5 us a kernel off that
-    Python needs to launch it; on a CPU with its weights packed for products of few rows, which doubles their memory."""
+    Python needs to launch it; on a CPU into loops over the weights as they are stored for one row, for more with the
+    weights packed for products of few rows, which doubles their memory."""
     import torch._inductor.config
     for kv in (*cache.k, *cache.v):                               # a graph writes to where they are
         torch._dynamo.mark_static_address(kv)
     if cache.k[0].is_cuda:
         return torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
-    torch._inductor.config.freezing = True                        # read while tracing too, where `options` do not reach
+    packed = len(cache.k[0]) > 1
+    torch._inductor.config.freezing = packed                      # read while tracing too, where `options` do not reach
     return torch.compile(step, fullgraph=True, dynamic=False, options={
-        "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"})
+        "freezing": packed, "max_autotune": packed, "max_autotune_gemm_backends": "CPP,ATEN"})
 
 
 class Batch:

@@ -109,10 +109,21 @@ class Int8Linear(Linear):
         self.scale = nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x):                                         # (..., I) -> (..., O)
-        if x.is_cpu and x.dtype == torch.bfloat16 and x.numel() <= 8 * self.in_features and not x.requires_grad:
-            rows = x.reshape(-1, self.in_features)                # a few rows: reading W decides, so it is read as int8
+        few = x.is_cpu and x.numel() <= 8 * self.in_features and not x.requires_grad       # reading W decides, so it is
+        if few and x.numel() == self.in_features and torch.compiler.is_compiling() and self.in_features % 4 == 0:
+            return self.compiled_row(x)                           # read as int8
+        if few and x.dtype == torch.bfloat16:
+            rows = x.reshape(-1, self.in_features)
             return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
         return FrozenProduct.apply(x, int8_matrix, self.weight, self.scale)
+
+    def compiled_row(self, x):
+        """W x of one row, summed in float32, in a form that inductor makes a vector loop of: its loads of int8 and int32
+        are not whole vectors, so four codes at a time are read as a float32, whose bits as an int32 give them one by one."""
+        codes = self.weight.view(torch.float32).view(torch.int32)                          # (O, I / 4), the first code lowest
+        parts = torch.cat([x.flatten()[i::4].float() for i in range(4)]).view(4, -1)       # of x, for the codes i, i + 4, ...
+        sums = sum(((codes << 24 - 8 * i) >> 24).float() * part for i, part in enumerate(parts))
+        return (sums.sum(-1) * self.scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 # The 16 values of NF4 (Dettmers et al. 2023, QLoRA, appendix E): quantiles of a normal distribution, zero among them

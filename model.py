@@ -176,10 +176,12 @@ def goes_wide(x):
 def product(x, weight):
     """y = W x of x (..., I) and W (O, I), in the dtype of x: `F.linear`, but that on a CPU the kernel is chosen: where x
     `goes_wide`, `WideProduct`; without gradients, oneDNN's float32 product, which takes half the time of the one that
-    F.linear picks (1 to 16 rows, 2816 x 1024) and a tenth more for many rows."""
+    F.linear picks (1 to 16 rows, 2816 x 1024) and a tenth more for many rows; one row, compiled, a loop over W as stored."""
     weight, rows = weight.to(x.dtype), x.numel() // x.size(-1)
     if goes_wide(x) and rows > 5:                                 # fewer: the casts take longer than the products
         return WideProduct.apply(x, weight)
+    if torch.compiler.is_compiling() and x.is_cpu and rows == 1 and not torch.is_grad_enabled():
+        return (weight.float() * x.float()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
     if not (ONEDNN and x.is_cpu and x.dtype == torch.float32) or torch.is_grad_enabled() or torch.compiler.is_compiling() \
             or rows > 255:
         return F.linear(x, weight)

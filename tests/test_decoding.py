@@ -238,15 +238,17 @@ def test_a_stream_shows_what_one_decode_gives(base):
         assert "".join(pieces) == tokenizer.decode(ids).rstrip("\ufffd") and not any(p.endswith("\ufffd") for p in pieces)
 
 
-def cached_logits(model, ids):
-    """Logits (T, V) of decoding one token after the other."""
+def cached_logits(model, ids, compile=False):
+    """Logits (T, V) of decoding one token after the other; compiled as --compile does it."""
     cache = model.new_cache(1, len(ids))
+    step = G.compile_step(lambda id, at: model(id, M.RaggedStep(cache, at, len(ids)))[0], cache) if compile else None
     with torch.inference_mode():
-        return torch.cat([model(torch.tensor([[i]]), cache)[0] for i in ids])
+        return torch.cat([step(torch.tensor([[i]]), torch.tensor([at])).clone() if compile else model(torch.tensor([[i]]), cache)[0]
+                          for at, i in enumerate(ids)])
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_quantised_decoding_equals_its_dequantised_weights(kind):
+@pytest.mark.parametrize("kind, compile", [("int8", False), ("nf4", False), pytest.param("int8", True, marks=pytest.mark.slow)])
+def test_quantised_decoding_equals_its_dequantised_weights(kind, compile):
     """float32: the logits of a model whose weights are the dequantised ones, to rounding. bf16, where int8 has a product of
     its own: as near to the float32 logits as a bf16 model of the dequantised weights is, within a factor of two."""
     ids, quantised, plain = prompts(1, 3, 30)[0], {}, {}
@@ -260,9 +262,9 @@ def test_quantised_decoding_equals_its_dequantised_weights(kind):
         assert len(state) == 14 and not plain[dtype].load_state_dict(state, strict=False).unexpected_keys
         plain[dtype].to(dtype)
     exact = cached_logits(plain[torch.float32], ids)
-    error = lambda model: ((cached_logits(model, ids) - exact).norm() / exact.norm()).item()
-    assert error(quantised[torch.float32]) < 1e-5
-    assert error(quantised[torch.bfloat16]) < max(0.02, 2 * error(plain[torch.bfloat16]))
+    error = lambda model, *how: ((cached_logits(model, ids, *how) - exact).norm() / exact.norm()).item()
+    assert error(quantised[torch.float32], compile) < 1e-5
+    assert error(quantised[torch.bfloat16], compile) < max(0.02, 2 * error(plain[torch.bfloat16]))
 
 
 def test_merged_answers_as_unmerged():

@@ -161,6 +161,18 @@ def test_int8_decoding_path(rows):
     assert (y.double() - exact).abs().max() < 2 ** -7 * exact.abs().max()
 
 
+def test_int8_compiled_row():
+    """The form that --compile takes, run as it stands: every code from -127 to 127 at every place of the four in an int32,
+    to float32's rounding of the float64 product; a bf16 row as well, to the rounding of its result."""
+    w = torch.arange(-127, 128).repeat(4, 4)[:, :256 * 3].float().mul_(0.01)
+    linear, x = L.Int8Linear(w), torch.randn(1, 1, 768, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(linear.weight.float().mul(0.01), w)
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2 ** -8)):
+        exact = x.to(dtype).double() @ matrix(linear).double().T
+        y = linear.compiled_row(x.to(dtype))
+        assert y.dtype == dtype and y.shape == (1, 1, 4) and (y.double() - exact).abs().max() < bound * exact.abs().max()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_without_a_break(kind):
     linear = L.QUANTISED[kind](weight((64, 128)))

@@ -377,12 +377,17 @@ def join_processes(device):
 
 def shard(model, device, dtype):
     """FSDP2: cut each block's weights over the processes, then those of the rest; they are gathered for their products
-    and freed again. Moved to device and cast to dtype a block at a time: the base may be mapped, and exceed the device."""
+    and freed again. Moved to device and cast to dtype a block at a time: the base may be mapped, and exceed the device.
+    Raises ValueError where torch cannot cut a quantised base."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     mesh = dist.init_device_mesh(device.type, (processes()[1],))
     for part in (*model.layers, model):
         place(part, device, dtype)
-        fully_shard(part, mesh=mesh)
+        try:
+            fully_shard(part, mesh=mesh)
+        except RuntimeError as error:                             # torch 2.11 takes floating-point parameters alone
+            raise ValueError(f"torch {torch.__version__} cannot shard this base ({error}); an int8 or nf4 one wants torch 2.13, "
+                             "any other version --base_dtype bf16") from None
     register_fsdp_forward_method(model, "hidden")
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from processes import CASES, run_case
+from processes import CASES, SHARDS_CODES, run_case
 from safetensors.torch import load_file
 
 import train as T
@@ -41,6 +41,8 @@ def runs(base, records, tmp_path_factory):
 @pytest.mark.parametrize("how", ["copies", "shard"])
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(base, runs, tmp_path, case, how):
+    if case == "nf4" and how == "shard" and not SHARDS_CODES:
+        pytest.skip("torch 2.11 cannot shard int8 and NF4 bases, and says so")
     one = run_case(base, tmp_path, case)
     two = [json.loads(line) for line in (runs / f"{case}-{how}" / "log.jsonl").read_text().splitlines()]
     assert len(one) == len(two) == 6

@@ -27,7 +27,7 @@ import generate as G  # noqa: E402
 import lora as L  # noqa: E402
 
 NAMES = ("黄芪", "柴胡", "当归", "甘草", "偏头痛", "四君子汤", "防己黄芪汤", "桂枝汤", "感冒", "高血压", "大黄", "附子")
-QUESTIONS = [form.format(name) for name in NAMES for form in ("{}有什么功效？", "请介绍{}。")]
+QUESTIONS = [name + form for name in NAMES for form in ("的功效是", "的")]     # the base goes on with these, and answers nothing
 BODY = {"model": "tuned", "messages": [{"role": "user", "content": "你好"}], "max_tokens": 4}
 RUBBISH = [(400, b"{"), (400, b"\xff\xfe"), (400, b"[]"), (400, json.dumps({**BODY, "temperature": -1}).encode()),
            (400, json.dumps({**BODY, "tools": [1]}).encode()), (400, json.dumps({**BODY, "max_tokens": 10**9}).encode()),
@@ -36,17 +36,21 @@ RUBBISH = [(400, b"{"), (400, b"\xff\xfe"), (400, b"[]"), (400, json.dumps({**BO
 
 
 def make_adapter(folder):
-    """An adapter with a seeded B, so that tuned and base answers differ without a training run."""
+    """An adapter with a seeded B, so that tuned and base answers differ without a training run, and a template that adds
+    nothing to the question."""
     model, _ = G.load_base(ROOT / "data" / "tiny", "cpu", torch.float32)
     L.add_lora(model, L.LoRAConfig(4, 8, 0.0, ("all",)))
     for i, (_, module) in enumerate(L.lora_linears(model)):
         module.lora_b.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(i))
-    L.save_adapter(model, folder, ROOT / "data" / "tiny", {"config": {"base_model": str(ROOT / "data" / "tiny")}})
+    template = folder / "template.json"
+    L.save_adapter(model, folder, ROOT / "data" / "tiny", {"config": {"base_model": str(ROOT / "data" / "tiny"),
+                                                                      "prompt_template_name": str(template)}})
+    template.write_text('{"prompt_no_input": "{instruction}"}')
 
 
 def offline(folder, tokens):
     """{(question, name): answer}, by the base without an adapter, and with it."""
-    answers, template = {}, G.load_template("med_template")
+    answers, template = {}, G.load_template(folder / "template.json")
     for name in ("base", "tuned"):
         model, tokenizer = G.load_base(ROOT / "data" / "tiny", "cpu", torch.float32)
         if name == "tuned":

@@ -27,7 +27,7 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     make_adapter(folder / "tuned")
     model, tokenizer = G.load_base(ROOT / "data" / "tiny", "cpu", torch.float32)
-    template, answers = G.load_template("med_template"), {}
+    template, answers = G.load_template(folder / "tuned" / "template.json"), {}
     prompts = [tokenizer.encode(G.render_prompt(template, q), bos=True) for q in QUESTIONS]
     for name in ("base", "tuned"):
         if name == "tuned":

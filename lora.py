@@ -109,11 +109,11 @@ class Int8Linear(Linear):
         self.scale = nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x):                                         # (..., I) -> (..., O)
-        few = x.is_cpu and x.numel() <= 8 * self.in_features and not x.requires_grad       # reading W decides, so it is
-        if few and x.numel() == self.in_features and torch.compiler.is_compiling() and self.in_features % 4 == 0:
-            return self.compiled_row(x)                           # read as int8
+        rows = x.reshape(-1, self.in_features)
+        few = x.is_cpu and len(rows) <= 8 and not x.requires_grad      # reading W decides then, so it is read as int8
+        if few and len(rows) == 1 and torch.compiler.is_compiling() and self.in_features % 4 == 0:
+            return self.compiled_row(x)
         if few and x.dtype == torch.bfloat16:
-            rows = x.reshape(-1, self.in_features)
             return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
         return FrozenProduct.apply(x, int8_matrix, self.weight, self.scale)
 

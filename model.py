@@ -180,12 +180,13 @@ def product(x, weight):
     weight, rows = weight.to(x.dtype), x.numel() // x.size(-1)
     if goes_wide(x) and rows > 5:                                 # fewer: the casts take longer than the products
         return WideProduct.apply(x, weight)
-    if torch.compiler.is_compiling() and x.is_cpu and rows == 1 and not torch.is_grad_enabled():
-        return (weight.float() * x.float()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
-    if not (ONEDNN and x.is_cpu and x.dtype == torch.float32) or torch.is_grad_enabled() or torch.compiler.is_compiling() \
-            or rows > 255:
-        return F.linear(x, weight)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    if x.is_cpu and not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            if rows == 1:
+                return (weight.float() * x.float()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+        elif ONEDNN and x.dtype == torch.float32 and rows < 256:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
 
 
 def product_gradient(grad, weight):
@@ -552,9 +553,11 @@ def meta_to_hf_rows(matrix, n_heads):
     return matrix.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def hf_to_meta_rows(matrix, n_heads):
-    """The inverse of `meta_to_hf_rows`."""
-    return matrix.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+def hf_to_meta_rows(matrix, n_heads, out=None):
+    """The inverse of `meta_to_hf_rows`, written into out where that is given, in its dtype and on its device."""
+    out = torch.empty_like(matrix) if out is None else out
+    out.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).copy_(matrix.unflatten(0, (n_heads, 2, -1)))
+    return out
 
 
 def rotary_heads(name, config):
@@ -699,9 +702,7 @@ def read_checkpoint(checkpoint, device="cpu", dtype=None):
                 shape = [n * len(parts) if i == axis else n for i, n in enumerate(parts[0].shape)]
                 tensor = torch.empty(shape, device=device, dtype=dtype or parts[0].dtype)
                 for place, part in zip([tensor] if axis is None else tensor.chunk(len(parts), axis), parts):
-                    if heads:                                     # as hf_to_meta_rows does, without its copy
-                        place, part = place.unflatten(0, (heads, -1, 2)).transpose(1, 2), part.unflatten(0, (heads, 2, -1))
-                    place.copy_(part)
+                    hf_to_meta_rows(part, heads, place) if heads else place.copy_(part)
             else:
                 tensor = parts[0].to(device, dtype)
             used += sum(part.nbytes for part in parts)

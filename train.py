@@ -283,6 +283,7 @@ def plan(shape, config, dtype, rows, device):
     total = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else
              os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     room = config.memory_gb * 2**30 or 0.92 * total               # the rest: CUDA's own, fragments, the interpreter
+    wide = goes_wide(torch.empty(0, dtype=dtype, device=device))
     longest, share = max(len(row.ids) for row in rows), target_count(rows) / sum(len(row.ids) for row in rows)
 
     def first_fit(config):
@@ -291,7 +292,6 @@ def plan(shape, config, dtype, rows, device):
             [most] if config.micro_batch_tokens else [most, most // 2, most // 4, longest]
         blocks = {"none": [0], "full": [shape.n_layers]}.get(config.recompute, range(shape.n_layers + 1))
         ways = [(max(tokens, longest), k) for some in (blocks[:1], blocks[1:]) for tokens in sizes for k in some]
-        wide = goes_wide(torch.empty(0, dtype=dtype, device=device))
         needs = [(*way, memory_needed(shape, config, dtype, way[0], math.ceil(way[0] * share), way[1], wide)) for way in ways]
         return next((n for n in needs if n[2] <= room), None), min(n[2] for n in needs)
 

@@ -60,6 +60,17 @@ def offline(folder, tokens):
     return answers
 
 
+def start(adapter, log, *options, port=0):
+    """(server, its port): `generate.py --serve` with an adapter on a port (0: a free one), its messages appended to the file log."""
+    begun = Path(log.name).read_text().count("http://")
+    server = subprocess.Popen([sys.executable, ROOT / "generate.py", "--serve", "--port", str(port), "--lora_weights", adapter,
+                               *options], stderr=log)
+    while len(found := re.findall(r"http://127\.0\.0\.1:(\d+)/", Path(log.name).read_text())) == begun:
+        assert server.poll() is None, Path(log.name).read_text()
+        time.sleep(0.1)
+    return server, int(found[-1])
+
+
 class Clients:
     """Threads that treat a server badly until told to stop, and what they saw."""
 
@@ -151,18 +162,7 @@ def main():
         make_adapter(adapter)
         answers = offline(adapter, args.max_tokens)
         print(f"{len(answers)} offline answers, {len(set(answers.values()))} different", flush=True)
-
-        def start(port):
-            """(server, its port): the process that serves, on a free port for 0."""
-            server = subprocess.Popen([sys.executable, ROOT / "generate.py", "--serve", "--port", str(port), "--lora_weights",
-                                       adapter, "--context", "1024"], stderr=log)
-            begun = Path(log.name).read_text().count("http://")
-            while len(found := re.findall(r"http://127\.0\.0\.1:(\d+)/", Path(log.name).read_text())) == begun:
-                assert server.poll() is None, Path(log.name).read_text()
-                time.sleep(0.1)
-            return server, int(found[-1])
-
-        server, port = start(0)
+        server, port = start(adapter, log, "--context", "1024")
         try:
             clients = Clients(port, answers, args.max_tokens)
             threads = [threading.Thread(target=clients.run, args=(i,)) for i in range(args.clients)]
@@ -186,7 +186,7 @@ def main():
                 offered = [model.id for model in client.models.list()]
                 server.kill()
                 server.wait()
-                server, _ = start(port)
+                server, _ = start(adapter, log, "--context", "1024", port=port)
                 if (again := [model.id for model in client.models.list()]) != offered:
                     clients.wrong.append(f"started again it offers {again}, before {offered}")
                 clients.ask(client, None, QUESTIONS[1], "tuned", answers[QUESTIONS[1], "tuned"])

@@ -1,16 +1,12 @@
 """The server's page in a real Chromium, if there is one and playwright (pip install playwright) beside it: a question typed,
 streamed, stopped, regenerated, compared, on a desktop and on a phone. Screenshots go into the test's own folder."""
-import os
-import re
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from conftest import ROOT
-from soak_server import QUESTIONS, make_adapter
+from soak_server import QUESTIONS, make_adapter, start
 
 import generate as G
 import lora as L
@@ -37,12 +33,8 @@ def served(tmp_path_factory):
     tasks = [(ids, G.Decoding(max_new_tokens=600)) for ids in prompts]
     long = max((len(request.ids), QUESTIONS[i]) for i, request, _ in G.answer_batch(model, tokenizer, tasks, 24))[1]
     with open(folder / "log", "w+") as log:
-        server = subprocess.Popen([sys.executable, ROOT / "generate.py", "--serve", "--port", "0", "--max_new_tokens", "40",
-                                   "--lora_weights", folder / "tuned"], stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        while not (found := re.search(r"http://127\.0\.0\.1:\d+/", (folder / "log").read_text())):
-            assert server.poll() is None, (folder / "log").read_text()
-            time.sleep(0.1)
-        yield found[0], answers, long, folder
+        server, port = start(folder / "tuned", log, "--max_new_tokens", "40")
+        yield f"http://127.0.0.1:{port}/", answers, long, folder
         server.terminate()
         assert server.wait(30) == 0
 

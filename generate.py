@@ -208,19 +208,38 @@ class Request:
         self.rows, self.ranked = [], []                           # rows[i] of the batch is where beam i stands
 
 
+@torch.inference_mode()
 def compile_step(step, cache):
-    """The function step, compiled for one shape: on a GPU into one CUDA graph, which takes the 5 us a kernel off that
-    Python needs to launch it; on a CPU into loops over the weights as they are stored for one row, for more with the
-    weights packed for products of few rows, which doubles their memory."""
+    """step(ids (B, 1), at (B,)) for all rows B of the cache, compiled; takes both as lists. On a GPU it becomes kernels tuned
+    to their shapes, recorded as one CUDA graph, since Python needs longer to launch a kernel than most of them run; on a CPU
+    loops over the weights as they are stored for one row, for more with the weights packed for products of few rows, which
+    doubles their memory."""
     import torch._inductor.config
-    for kv in (*cache.k, *cache.v):                               # a graph writes to where they are
-        torch._dynamo.mark_static_address(kv)
-    if cache.k[0].is_cuda:
-        return torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
-    packed = len(cache.k[0]) > 1
+    rows, device = len(cache.k[0]), cache.k[0].device
+    # values of more than 11 operations are stored: SwiGLU and norms, which else each row of the product that reads them would
+    # make again; nothing that dynamo guards ever changes
+    how = {"realize_opcount_threshold": 11, "guard_filter_fn": lambda guards: [False] * len(guards)}
+    if device.type == "cuda":
+        compiled = torch.compile(step, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True, **how})
+        given = torch.zeros(2, rows, dtype=torch.long, device=device)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):                           # compiled before: a graph records all that runs
+            compiled(given[0][:, None], given[1])
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            logits = compiled(given[0][:, None], given[1])
+
+        def replay(ids, at):
+            given.copy_(torch.tensor([ids, at]))
+            graph.replay()
+            return logits                                         # the same memory each time
+        return replay
+    packed = rows > 1
     torch._inductor.config.freezing = packed                      # read while tracing too, where `options` do not reach
-    return torch.compile(step, fullgraph=True, dynamic=False, options={
-        "freezing": packed, "max_autotune": packed, "max_autotune_gemm_backends": "CPP,ATEN"})
+    compiled = torch.compile(step, fullgraph=True, dynamic=False, options={
+        "freezing": packed, "max_autotune": packed, "max_autotune_gemm_backends": "CPP,ATEN", "cpp_wrapper": True, **how})
+    return lambda ids, at: compiled(torch.tensor(ids)[:, None], torch.tensor(at))
 
 
 class Batch:
@@ -232,7 +251,7 @@ class Batch:
         self.model, self.tokenizer, self.eos_id = model, tokenizer, tokenizer.eos_id if eos_id is None else eos_id
         self.cache, self.free, self.prefill_chunk = model.new_cache(rows, max_len), rows, prefill_chunk
         self.owner, self.tokens, self.lengths = [], [], []        # per row in use: request, token to feed, positions filled
-        self.compiled = compile and compile_step(self.ragged_logits, self.cache)
+        self.compiled = compile and compile_step(lambda ids, at: self.ragged_logits(ids, at, max_len), self.cache)
 
     @torch.inference_mode()
     def add(self, request):
@@ -278,13 +297,12 @@ class Batch:
 
     def next_logits(self):
         """Logits (B, V) of the rows in use. Compiled, all rows are run in one fixed shape, whether in use or not."""
-        idle = [0] * self.free if self.compiled else []
-        ids = torch.tensor(self.tokens + idle, device=self.model.device)[:, None]          # (B, 1)
-        at = torch.tensor(self.lengths + idle, device=self.model.device)                   # (B,)
         if self.compiled:
-            return self.compiled(ids, at, self.cache.max_len)[:len(self.owner)]
+            idle = [0] * self.free
+            return self.compiled(self.tokens + idle, self.lengths + idle)[:len(self.owner)]
+        ids = torch.tensor(self.tokens, device=self.model.device)[:, None]                 # (B, 1)
         if len(set(self.lengths)) > 1:
-            return self.ragged_logits(ids, at, max(self.lengths) + 1)
+            return self.ragged_logits(ids, torch.tensor(self.lengths, device=self.model.device), max(self.lengths) + 1)
         cache = self.cache.rows(0, len(ids), self.lengths[0])     # all stand level: slices do, without a mask
         return self.model.output(self.model.hidden(ids, cache)[:, -1]).float()
 

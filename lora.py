@@ -28,6 +28,7 @@ from model import (DTYPES, Linear, Parser, copy_tokenizer, find_tokenizer, hf_na
 
 HF_TO_META = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
               "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+VNNI = torch.cpu._is_vnni_supported()        # a CPU that multiplies int8 four at a time
 META_TO_HF = {meta: hf for hf, meta in HF_TO_META.items()}
 NOT_BUILT = ("use_dora", "modules_to_save", "fan_in_fan_out", "enable_lora", "lora_bias", "layers_to_transform",
              "layer_replication", "exclude_modules", "target_parameters", "trainable_token_indices", "arrow_config",
@@ -76,9 +77,13 @@ class LoRAConfig:
         return r, alpha / (r ** 0.5 if self.rslora else r)
 
 
+def frozen_product(x, matrix, *store):
+    """y = W x (..., I) -> (..., O), W = matrix(dtype, *store) made from its quantised store."""
+    return FrozenProduct.apply(x, matrix, *store) if torch.is_grad_enabled() else product(x, matrix(x.dtype, *store))
+
+
 class FrozenProduct(torch.autograd.Function):
-    """y = W x (..., I) -> (..., O), W = matrix(dtype, *store) made from its quantised store, and made again for the
-    gradient of x: autograd keeps the store, never W. The store has no gradient."""
+    """`frozen_product`, W made again for the gradient of x: autograd keeps the store, never W. The store has no gradient."""
 
     @staticmethod
     def forward(ctx, x, matrix, *store):
@@ -110,12 +115,26 @@ class Int8Linear(Linear):
 
     def forward(self, x):                                         # (..., I) -> (..., O)
         rows = x.reshape(-1, self.in_features)
+        if len(rows) == 1 and x.is_cuda and torch.compiler.is_compiling():
+            return ((self.weight.float() * rows.float()).sum(-1) * self.scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
         few = x.is_cpu and len(rows) <= 8 and not x.requires_grad      # reading W decides then, so it is read as int8
+        if few and VNNI and x.dtype == torch.bfloat16:
+            return self.integer_rows(rows).to(x.dtype).view(*x.shape[:-1], -1)
         if few and len(rows) == 1 and torch.compiler.is_compiling() and self.in_features % 4 == 0:
             return self.compiled_row(x)
         if few and x.dtype == torch.bfloat16:
             return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
-        return FrozenProduct.apply(x, int8_matrix, self.weight, self.scale)
+        return frozen_product(x, int8_matrix, self.weight, self.scale)
+
+    def integer_rows(self, rows):
+        """W x of few rows (R, I) as integers: each row as high + low / 254 of its greatest value / 127, two int8 numbers that
+        hold it to 2^-16 of that value, finer than bf16 all but far below it; summed in int32, exactly."""
+        unit = rows.abs().amax(1, keepdim=True).float().clamp_min(1e-30) / 127                          # (R, 1)
+        scaled = rows.float() / unit
+        high = scaled.round()
+        codes = torch.cat((high, ((scaled - high) * 254).round())).to(torch.int8)          # (2R, I)
+        high, low = torch._int_mm(self.weight, codes.T).T.contiguous().float().chunk(2)    # (R, O)
+        return (high + low / 254) * (unit * self.scale.float())
 
     def compiled_row(self, x):
         """W x of one row, summed in float32, in a form that inductor makes a vector loop of: its loads of int8 and int32
@@ -181,7 +200,7 @@ class NF4Linear(Linear):
         self.register_buffer("levels", levels[:, None], persistent=False)
 
     def forward(self, x):                                         # (..., I) -> (..., O)
-        return FrozenProduct.apply(x, nf4_matrix, self.weight, self.absmax, self.scale, self.offset, self.pairs, self.levels)
+        return frozen_product(x, nf4_matrix, self.weight, self.absmax, self.scale, self.offset, self.pairs, self.levels)
 
 
 QUANTISED = {"int8": Int8Linear, "nf4": NF4Linear}

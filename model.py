@@ -178,13 +178,18 @@ def product(x, weight):
     `goes_wide`, `WideProduct`; without gradients, oneDNN's float32 product, which takes half the time of the one that
     F.linear picks (1 to 16 rows, 2816 x 1024) and a tenth more for many rows; one row, compiled, a loop over W as stored."""
     weight, rows = weight.to(x.dtype), x.numel() // x.size(-1)
+    # one row, compiled: a loop over W as stored; of a W wider than tall cuBLAS reads more (3.5 TB/s to 3.1 on an H200)
+    if rows == 1 and torch.compiler.is_compiling() and not torch.is_grad_enabled() and (x.is_cpu or weight.size(0) >= weight.size(1)):
+        parts = weight.chunk(8 if x.is_cpu else 1)                # eight rows at a time: one sum waits for its own additions
+        return torch.cat([(part.float() * x.float()).sum(-1) for part in parts], -1).to(x.dtype).view(*x.shape[:-1], -1)
     if goes_wide(x) and rows > 5:                                 # fewer: the casts take longer than the products
         return WideProduct.apply(x, weight)
-    if x.is_cpu and not torch.is_grad_enabled():
-        if torch.compiler.is_compiling():
-            if rows == 1:
-                return (weight.float() * x.float()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
-        elif ONEDNN and x.dtype == torch.float32 and rows < 256:
+    if x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if BF16_PRODUCTS and rows == 1:
+            return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
+        if BF16_PRODUCTS and x.dtype == torch.bfloat16 and rows <= 16:
+            return (weight @ x.reshape(rows, -1).T).T.contiguous().view(*x.shape[:-1], -1)
+        if ONEDNN and x.dtype == torch.float32 and rows < 256:
             return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
 
@@ -276,8 +281,8 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions, head_dim, theta, scaling=None):
-    """Unit complex numbers of angle m theta^(-2i/D) for position m and pair i (Su et al. 2021, eq. 15), complex64, for
-    positions (T,) shared by all rows or (B, T): (T, D/2) or (B, 1, T, D/2), which broadcast over (B, heads, T, D/2).
+    """(cos, sin) of the angle m theta^(-2i/D) for position m and pair i (Su et al. 2021, eq. 15), float32, for positions
+    (T,) shared by all rows or (B, T): (T, D/2, 2) or (B, 1, T, D/2, 2), which broadcast over (B, heads, T, D/2, 2).
 
     Made in each forward rather than kept: a buffer built on `meta` stays empty, and one cast to bf16 is off by up
     to 2.0 in the cosine at high positions.
@@ -296,16 +301,22 @@ def rope_table(positions, head_dim, theta, scaling=None):
     angle = positions.float().unsqueeze(-1) * speed                                        # (..., T, D/2)
     if positions.dim() == 2:
         angle = angle.unsqueeze(1)
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.stack((angle.cos(), angle.sin()), -1)
 
 
 def apply_rope(x, rope):
     """Turn each adjacent pair (x[2i], x[2i+1]) of x (B, heads, T, D), taken as a complex number, by its angle
-    (Su et al. 2021, eq. 34). One complex product is a tenth of the time that the four real ones take on a CPU.
+    (Su et al. 2021, eq. 34). One complex product is a tenth of the time that the four real ones take on a CPU; compiled,
+    they are real, for inductor makes no code of complex ones.
 
     Adjacent pairs are Meta's layout. Hugging Face pairs i with i + D/2 and permutes the rows of wq and wk to suit."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                        # (B, heads, T, D/2)
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))                                               # (B, heads, T, D/2, 2)
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    return turned.flatten(-2).to(x.dtype)
 
 
 def causal_attention(q, k, v, mask=None):
@@ -313,7 +324,7 @@ def causal_attention(q, k, v, mask=None):
     K dividing H (Ainslie et al. 2023). A mask (B, 1, T, S), True where q sees k, takes the place of the causal one.
     Returns (B, H, T, D)."""
     T, S = q.size(2), k.size(2)
-    if goes_wide(q) or q.is_cpu and T == 1 and q.dtype != torch.float32:   # one query: the kernel's own conversion is slow
+    if goes_wide(q) or q.is_cpu and T == 1 and q.dtype != torch.float32 and not BF16_PRODUCTS:   # the kernel's own casts are slow
         def attend(q, k, v):
             return causal_attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
         if torch.is_grad_enabled():                               # keep q, k, v as they are; their casts are made again
@@ -391,6 +402,41 @@ class RaggedStep:
         """The caller keeps the lengths."""
 
 
+class Gathered(torch.autograd.Function):
+    """Tokens of a stream x (N, ...) as rows (B S, ...), by `place`. The gradient is gathered too, where autograd's adds up
+    one element at a time: a token's own is at `back`, the opening's first `shared` tokens sum theirs over the rows."""
+
+    @staticmethod
+    def forward(ctx, x, place, back, shared, real):
+        ctx.save_for_backward(place, back)
+        ctx.shared, ctx.real = shared, real
+        return x.index_select(0, place.flatten())
+
+    @staticmethod
+    def backward(ctx, grad):
+        place, back = ctx.saved_tensors
+        dx = grad.index_select(0, back)
+        dx[ctx.real:] = 0                                         # idle tokens
+        if ctx.shared:
+            dx[:ctx.shared] = grad.unflatten(0, place.shape)[:, :ctx.shared].sum(0)
+        return dx, None, None, None, None
+
+
+class Streamed(torch.autograd.Function):
+    """The inverse: rows y (B S, ...) as the stream (N, ...), by `back`. What is not taken has no gradient."""
+
+    @staticmethod
+    def forward(ctx, y, back, real):
+        ctx.save_for_backward(back)
+        ctx.real, ctx.shape = real, y.shape
+        return y.index_select(0, back)
+
+    @staticmethod
+    def backward(ctx, grad):
+        back, = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy_(0, back[:ctx.real], grad[:ctx.real]), None, None
+
+
 class PackedRows:
     """Training rows of unequal length, given to `forward` in the place of a KVCache: B rows end to end in one stream of
     N tokens, so that no product computes padding, behind an opening of `shared` tokens that all of them begin with.
@@ -408,7 +454,7 @@ class PackedRows:
         first = (step >= shared) | (torch.arange(len(lengths)).unsqueeze(1) == 0)          # the opening: of row 0
         back = (first & (step < length)).flatten().nonzero().squeeze(1)                    # (N,), of the gathered rows
         fill = back.new_zeros(-len(back) % 8)                     # products of odd height are slow: up to 7 idle tokens
-        self.back = torch.cat((back, fill)).to(device)
+        self.back, self.shared, self.real = torch.cat((back, fill)).to(device), shared, len(back)
         self.place, self.step = place.to(device), (self.back % len(step))
 
     def positions(self, T):
@@ -418,10 +464,10 @@ class PackedRows:
     def attend(self, layer, q, k, v):
         """Attention of each row's q (1, H, N, D) over the same row's k, v (1, K, N, D)."""
         B, S = self.place.shape
-        q, k, v = (x[0].transpose(0, 1).index_select(0, self.place.flatten()).unflatten(0, (B, S)).transpose(1, 2)
-                   for x in (q, k, v))                                                     # (B, heads, S, D)
+        q, k, v = (Gathered.apply(x[0].transpose(0, 1), self.place, self.back, self.shared, self.real)
+                   .unflatten(0, (B, S)).transpose(1, 2) for x in (q, k, v))               # (B, heads, S, D)
         y = causal_attention(q, k, v).transpose(1, 2).flatten(0, 1)                        # (B S, H, D)
-        return y.index_select(0, self.back).transpose(0, 1).unsqueeze(0)                   # (1, H, N, D)
+        return Streamed.apply(y, self.back, self.real).transpose(0, 1).unsqueeze(0)        # (1, H, N, D)
 
     def advance(self, T):
         """Nothing follows a training row."""

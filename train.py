@@ -359,6 +359,14 @@ def loss_sum(model, ids, labels, rows=None):
     return sum(F.cross_entropy(model.output(a).float(), b, reduction="sum") for a, b in zip(h.split(chunk), labels.split(chunk)))
 
 
+def compile_blocks(model):
+    """torch.compile each block, in place. The blocks share one code, which has more variants than dynamo keeps by itself: the
+    first ones by number, the last, for validation, for recomputation."""
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.layers:
+        block.compile(dynamic=True)
+
+
 def join_processes(device):
     """Join the processes that torchrun started, if it did: NCCL, a GPU each by LOCAL_RANK, or gloo on CPUs. Only the first
     prints. Returns this process's device. Raises ValueError if there is no GPU for it."""
@@ -425,18 +433,18 @@ def step_gradient(model, rows, config):
     """Backward through this process's part of one optimizer step's rows; return the loss per target token of all rows.
     Gradients add up in .grad, and then over the processes (FSDP2 does that itself, but takes the mean). In fp16 the loss
     is scaled, lest small gradients vanish, and the step is done again at half the scale if they overflow."""
-    total, count, (_, n) = 0.0, target_count(rows), processes()
+    losses, count, (_, n) = [], target_count(rows), processes()
     scale = model.loss_scale if model.dtype == torch.float16 else 1.0
     for micro, counts in own_batches(rows, config):
         loss = loss_sum(model, *collate(micro, model.device, config.share_opening)) * counts / count
         (loss * (scale * n if config.shard else scale)).backward()
-        total += loss.item()
+        losses.append(loss.detach())                              # a number asked for here would stop a GPU's queue
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if n > 1 and not config.shard:
         vector = parameters_to_vector(grads)
         dist.all_reduce(vector)
         vector_to_parameters(vector, grads)
-    total = summed(total, model.device)
+    total = summed(sum(loss.item() for loss in losses), model.device)
     if scale > 1:
         for grad in grads:
             grad.div_(scale)
@@ -832,8 +840,7 @@ def main():
         print(f"LoRA r {lora.r}, alpha {lora.alpha:g} on {wrapped} linears ({' '.join(lora.targets)}): {trained:,} trained")
     model.recomputed = recomputed
     if config.compile:
-        for block in model.layers:
-            block.compile(dynamic=True)
+        compile_blocks(model)
     if config.shard:
         shard(model, device, storage)
     print(f"{config.num_epochs} epochs of {len(rows):,} rows, {config.batch_size} rows a step, learning rate "

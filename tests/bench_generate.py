@@ -107,6 +107,7 @@ def main():
     parser.add_argument("--prompt", type=int, default=200, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", choices=("ours", "theirs"), default=("ours", "theirs"))
     parser.add_argument("--static", action="store_true", help="transformers with its static cache and compiled forward")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1 also counts CPU time instead of the "
@@ -142,6 +143,7 @@ def main():
             hf.forward, theirs = torch.compile(hf.forward), {"cache_implementation": "static", "disable_compile": True}
         sides = {"ours": lambda new: our_answers(batch, prompts, new, beams),
                  "theirs": lambda new: their_answers(hf, prompts, new, beams, **theirs)}
+        sides = {side: sides[side] for side in args.sides}
         seconds = {(side, new): [] for side in sides for new in (1, args.new)}
         warm = {side: [clock(lambda: answer(2)), answer(4)] for side, answer in sides.items()}
         answers = {side: warm[side][1] for side in sides}
@@ -149,7 +151,7 @@ def main():
             for new in (1, args.new):
                 for side, answer in sides.items():
                     seconds[side, new].append(clock(lambda: answer(new)))
-        row = {"same_first_tokens": answers["ours"] == answers["theirs"]}
+        row = {"same_first_tokens": answers.get("ours") == answers.get("theirs")}
         size = {"ours": weight_bytes(ours), "theirs": weight_bytes(hf)}
         for side in sides:
             first, whole = (statistics.median(seconds[side, new]) for new in (1, args.new))
@@ -161,12 +163,13 @@ def main():
         row["weights_MB"] = round(size["ours"] / 1e6, 1)
         row["peak_MB"] = round(torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else
                                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
-        row["speedup"] = round(row["theirs"]["seconds"] / row["ours"]["seconds"], 3)
-        row["decode_speedup"] = round(row["ours"]["decode_tokens_s"] / row["theirs"]["decode_tokens_s"], 3)
-        figures["cases"][case], figures["speedup"][case] = row, row["speedup"]
+        figures["cases"][case] = row
+        if len(sides) == 2:
+            row["speedup"] = figures["speedup"][case] = round(row["theirs"]["seconds"] / row["ours"]["seconds"], 3)
+            row["decode_speedup"] = round(row["ours"]["decode_tokens_s"] / row["theirs"]["decode_tokens_s"], 3)
         print(f"{case:16} " + "  ".join(f"{side} {row[side]['decode_tokens_s']:7.1f} tok/s ({row[side]['bandwidth_share']:.0%}), "
                                         f"first {row[side]['first_token_s'] * 1e3:5.0f} ms" for side in sides)
-              + f"  decode {row['decode_speedup']:.2f}x, all {row['speedup']:.2f}x", flush=True)
+              + (f"  decode {row['decode_speedup']:.2f}x, all {row['speedup']:.2f}x" if len(sides) == 2 else ""), flush=True)
     print(json.dumps(figures))
 
 

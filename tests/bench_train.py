@@ -5,7 +5,8 @@
 
 Both sides have the same weights (one copy where the layouts agree), adapters, rows, order and precision; they take
 turns, optimizer step by optimizer step, in one process. Their side is a bare loop around LlamaForCausalLM and peft:
-what Trainer adds to it is not counted. BenTsao's settings: r 8 on q and v, alpha 16, dropout 0.05, micro-batch 8.
+what Trainer adds to it is not counted. BenTsao's settings: r 8 on q and v, alpha 16, dropout 0.05, micro-batch 8; ours on a
+GPU takes train.py's own 8,192 tokens at once, and steps have BenTsao's 128 rows there.
 
   peft random     rows in random order, padded to the longest of 8 (and to a multiple of 8), as BenTsao runs
   peft grouped    the same with group_by_length
@@ -222,7 +223,8 @@ def measure(args, dtype, cutoff, device):
     spread = [grouped[(2 * i + 1) * len(grouped) // (2 * n)][:args.rows] for i in range(n)]
     spread = [spread[i::args.rounds] for i in range(args.rounds)]
 
-    config = T.TrainConfig(output_dir="", base_model="random weights", batch_size=args.rows, micro_batch_size=8, cutoff_len=cutoff,
+    config = T.TrainConfig(output_dir="", base_model="random weights", batch_size=args.rows, cutoff_len=cutoff,
+                           micro_batch_size=0 if device.type == "cuda" else 8,
                            recompute=args.recompute, memory_gb=args.memory_gb, micro_batch_tokens=8192)
     ours = build(args.size, device, dtype)
     shape = ours.config
@@ -233,8 +235,7 @@ def measure(args, dtype, cutoff, device):
     L.add_lora(ours, L.LoRAConfig(config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules))
     ours.train()
     if args.compile:
-        for block in ours.layers:
-            block.compile(dynamic=True)
+        T.compile_blocks(ours)
     apart = replace(config, share_opening=False)
     sides = {"ours, no prefix": (ours, lambda rows: T.step_gradient(ours, rows, apart)),
              "ours": (ours, lambda rows: T.step_gradient(ours, rows, config))}
@@ -295,8 +296,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--dtype", nargs="+", choices=M.DTYPES, help="default: what train.py would take, then the other")
-    parser.add_argument("--cutoff", nargs="+", type=int, default=[512, 256])
-    parser.add_argument("--rows", type=int, default=64, help="rows of an optimizer step")
+    parser.add_argument("--cutoff", nargs="+", type=int, help="default: 512 256; 7b: 512")
+    parser.add_argument("--rows", type=int, help="rows of an optimizer step (default: 64, on a GPU 128)")
     parser.add_argument("--rounds", type=int, default=2, help="optimizer steps of each side")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -311,6 +312,8 @@ def main():
     args.data = None if args.simulated else args.data
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    args.rows = args.rows or (128 if device.type == "cuda" else 64)
+    args.cutoff = args.cutoff or ([512] if args.size == "7b" else [512, 256])
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False             # float32 means float32 on both sides
         if args.memory_gb:

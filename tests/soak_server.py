@@ -64,7 +64,7 @@ def start(adapter, log, *options, port=0):
     """(server, its port): `generate.py --serve` with an adapter on a port (0: a free one), its messages appended to the file log."""
     begun = Path(log.name).read_text().count("http://")
     server = subprocess.Popen([sys.executable, ROOT / "generate.py", "--serve", "--port", str(port), "--lora_weights", adapter,
-                               *options], stderr=log)
+                               "--dtype", "fp32", *options], stderr=log)
     while len(found := re.findall(r"http://127\.0\.0\.1:(\d+)/", Path(log.name).read_text())) == begun:
         assert server.poll() is None, Path(log.name).read_text()
         time.sleep(0.1)

@@ -28,7 +28,8 @@ def lively(base, tmp_path_factory):
 
 
 def command(base, *args):
-    return [sys.executable, ROOT / "generate.py", "--base_model", base, "--use_lora=False", "--max_new_tokens", "16", *args]
+    return [sys.executable, ROOT / "generate.py", "--base_model", base, "--use_lora=False", "--max_new_tokens", "16", "--dtype", "fp32",
+            *args]
 
 
 def call(base, *args, stdin=""):

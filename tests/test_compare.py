@@ -42,7 +42,8 @@ def test_table_of_three_models(base, tmp_path):
 
     def call(*models):
         return subprocess.run([sys.executable, ROOT / "generate.py", "--compare", *models, "--instruct_dir", questions, "--output",
-                               tmp_path / "table", "--max_new_tokens", "8"], capture_output=True, text=True, timeout=240)
+                               tmp_path / "table", "--max_new_tokens", "8", "--dtype", "fp32"],
+                              capture_output=True, text=True, timeout=240)
     done = call(f"base={base}", f"alpaca={base}+{b}", f"tuned={base}+{a}")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "table/compare.csv").read_text(encoding="utf-8-sig")

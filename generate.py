@@ -217,10 +217,10 @@ def compile_step(step, cache):
     import torch._inductor.config
     rows, device = len(cache.k[0]), cache.k[0].device
     # values of more than 11 operations are stored: SwiGLU and norms, which else each row of the product that reads them would
-    # make again; nothing that dynamo guards ever changes
-    how = {"realize_opcount_threshold": 11, "guard_filter_fn": lambda guards: [False] * len(guards)}
+    # make again
+    stored = {"realize_opcount_threshold": 11}
     if device.type == "cuda":
-        compiled = torch.compile(step, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True, **how})
+        compiled = torch.compile(step, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True, **stored})
         given = torch.zeros(2, rows, dtype=torch.long, device=device)
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -238,7 +238,7 @@ def compile_step(step, cache):
     packed = rows > 1
     torch._inductor.config.freezing = packed                      # read while tracing too, where `options` do not reach
     compiled = torch.compile(step, fullgraph=True, dynamic=False, options={
-        "freezing": packed, "max_autotune": packed, "max_autotune_gemm_backends": "CPP,ATEN", "cpp_wrapper": True, **how})
+        "freezing": packed, "max_autotune": packed, "max_autotune_gemm_backends": "CPP,ATEN", "cpp_wrapper": True, **stored})
     return lambda ids, at: compiled(torch.tensor(ids)[:, None], torch.tensor(at))
 
 

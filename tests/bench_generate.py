@@ -151,7 +151,7 @@ def main():
             for new in (1, args.new):
                 for side, answer in sides.items():
                     seconds[side, new].append(clock(lambda: answer(new)))
-        row = {"same_first_tokens": answers.get("ours") == answers.get("theirs")}
+        row = {"same_first_tokens": answers["ours"] == answers["theirs"]} if len(sides) == 2 else {}
         size = {"ours": weight_bytes(ours), "theirs": weight_bytes(hf)}
         for side in sides:
             first, whole = (statistics.median(seconds[side, new]) for new in (1, args.new))

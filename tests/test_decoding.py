@@ -299,6 +299,14 @@ def test_a_compiled_step_gives_the_same_tokens():
     assert [(r.ids, r.finish_reason) for r in eager] == [(r.ids, r.finish_reason) for r in compiled]
 
 
+def test_compiled_batches_of_one_process_are_apart():
+    """A second batch, with other weights and another length, does not run what was compiled for the first."""
+    for seed, max_len in ((5, 80), (6, 64), (6, 80)):
+        model, make = peaked_model(seed), lambda: [G.Request(ids, G.Decoding(12)) for ids in prompts(3, 8)]
+        eager, compiled = (answer_all(model, make(), 1, max_len, compile=compile) for compile in (False, True))
+        assert [r.ids for r in eager] == [r.ids for r in compiled]
+
+
 def test_merge_and_compile_from_the_command_line(base, records, tmp_path):
     """--merge says what it lost and answers as the adapter does; what it does not fit with is said."""
     model, tokenizer = G.load_base(base, torch.device("cpu"), torch.float32)

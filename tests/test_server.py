@@ -353,8 +353,7 @@ def test_page_comes_with_a_policy_that_fits_it(server):
 
 def serve(base, *args, **environment):
     process = subprocess.Popen([sys.executable, ROOT / "generate.py", "--base_model", base, "--use_lora=False", "--serve", "--port", "0",
-                                "--dtype", "fp32",
-                                *args], stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+                                "--dtype", "fp32", *args], stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
     line = process.stderr.readline()
     found = re.match(r"http://127\.0\.0\.1:(\d+)/", line)
     assert found, line

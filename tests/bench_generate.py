@@ -4,26 +4,36 @@
   python tests/bench_generate.py --size 7b --device cuda         LLaMA-7B's shape, weights made on the card
   python tests/bench_generate.py --cases bf16_1 int8_1
 
-A case is PRECISION_BATCH or PRECISION_beamsN, with _compiled behind it for our --compile. Both sides answer the same
+A case is PRECISION_BATCH or PRECISION_beamsN, with _compiled behind it for our --compile, or PRECISION_serverN. Both sides answer the same
 random prompts greedily (or by beams), EOS ignored, --new tokens each, the prompt included in the time; transformers runs
 its dynamic cache (--static: its static cache, compiled), in bf16 for int8 and nf4, since it has no such weights of its
 own. Decode figures subtract the time to the first token, measured apart. The share of the bandwidth, which is that of
-summing 1 GiB, counts the weights alone. Compilation is timed apart. The last line is one JSON object.
+summing 1 GiB, counts the weights alone. Compilation is timed apart. serverN is ours alone: N clients, each with the openai
+package in a thread of its own, ask `generate.py --serve` (8 places) one streamed question after another, for --seconds. The last
+line is one JSON object.
 """
 import argparse
 import gc
 import json
+import random
 import resource
+import shutil
 import statistics
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
+import openai
 import torch
 import transformers
+from soak_server import start
 from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+DATA = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
 import generate as G  # noqa: E402
 import model as M  # noqa: E402
 from lora import quantize  # noqa: E402
@@ -99,14 +109,68 @@ def their_answers(hf, prompts, new, beams, **more):
     return out[:, ids.size(1):].tolist()
 
 
+def share(values, part):
+    """The value that so much of them are not above, in ms."""
+    return round(sorted(values)[int(part * (len(values) - 1))] * 1e3, 1)
+
+
+def server_load(args, precision, clients):
+    """Figures of `generate.py --serve` with fresh weights under so many clients."""
+    tokenizer = next(p for p in (DATA / "llama_tokenizer.model", ROOT / "data" / "tiny" / "tokenizer.model") if p.is_file())
+    pieces, text = G.Tokenizer(tokenizer), (ROOT / "data" / "knowledge.jsonl").read_text(encoding="utf-8")
+    text, first, each, made, refused, lock = pieces.encode(text[:200000]), [], [], [], [], threading.Lock()
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w") as log:
+        model = M.LLaMA(M.LLaMAConfig(**SIZES[args.size], vocab_size=pieces.vocab_size, norm_eps=1e-6))
+        M.init_weights(model, 0)
+        M.save_model(model, folder, torch.float32 if precision == "fp32" else torch.bfloat16)
+        shutil.copy(tokenizer, Path(folder) / "tokenizer.model")
+        server, port = start(log, "--base_model", folder, "--use_lora", "False", "--max_new_tokens", str(args.new), "--device", args.device,
+                             "--context", str(3 * args.prompt + args.new), "--dtype", "fp32" if precision == "fp32" else "bf16",
+                             "--base_dtype", precision)
+
+        def ask(seed):
+            dice = random.Random(seed)
+            with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0, timeout=600) as client:
+                while time.perf_counter() < end:
+                    at, times = dice.randrange(len(text) - args.prompt), [time.perf_counter()]
+                    try:
+                        for chunk in client.completions.create(model="base", prompt=pieces.decode(text[at:at + args.prompt]), stream=True,
+                                                               stream_options={"include_usage": True}):
+                            if chunk.choices and chunk.choices[0].text:
+                                times.append(time.perf_counter())
+                    except openai.RateLimitError:
+                        refused.append(seed)
+                        time.sleep(1)
+                        continue
+                    with lock:
+                        made.append(chunk.usage.completion_tokens)
+                        first.append(times[1] - times[0])
+                        each.append((times[-1] - times[1]) / max(1, made[-1] - 1))
+
+        started = time.perf_counter()
+        end = started + args.seconds
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        took = time.perf_counter() - started
+        server.terminate()
+        server.wait(60)
+    return {"clients": clients, "answers": len(made), "refused": len(refused), "requests_s": round(len(made) / took, 3),
+            "tokens_s": round(sum(made) / took, 1), "first_token_ms": {"p50": share(first, 0.5), "p99": share(first, 0.99)},
+            "per_token_ms": {"p50": share(each, 0.5), "p99": share(each, 0.99)}}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="mid")
-    parser.add_argument("--cases", nargs="+", default=["bf16_1", "fp32_1", "int8_1", "nf4_1", "bf16_8", "fp32_8", "bf16_beams4",
+    parser.add_argument("--cases", nargs="+", default=["bf16_1", "fp32_1", "int8_1", "nf4_1", "bf16_8", "fp32_8", "bf16_beams4", "bf16_server16",
                                                        "fp32_beams4", "fp32_1_compiled", "int8_1_compiled", "bf16_8_compiled"])
     parser.add_argument("--prompt", type=int, default=200, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=60, help="of asking, in a server case")
     parser.add_argument("--sides", nargs="+", choices=("ours", "theirs"), default=("ours", "theirs"))
     parser.add_argument("--static", action="store_true", help="transformers with its static cache and compiled forward")
     parser.add_argument("--device", default="cpu")
@@ -125,6 +189,12 @@ def main():
     draw, pair, quantised = torch.Generator().manual_seed(1), None, False
     for case in sorted(args.cases, key=lambda c: c.startswith("fp32")):                    # one pair of models at a time
         precision, shape, *compiled = case.split("_")
+        if shape.startswith("server"):
+            pair = None
+            gc.collect()
+            row = figures["cases"][case] = server_load(args, precision, int(shape[6:]))
+            print(f"{case:16} " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+            continue
         beams = int(shape[5:]) if shape.startswith("beams") else 1
         rows = 1 if beams > 1 else int(shape)
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16

@@ -60,11 +60,10 @@ def offline(folder, tokens):
     return answers
 
 
-def start(adapter, log, *options, port=0):
-    """(server, its port): `generate.py --serve` with an adapter on a port (0: a free one), its messages appended to the file log."""
+def start(log, *options, port=0):
+    """(server, its port): `generate.py --serve` on a port (0: a free one), its messages appended to the file log."""
     begun = Path(log.name).read_text().count("http://")
-    server = subprocess.Popen([sys.executable, ROOT / "generate.py", "--serve", "--port", str(port), "--lora_weights", adapter,
-                               "--dtype", "fp32", *options], stderr=log)
+    server = subprocess.Popen([sys.executable, ROOT / "generate.py", "--serve", "--port", str(port), *options], stderr=log)
     while len(found := re.findall(r"http://127\.0\.0\.1:(\d+)/", Path(log.name).read_text())) == begun:
         assert server.poll() is None, Path(log.name).read_text()
         time.sleep(0.1)
@@ -162,7 +161,8 @@ def main():
         make_adapter(adapter)
         answers = offline(adapter, args.max_tokens)
         print(f"{len(answers)} offline answers, {len(set(answers.values()))} different", flush=True)
-        server, port = start(adapter, log, "--context", "1024")
+        options = "--lora_weights", adapter, "--dtype", "fp32", "--context", "1024"
+        server, port = start(log, *options)
         try:
             clients = Clients(port, answers, args.max_tokens)
             threads = [threading.Thread(target=clients.run, args=(i,)) for i in range(args.clients)]
@@ -186,7 +186,7 @@ def main():
                 offered = [model.id for model in client.models.list()]
                 server.kill()
                 server.wait()
-                server, _ = start(adapter, log, "--context", "1024", port=port)
+                server, _ = start(log, *options, port=port)
                 if (again := [model.id for model in client.models.list()]) != offered:
                     clients.wrong.append(f"started again it offers {again}, before {offered}")
                 clients.ask(client, None, QUESTIONS[1], "tuned", answers[QUESTIONS[1], "tuned"])

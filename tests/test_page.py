@@ -33,7 +33,7 @@ def served(tmp_path_factory):
     tasks = [(ids, G.Decoding(max_new_tokens=600)) for ids in prompts]
     long = max((len(request.ids), QUESTIONS[i]) for i, request, _ in G.answer_batch(model, tokenizer, tasks, 24))[1]
     with open(folder / "log", "w+") as log:
-        server, port = start(folder / "tuned", log, "--max_new_tokens", "40")
+        server, port = start(log, "--lora_weights", folder / "tuned", "--dtype", "fp32", "--max_new_tokens", "40")
         yield f"http://127.0.0.1:{port}/", answers, long, folder
         server.terminate()
         assert server.wait(30) == 0

@@ -54,7 +54,7 @@ def read_json_file(path):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} not found") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, wanted an object")
@@ -82,20 +82,22 @@ class LLaMAConfig:
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         rope, optional = self.rope_scaling or {}, ("ffn_dim_multiplier", "head_dim")
-        if rope and not set(ROPE_SCALING.get(rope.get("rope_type"), (None,))) <= rope.keys():
+        if rope and not (isinstance(rope, dict) and set(ROPE_SCALING.get(str(rope.get("rope_type")), (None,))) <= rope.keys()):
             raise ValueError(f"rope_scaling is {rope}; built are "
                              + " and ".join(f"{kind} with {' '.join(keys)}" for kind, keys in ROPE_SCALING.items()))
         values = {name: v for name, v in vars(self).items() if v is not None or name not in optional} | rope
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "head_dim"):
-            if type(value := values.get(name, 1)) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}, wanted a whole number above 0")
+            if type(value := values.get(name, 1)) is not int or not 0 < value < 2**24:
+                raise ValueError(f"{name} is {value!r}, wanted a whole number above 0 and below 2^24")
         for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", *ROPE_SCALING["llama3"]):
-            if type(value := values.get(name, 1)) not in (int, float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}, wanted a number above 0")
+            if type(value := values.get(name, 1)) not in (int, float) or not 0 < value < 2**64:
+                raise ValueError(f"{name} is {value!r}, wanted a number above 0 and below 2^64")
         if self.head_dim is None and self.dim % self.n_heads == 0:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         if self.head_dim is None or self.head_dim % 2:
             raise ValueError(f"dim {self.dim} over n_heads {self.n_heads} is no even head width (RoPE turns pairs)")
+        if max(self.n_heads * self.head_dim, self.ffn_dim) >= 2**24:
+            raise ValueError(f"dim {self.dim} makes layers of {max(self.n_heads * self.head_dim, self.ffn_dim):.3g}, wanted less than 2^24")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
 
@@ -142,8 +144,11 @@ class LLaMAConfig:
         if missing := [key for key in names if hf.get(key) is None]:
             raise ValueError(f"{path} lacks {missing[0]}")
         *shape, width = (hf[key] for key in names)
-        rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}     # before, since transformers 5
-        kind = rope.get("rope_type") or rope.get("type") or "default"
+        old, new = (hf.get(key) or {} for key in ("rope_scaling", "rope_parameters"))      # before, since transformers 5
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            raise ValueError(f"{path}: rope_scaling or rope_parameters is {old or new!r}, wanted an object")
+        rope = {**old, **new}
+        kind = str(rope.get("rope_type") or rope.get("type") or "default")
         scaling = {"rope_type": kind, **{key: rope[key] for key in ROPE_SCALING.get(kind, ()) if key in rope}}
         try:
             config = cls(*shape, hf.get("num_key_value_heads"), head_dim=hf.get("head_dim"),
@@ -630,12 +635,12 @@ def open_weights(file):
         if called := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(f"{file} is refused: loading it would run {called[1]}, and weights are only data") from None
         raise ValueError(f"{file} is damaged or no file of weights; copy or download it again") from None
-    except (SafetensorError, RuntimeError, EOFError, LookupError, AttributeError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:                                    # a damaged file makes its reader raise nearly all there are
         reason = (str(error).splitlines() or ["it ends early"])[0].partition(". ")[0]
         raise ValueError(f"{file} is damaged or no file of weights ({reason}); copy or download it again") from None
     if not isinstance(weights, dict):
         raise ValueError(f"{file} holds a {type(weights).__name__}, wanted a dict of tensors")
-    return weights
+    return {str(key): t.detach() if isinstance(t, torch.Tensor) else t for key, t in weights.items()}    # parameters, too
 
 
 def weight_files(path):
@@ -665,7 +670,9 @@ def weight_files(path):
 
 def describe(file):
     """{key: (shape, dtype)} of a file of weights, without the rotary tables that old files hold."""
-    return {key: (tuple(t.shape), t.dtype) if isinstance(t, torch.Tensor) else ((), type(t).__name__)
+    def plain(t):
+        return isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_meta
+    return {key: (tuple(t.shape), t.dtype) if plain(t) else ((), getattr(t, "layout", type(t).__name__))
             for key, t in open_weights(file).items() if key != "rope.freqs" and not key.endswith("rotary_emb.inv_freq")}
 
 
@@ -726,7 +733,7 @@ def open_checkpoint(path, mixed=False):
 
 def read_checkpoint(checkpoint, device="cpu", dtype=None):
     """Yield (our name, tensor in our layout, on device, cast to dtype unless None) of what `open_checkpoint` found. Raises
-    ValueError for NaN or infinity.
+    ValueError for NaN, infinity and what dtype cannot hold.
 
     A tensor that can be used as it lies is a view of the mapped file. Joined shards and Hugging Face's q and k, whose rows
     are put into Meta's order, are written where they will stay, with no copy between. Files are mapped anew when a quarter
@@ -743,8 +750,10 @@ def read_checkpoint(checkpoint, device="cpu", dtype=None):
             if axis is None and not all(torch.equal(parts[0], part) for part in parts[1:]):
                 raise ValueError(f"{files[0]} and the shards beside it differ in {key}, which they share; they belong to "
                                  "different models")
-            if not all(math.isfinite(end) for part in parts for end in part.aminmax()):
-                raise ValueError(f"{files[0]}: {key} holds NaN or infinity; copy or download it again")
+            most = torch.finfo(dtype or parts[0].dtype).max
+            if not all(-most <= end <= most for part in parts for end in part.aminmax()):
+                raise ValueError(f"{files[0]}: {key} holds NaN, infinity or more than {most:g}, the most that {dtype or parts[0].dtype} "
+                                 "holds; take another dtype, or copy or download it again")
             if heads or len(parts) > 1:
                 shape = [n * len(parts) if i == axis else n for i, n in enumerate(parts[0].shape)]
                 tensor = torch.empty(shape, device=device, dtype=dtype or parts[0].dtype)
@@ -892,7 +901,7 @@ def convert(source, path, dtype=None):
     dtype, mixed ones are accepted and cast. Raises ValueError as `open_checkpoint` and `new_folder` do."""
     checkpoint = open_checkpoint(source, mixed=dtype is not None)
     with new_folder(path) as folder:
-        save_tensors(checkpoint[0], read_checkpoint(checkpoint), folder, dtype or checkpoint[1])
+        save_tensors(checkpoint[0], read_checkpoint(checkpoint, dtype=dtype), folder, dtype or checkpoint[1])
         copy_tokenizer(source, folder)
     return checkpoint[0]
 
@@ -959,7 +968,7 @@ def main():
     command.add_argument("source", help="folder of the weights")
     command = commands.add_parser("init", help="fresh weights in the shape of a params.json, for `train.py --full`")
     command.add_argument("params", help="Meta's params.json")
-    command.add_argument("output_dir", help="folder to write params.json and model.safetensors into")
+    command.add_argument("output_dir", help="new folder for params.json and model.safetensors")
     command.add_argument("--seed", type=int, default=0, help="of the random weights")
     args = parser.parse_args()
     if args.command == "convert":
@@ -972,9 +981,10 @@ def main():
     else:
         model = LLaMA(LLaMAConfig.from_params(args.params))
         init_weights(model, args.seed)
-        save_model(model, args.output_dir)
+        with new_folder(args.output_dir) as folder:
+            save_model(model, folder)
         n = sum(p.numel() for p in model.parameters())
-        print(f"{args.output_dir}: {n:,} weights, {n * 2 / 2**20:.1f} MiB as bf16")
+        print(f"{args.output_dir}: {n:,} weights, {n * 4 / 2**20:.1f} MiB as float32")
 
 
 if __name__ == "__main__":

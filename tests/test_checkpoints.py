@@ -154,6 +154,16 @@ def test_old_pickles_that_cannot_be_mapped_load(tmp_path, monkeypatch):
     assert len(opened) == 2 and equal(first, M.load_model(tmp_path / "b"))
 
 
+def test_a_bin_of_parameters_loads(tmp_path):
+    """As torch.save(dict(model.named_parameters())) writes it: tensors that ask for a gradient."""
+    hf = hugging_face()
+    write_bin(tmp_path / "a", hf)
+    torch.save(dict(hf.named_parameters()), tmp_path / "a" / "pytorch_model.bin")
+    M.convert(tmp_path / "a", tmp_path / "b")
+    hf.save_pretrained(tmp_path / "c")
+    assert equal(M.load_model(tmp_path / "b"), M.load_model(tmp_path / "c"))
+
+
 def test_wrong_ids_in_the_config_are_told_and_not_followed(tmp_path, base, capsys):
     """decapoda-research/llama-7b-hf: bos 0, eos 1 and pad -1 in config.json, 1 and 2 in tokenizer.model."""
     tokenizer = G.Tokenizer(base / "tokenizer.model")

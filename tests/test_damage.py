@@ -138,6 +138,12 @@ DAMAGES = {  # name: (layout, what is done, what the line must name)
     "quantised": ("single", edit_json("config.json", quantization_config={"bits": 4}), ["quantization_config"]),
     "rope scaling unknown": ("single", edit_json("config.json", rope_parameters={"rope_type": "yarn", "factor": 2.0}), ["yarn"]),
     "rope scaling without factor": ("single", edit_json("config.json", rope_parameters={"rope_type": "linear"}), ["factor"]),
+    "rope scaling is a text": ("single", edit_json("config.json", rope_parameters="linear"), ["config.json", "linear"]),
+    "rope type is a list": ("single", edit_json("config.json", rope_parameters={"rope_type": ["linear"]}), ["config.json", "linear"]),
+    "config of brackets": ("single", write("config.json", b"[" * 100_000), ["config.json", "JSON"]),
+    **{f"{key} {value:.3g}": (layout, edit_json(file, **{key: value}), [file, wanted]) for layout, file, key, value, wanted in (
+        ("single", "config.json", "hidden_size", 2**40, "2^24"), ("single", "config.json", "vocab_size", 10**30, "2^24"),
+        ("ours", "params.json", "ffn_dim_multiplier", 1e300, "2^64"), ("ours", "params.json", "ffn_dim_multiplier", 1e9, "2^24"))},
     "heads that do not divide": ("single", edit_json("config.json", num_key_value_heads=3), ["config.json", "3"]),
     "fewer key heads than held": ("single", edit_json("config.json", num_key_value_heads=4), ["k_proj"]),
     "wrong vocabulary": ("single", edit_json("config.json", vocab_size=49954), ["lm_head", "49954"]),
@@ -153,6 +159,9 @@ DAMAGES = {  # name: (layout, what is done, what the line must name)
                                     ["pytorch_model.bin"]),
     "bin holds a list": ("bin", lambda f: torch.save([torch.ones(2)], f / "pytorch_model.bin"), ["pytorch_model.bin", "list"]),
     "bin holds text": ("bin", state("pytorch_model.bin", lambda s: s.update({KEY: "weights"})), ["pytorch_model.bin", KEY]),
+    "bin holds a sparse tensor": ("bin", state("pytorch_model.bin", lambda s: s.update({KEY: s[KEY].to_sparse()})), [KEY]),
+    "bin holds a tensor without data": ("bin", state("pytorch_model.bin", lambda s: s.update({KEY: s[KEY].to("meta")})), [KEY]),
+    "bin has a number for a key": ("bin", state("pytorch_model.bin", lambda s: s.update({7: s[KEY]})), ["pytorch_model.bin", "7"]),
     "bins, a shard missing": ("bins", remove("pytorch_model-00002-of-00002.bin"), ["pytorch_model-00002-of-00002.bin"]),
     "safetensors is a page": ("single", write("model.safetensors", b"<html>404 not found</html>"), ["model.safetensors"]),
     "safetensors header too long": ("single", write("model.safetensors", b"\xff" * 64), ["model.safetensors"]),
@@ -173,6 +182,7 @@ DAMAGES = {  # name: (layout, what is done, what the line must name)
     "no params": ("meta", remove("params.json"), ["params.json"]),
     "params without a field": ("meta", edit_json("params.json", norm_eps=None), ["params.json", "norm_eps"]),
     "params with an unknown field": ("meta", edit_json("params.json", use_scaled_rope=True), ["params.json", "use_scaled_rope"]),
+    "params with a list of scaling": ("ours", edit_json("params.json", rope_scaling=["linear"]), ["params.json", "linear"]),
     "params of another model": ("meta", edit_json("params.json", dim=128), [META0]),
     "ours truncated": ("ours", cut("model.safetensors", 9_000), ["model.safetensors", "damaged"]),
     "ours NaN": ("ours", state("model.safetensors", poison(float("nan"))), ["model.safetensors", META_KEY]),
@@ -201,6 +211,43 @@ def test_damaged_folder_is_refused_in_one_line(tmp_path, good, name, monkeypatch
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before       # nor did the pickle touch a file
     with pytest.raises(ValueError, match=re.escape(line[7:60].strip())):                    # the same in every script
         M.load_model(source)
+
+
+def test_an_old_pickle_with_any_byte_changed_loads_or_is_refused(tmp_path, good):
+    """Files of torch before 1.6: what their reader stumbles over has many kinds of error."""
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({KEY: torch.ones(2)}, file, _use_new_zipfile_serialization=False)
+    whole, refused = file.read_bytes(), 0
+    for at in range(len(whole)):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1:])
+        try:
+            M.describe(file)
+        except ValueError:
+            refused += 1
+    assert refused > len(whole) // 4
+
+
+def test_values_that_a_dtype_cannot_hold_are_refused(tmp_path, good, monkeypatch, capsys):
+    shutil.copytree(good / "single", tmp_path / "m")
+    state("model.safetensors", poison(1e5))(tmp_path / "m")
+    monkeypatch.setattr(sys, "argv", ["model.py", "convert", str(tmp_path / "m"), str(tmp_path / "out"), "--dtype", "fp16"])
+    with pytest.raises(SystemExit):
+        M.run(M.main)
+    line = capsys.readouterr().err
+    assert KEY in line and "65504" in line and not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="65504"):
+        M.load_model(tmp_path / "m", dtype=torch.float16)
+    M.load_model(tmp_path / "m", dtype=torch.float32)
+
+
+def test_init_does_not_write_over_weights(tmp_path, good, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["model.py", "init", str(good / "ours" / "params.json"), str(tmp_path / "new")])
+    M.run(M.main)
+    size = (tmp_path / "new" / "model.safetensors").stat().st_size
+    assert f"{size / 2**20:.1f} MiB" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        M.run(M.main)
+    assert "not empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", ["hf", "single", "bin", "bins", "meta", "ours"])

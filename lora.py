@@ -10,6 +10,7 @@ PEFT's folder format, so that peft, vLLM and llama.cpp's converter read them:
 PEFT's names are Hugging Face's, whose rotary layout differs from Meta's: the rows of lora_B of q_proj and k_proj are
 permuted on the way out and back on the way in. Nothing fails if that is forgotten; the answers are just worse.
 """
+import math
 import re
 import sys
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
 from torch import nn
 
-from model import (DTYPES, Linear, Parser, copy_tokenizer, find_tokenizer, hf_name, hf_to_meta_rows, load_model,
+from model import (DTYPES, Linear, Parser, copy_tokenizer, find_base, find_tokenizer, hf_name, hf_to_meta_rows, load_model,
                    meta_to_hf_rows, new_folder, open_checkpoint, open_weights, processes, product, product_gradient,
                    read_checkpoint, read_json_file, rotary_heads, run, save_model, save_tensors, whole, write_atomically,
                    write_json, write_safetensors)
@@ -62,7 +63,7 @@ class LoRAConfig:
             if type(r) is not int or r < 1:
                 raise ValueError(f"LoRA rank r is {r!r}, wanted a whole number above 0")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if type(alpha) not in (int, float) or not alpha > 0:
+            if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
                 raise ValueError(f"lora_alpha is {alpha!r}, wanted a number above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora_dropout is {self.dropout!r}, wanted 0 <= dropout < 1")
@@ -319,10 +320,9 @@ def merge(model):
         stored = merged.float() - weight.float()
         errors[name] = ((stored - delta).norm() / delta.norm().clamp_min(1e-30)).item()
         weight.copy_(merged)                                      # in place: mapped pages become ours, the file stays
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module.base)
     if not errors:
         raise ValueError("the model has no adapter to merge")
+    remove_adapter(model)
     return errors
 
 
@@ -335,7 +335,8 @@ def peft_names(model):
 def save_adapter(model, path, base_model="", run_info=None, trained=False):
     """Write the adapter into the folder path as PEFT's two files and run.json, each file replaced atomically. The tensors
     are read back before they take the place of older ones. All processes call it, since a sharded adapter is gathered;
-    the first writes. Raises ValueError naming a tensor that came back otherwise or, once trained, a lora_B that is zero."""
+    the first writes. Raises ValueError naming a tensor that is not finite or came back otherwise or, once trained, if every
+    lora_B is zero; one alone (behind a wo of zeros, say) is told of."""
     path, state = Path(path), {}
     path.mkdir(parents=True, exist_ok=True)
     for module, prefix, heads in peft_names(model):
@@ -349,10 +350,14 @@ def save_adapter(model, path, base_model="", run_info=None, trained=False):
         save_file(state, file, metadata={"format": "pt"})
         saved = open_weights(file)
         for key, tensor in state.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{path}: {key} holds NaN or infinity, and nothing was saved; lower --learning_rate")
             if key not in saved or len(saved) != len(state) or not torch.equal(saved[key], tensor):
                 raise ValueError(f"{file}: {key} is not what was saved; is the disk full or failing?")
-            if trained and "lora_B" in key and not tensor.any():
-                raise ValueError(f"{path}: {key} is zero after training, so this linear was not trained; nothing was saved")
+        if zero := [key for key, tensor in state.items() if trained and "lora_B" in key and not tensor.any()]:
+            if 2 * len(zero) == len(state):
+                raise ValueError(f"{path}: every lora_B is zero after training, so nothing was trained, and nothing was saved")
+            print(f"note: {zero[0]} is zero after training ({len(zero)} such), so this linear was not trained", file=sys.stderr)
 
     config = model.lora_config
     write_atomically(path / "adapter_model.safetensors", write)
@@ -365,28 +370,38 @@ def save_adapter(model, path, base_model="", run_info=None, trained=False):
     write_json(path / "run.json", run_info or {})                 # last: who finds it finds the rest
 
 
-def peft_config(file):
-    """The LoRAConfig of an adapter_config.json. Raises ValueError naming a missing key or a feature that this LoRA does not
-    have. Keys that nobody knows are told of and ignored, as are those of old files, such as BenTsao's merge_weights."""
+def peft_config(file, n_layers):
+    """The LoRAConfig of an adapter_config.json for a model of n_layers. Raises ValueError naming a missing key or a feature that
+    this LoRA does not have. Keys that nobody knows are told of and ignored, as are those of old files, such as BenTsao's merge_weights."""
     settings = read_json_file(file)
     if missing := [k for k in ("r", "lora_alpha", "target_modules") if settings.get(k) is None]:
         raise ValueError(f"{file} lacks {missing[0]}")
     if settings.get("peft_type", "LORA") != "LORA" or settings.get("bias", "none") != "none":
         raise ValueError(f"{file}: peft_type {settings.get('peft_type')}, bias {settings.get('bias')}; wanted LORA and none")
-    if refused := [key for key in NOT_BUILT if settings.get(key)]:
+    if refused := [key for key in NOT_BUILT if settings.get(key) or type(settings.get(key)) is int]:           # 0 is a layer
         raise ValueError(f"{file} sets {refused[0]} to {settings[refused[0]]!r}, which this LoRA does not have")
-    if str(settings.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    if str(settings.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise ValueError(f"{file}: init_lora_weights {settings['init_lora_weights']} changes the base too; save it converted")
     if unknown := [key for key, value in settings.items() if value and key not in PEFT_KEYS]:
         print(f"note: {file} sets {', '.join(unknown)}, unknown here and ignored", file=sys.stderr)
     targets = settings["target_modules"]
-    if isinstance(targets, str):                                  # a pattern of whole names, or PEFT's word for all
-        names = [hf_name(f"layers.0.{'feed_forward' if leaf[1] in '123' else 'attention'}.{leaf}") for leaf in META_TO_HF]
-        targets = [name for name in names if targets == "all-linear" or re.fullmatch(targets, name)]
     try:
+        named = [targets] * n_layers                              # by each layer's linears
+        if isinstance(targets, str):                              # a pattern of whole names, or PEFT's word for all
+            names = [hf_name(f"layers.0.{'feed_forward' if leaf[1] in '123' else 'attention'}.{leaf}") for leaf in META_TO_HF]
+            named = [[name for name in names if targets == "all-linear" or re.fullmatch(targets, name.replace(".0.", f".{i}."))]
+                     for i in range(n_layers)]
+        elif single := [target for target in targets if re.search(r"\.\d+\.", target)]:
+            named.append(single)
+        if any(own != named[0] for own in named):
+            raise ValueError(f"target_modules {targets} names single layers, which this LoRA does not have")
+        for pattern in (*(settings.get("rank_pattern") or ()), *(settings.get("alpha_pattern") or ())):
+            re.compile(pattern)
         return LoRAConfig(settings["r"], settings["lora_alpha"], settings.get("lora_dropout") or 0.0,
-                          tuple(target.rpartition(".")[2] for target in targets), bool(settings.get("use_rslora")),
+                          tuple(target.rpartition(".")[2] for target in named[0]), bool(settings.get("use_rslora")),
                           settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {})
+    except re.error as error:
+        raise ValueError(f"{file}: {error.pattern!r} is no pattern of names ({error})") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -400,7 +415,7 @@ def load_adapter(model, path):
     if file is None:
         raise ValueError(f"{path / 'adapter_model.safetensors'} (or .bin) not found; train an adapter first "
                          "(python train.py) or give --lora_weights its folder")
-    config, state = peft_config(path / "adapter_config.json"), {}
+    config, state = peft_config(path / "adapter_config.json", model.config.n_layers), {}
     for key, tensor in open_weights(file).items():                # names of torch.compile and of PEFT's live modules
         state[re.sub(r"\.lora_([AB])\.\w+\.weight$", r".lora_\1.weight", key.replace("_orig_mod.", ""))] = tensor
     add_lora(model, config)
@@ -465,13 +480,17 @@ def save_meta(model, path):
     if beyond := params.keys() & {"head_dim", "rope_scaling"}:
         raise ValueError(f"Meta's params.json has no {' and '.join(sorted(beyond))}; export as hf")
     write_json(Path(path) / "params.json", params)
-    torch.save({name: tensor.detach() for name, tensor in model.state_dict().items()}, Path(path) / "consolidated.00.pth")
+    file = Path(path) / "consolidated.00.pth"
+    try:
+        torch.save({name: tensor.detach() for name, tensor in model.state_dict().items()}, file)
+    except RuntimeError as error:                                 # as torch says it of a full disk
+        raise OSError(f"{file} cannot be written: {error}") from None
 
 
 def recover(base, difference, path, dtype=None):
     """Write tuned = base + difference into a new folder of ours, as Stanford Alpaca's weight_diff.py does, summed in
     float32; rows that the base's vocabulary lacks ([PAD]) are the mean of those it has. Returns the sum of all weights, by
-    which Alpaca's authors check. Raises ValueError naming a tensor of another shape."""
+    which Alpaca's authors check, and that of RoPE's tables (238.72 for 7B), which checkpoints of their time held too. Raises ValueError naming a tensor of another shape."""
     checkpoint, raw, totals = open_checkpoint(difference), load_model(base).state_dict(), []
 
     def tuned():
@@ -481,13 +500,15 @@ def recover(base, difference, path, dtype=None):
                 old = torch.cat([old, old.mean(0, keepdim=True).expand(len(tensor) - len(old), -1)])
             if old.shape != tensor.shape:
                 raise ValueError(f"{difference}: {name} is {tuple(tensor.shape)}, {tuple(old.shape)} in {base}")
-            totals.append((tensor.float() + old).sum().item())
-            yield name, tensor.float() + old
+            new = tensor.float() + old
+            totals.append(new.sum().item())
+            yield name, new
 
     with new_folder(path) as folder:
         save_tensors(checkpoint[0], tuned(), folder, dtype or checkpoint[1])
         copy_tokenizer(difference if find_tokenizer(difference).is_file() else base, folder)
-    return sum(totals)
+    c = checkpoint[0]
+    return sum(totals), c.n_layers * sum(c.rope_theta ** (-i / c.head_dim) for i in range(0, c.head_dim, 2))
 
 
 def main():
@@ -497,7 +518,7 @@ def main():
              "export": "write base, or base + adapter, as Hugging Face's or Meta's folder"}
     for name, text in helps.items():
         command = commands.add_parser(name, help=text)
-        command.add_argument("--base_model", required=True, help="folder of the base, in any layout")
+        command.add_argument("--base_model", required=True, help="folder of the base, in any layout, or a hub's name in its cache")
         if name == "recover":
             command.add_argument("--weight_diff", required=True, help="folder of the difference, in any layout")
         else:
@@ -508,27 +529,30 @@ def main():
         command.add_argument("--output_dir", required=True, help="new folder to write")
         command.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as stored)")
     args = parser.parse_args()
-    dtype, folder = DTYPES.get(args.dtype), args.output_dir
+    dtype, folder, base = DTYPES.get(args.dtype), args.output_dir, find_base(args.base_model)
     if args.command == "recover":
-        total = recover(args.base_model, args.weight_diff, folder, dtype)
-        return print(f"{folder}: base + difference; all weights sum to {total:.4f}")
-    model = load_model(args.base_model, dtype=dtype)
-    if args.lora_weights:
-        load_adapter(model, args.lora_weights)
-        errors = merge(model)
-        worst = max(errors, key=errors.get)
-        print(f"merged {len(errors)} linears; stored as {model.dtype}, the updates lose "
-              f"{sum(errors.values()) / len(errors):.1%} on average, {errors[worst]:.1%} at most ({worst})")
+        total, tables = recover(base, args.weight_diff, folder, dtype)
+        return print(f"{folder}: base + difference; with RoPE's tables, as old checkpoints held them, all sums to "
+                     f"{total + tables:.4f}, the weights alone to {total:.4f}")
+    if args.command == "export" and not 0 < args.max_shard_gb < math.inf:
+        raise ValueError(f"max_shard_gb is {args.max_shard_gb}, wanted a number above 0")
     with new_folder(folder) as new:
+        model = load_model(base, dtype=dtype)
+        if args.lora_weights:
+            load_adapter(model, args.lora_weights)
+            errors = merge(model)
+            worst = max(errors, key=errors.get)
+            print(f"merged {len(errors)} linears; stored as {model.dtype}, the updates lose "
+                  f"{sum(errors.values()) / len(errors):.1%} on average, {errors[worst]:.1%} at most ({worst})")
         if args.command == "merge":
             save_model(model, new)
         elif args.layout == "meta":
             save_meta(model, new)
         else:
-            config = Path(args.base_model) / "config.json"        # Meta's params.json does not say how long it was trained
+            config = base / "config.json"                         # Meta's params.json does not say how long it was trained
             positions = read_json_file(config).get("max_position_embeddings", 2048) if config.is_file() else 2048
-            save_hf(model, new, find_tokenizer(args.base_model), positions, int(args.max_shard_gb * 2**30))
-        copy_tokenizer(args.base_model, new)
+            save_hf(model, new, find_tokenizer(base), positions, int(args.max_shard_gb * 2**30))
+        copy_tokenizer(base, new)
     print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters as {model.dtype}")
 
 

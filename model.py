@@ -790,6 +790,19 @@ def load_model(path, device="cpu", dtype=None):
     return model.requires_grad_(False).eval()
 
 
+def find_base(name):
+    """The folder of a base: name itself, or the snapshot of the hub's owner/name in Hugging Face's cache (HF_HUB_CACHE,
+    HF_HOME). Nothing is downloaded. Raises ValueError if there is neither."""
+    if Path(name).is_dir():
+        return Path(name)
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    repo = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{str(name).replace('/', '--')}"
+    if (ref := repo / "refs" / "main").is_file() and (folder := repo / "snapshots" / ref.read_text().strip()).is_dir():
+        return folder
+    raise ValueError(f"base {str(name)!r} is neither a folder nor in Hugging Face's cache ({repo.parent}), and nothing is "
+                     "downloaded here; download it and give its folder with --base_model")
+
+
 def find_tokenizer(path):
     """tokenizer.model of a base: in its folder, or one level up as in Meta's download. Where neither is: the first."""
     path = Path(path).resolve()
@@ -946,12 +959,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
 
 
+def out_of_memory(error):
+    """The first line of torch's or Python's error of memory that ran out; "" for any other error."""
+    text = (str(error).splitlines() or ["out of memory"])[0]
+    return text if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in text else ""
+
+
 def run(main):
     """Run a script's main(): what the user can mend becomes one line on stderr and exit code 2."""
     try:
         main()
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
+        print(f"error: {out_of_memory(error) or ' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

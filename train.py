@@ -2,7 +2,7 @@
 
   python train.py                                              the small base in data/tiny, with the settings of TINY
   python train.py --base_model DIR --data_path FILE ...        your base and data, with alpaca-lora's defaults
-  torchrun --nproc_per_node N train.py ...                     on N GPUs (or CPU processes), the same result
+  torchrun --nproc_per_node N train.py ...                     on N GPUs (or CPU processes): the same, but for dropout's masks
 
 Letters: B rows, T positions, V vocabulary. A row is a prompt and its answer, ending in EOS, which is always a target.
 The gradient of an optimizer step is that of (sum of the losses of all target tokens) / (their number), however the
@@ -30,14 +30,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from generate import (DATA, Decoding, Tokenizer, answer_batch, bot_spans, find_base, flag, load_base, load_template, pick_device,
-                      pick_dtype, read_instructions, render_prompt)
+from generate import (DATA, Decoding, Tokenizer, answer_batch, bot_spans, flag, load_base, load_template, pick_device, pick_dtype,
+                      read_instructions, render_prompt)
 from lora import LoRAConfig, add_lora, place, save_adapter
-from model import (DTYPES, PackedRows, Parser, find_tokenizer, goes_wide, open_checkpoint, open_weights, processes, read_json_file,
-                   run, save_model, sync, weight_files, whole, write_atomically, write_json)
+from model import (DTYPES, PackedRows, Parser, copy_tokenizer, find_base, find_tokenizer, goes_wide, open_checkpoint, open_weights,
+                   out_of_memory, processes, read_json_file, run, save_model, sync, weight_files, whole, write_atomically, write_json)
 
 
 def opt(default, text):
@@ -67,7 +67,7 @@ class TrainConfig:
     share_opening: bool = opt(True, "compute the tokens that all rows of a micro-batch begin with once (exact but for "
                               "dropout, whose mask they then share)")
     num_epochs: int = opt(10, "passes over the data")
-    max_steps: int = opt(0, "stop after so many optimizer steps (0: after num_epochs)")
+    max_steps: int = opt(0, "optimizer steps at most (0: no limit but num_epochs)")
     learning_rate: float = opt(3e-4, "peak of AdamW's learning rate, after warm-up; falls linearly to 0")
     warmup_steps: int = opt(100, "steps of linear warm-up, at most a tenth of all")
     weight_decay: float = opt(0.0, "AdamW's")
@@ -76,7 +76,7 @@ class TrainConfig:
     val_set_size: int = opt(500, "rows taken from data_path for validation, by seed")
     eval_steps: int = opt(200, "steps between validations (0: only at the end)")
     save_steps: int = opt(200, "steps between checkpoints (0: none)")
-    save_total_limit: int = opt(3, "checkpoints kept")
+    save_total_limit: int = opt(3, "last checkpoints kept, besides the best (0: all)")
     lora_r: int = opt(8, "rank of the update")
     lora_alpha: float = opt(16, "the update is scaled by alpha / r")
     lora_dropout: float = opt(0.05, "on the adapter's input")
@@ -160,6 +160,8 @@ def read_data(config):
     for span, weight in spans:
         own = [i for i in order[held:] if i in span]              # in the drawn order: the first 0.5 n are a fair half
         taken += sorted((own * math.ceil(weight))[:round(weight * len(own))])
+    if not taken:
+        raise ValueError(f"data_path {' '.join(config.data_path)}: the weights leave no record of {len(records)}; raise them")
     val = read_instructions(config.val_path, answers=True) if config.val_path else [records[i] for i in order[:held]]
     return [records[i] for i in taken], val
 
@@ -194,7 +196,7 @@ def encode_records(tokenizer, template, records, config):
     """(rows, their records) of the records that fit; prints how many were cut or left out."""
     pairs = [(encode_example(tokenizer, template, r, config), r) for r in records]
     kept = [(row, r) for row, r in pairs if row is not None]
-    cut = sum(len(row.ids) == config.cutoff_len for row, _ in kept)
+    cut = sum(len(row.ids) > config.cutoff_len - 4 for row, _ in kept)                     # a cut ends before half a character
     print(f"{len(kept):,} records, {sum(len(row.ids) for row, _ in kept):,} tokens; at cutoff_len {config.cutoff_len} "
           f"at most {cut:,} answers cut (EOS kept), {len(pairs) - len(kept):,} records left out (no room)")
     if not kept:
@@ -204,8 +206,7 @@ def encode_records(tokenizer, template, records, config):
 
 def shared_opening(rows):
     """Tokens that all rows begin with and that predict no target: the template's text, as a rule."""
-    ids, last = [row.ids for row in rows], min(row.mask.index(True) for row in rows) - 1
-    return next((t for t in range(last) if any(row[t] != ids[0][t] for row in ids)), last)
+    return min(len(os.path.commonprefix([row.ids for row in rows])), min(row.mask.index(True) for row in rows) - 1)
 
 
 def collate(rows, device, share=True):
@@ -251,7 +252,7 @@ def memory_needed(shape, config, dtype, tokens, targets, recomputed, wide=False)
     C, F, V, L, s = shape.dim, shape.ffn_dim, shape.vocab_size, shape.n_layers, dtype.itemsize
     Q, K = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
     linears = {"wq": (C, Q), "wk": (C, K), "wv": (C, K), "wo": (Q, C), "w1": (C, F), "w3": (C, F), "w2": (F, C)}   # (I, O)
-    inside, outside = L * sum(i * o for i, o in linears.values()), 2 * V * C + (2 * L + 1) * C
+    inside, outside = L * sum(i * o for i, o in linears.values()), (2 - shape.tie_embeddings) * V * C + (2 * L + 1) * C
     adapted = LoRAConfig(config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules).targets
     trained = tuple(linears) if config.full else adapted
     inputs = {group[0]: linears[group[0]][0] for group in (("wq", "wk", "wv"), ("wo",), ("w1", "w3"), ("w2",))
@@ -260,10 +261,12 @@ def memory_needed(shape, config, dtype, tokens, targets, recomputed, wide=False)
     logits = min(targets, max(64, 2**24 // V)) * V * (4 if s == 4 else 4 + 2 * s)
     if config.full:
         weights, state = 4 * (inside + outside), 12 * (inside + outside)
-        logits += 4 * V * C + (s < 4) * s * inside                # the head's gradient; the weights, cast
+        logits += 8 * V * C + (s < 4) * s * inside                # the head's gradient, twice; the weights, cast
     else:
         each = {"int8": 1, "nf4": 0.516, "fp16": 2, "bf16": 2, "fp32": 4}.get(config.base_dtype, s)
         weights = each * inside + (each if each >= 2 else s) * outside
+        if DTYPES.get(config.base_dtype, dtype) != dtype:         # autograd keeps what the products are given: the weights, cast
+            weights += s * inside * max(L - recomputed, 1) / L
         state = 16 * L * config.lora_r * sum(sum(linears[name]) for name in adapted)
         kept += sum(s * config.lora_r + linears[name][0] * (config.lora_dropout > 0) for name in adapted)
     if config.shard:                                              # cut over the processes; two blocks gathered at a time
@@ -441,9 +444,8 @@ def step_gradient(model, rows, config):
         losses.append(loss.detach())                              # a number asked for here would stop a GPU's queue
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if n > 1 and not config.shard:
-        vector = parameters_to_vector(grads)
-        dist.all_reduce(vector)
-        vector_to_parameters(vector, grads)
+        for grad in grads:
+            dist.all_reduce(grad)
     total = summed(sum(loss.item() for loss in losses), model.device)
     if scale > 1:
         for grad in grads:
@@ -494,9 +496,7 @@ def save_weights(model, path, config, info):
         save_model(model, path)
         if processes()[0]:
             return
-        tokenizer = find_tokenizer(find_base(config.base_model))
-        if tokenizer.is_file():
-            shutil.copyfile(tokenizer, Path(path) / "tokenizer.model")
+        copy_tokenizer(find_base(config.base_model), path)
         write_json(Path(path) / "run.json", info)
     else:
         save_adapter(model, path, config.base_model, info, trained=True)
@@ -515,9 +515,11 @@ def describe_run(config):
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     base = find_base(config.base_model)
-    files = [*sum(weight_files(base)[0], []), find_tokenizer(base)] if config.base_model else []
+    files = [*sum(weight_files(base)[0], []), find_tokenizer(base), *(base / name for name in (
+        "params.json", "config.json", "added_tokens.json") if (base / name).is_file())] if config.base_model else []
     template = json.dumps(load_template(config.prompt_template_name), sort_keys=True)
-    return {"config": asdict(config), "torch": torch.__version__, "started": time.time(),
+    dtype = pick_dtype(config.dtype, pick_device(config.device))  # what auto is here: another machine may take another
+    return {"config": asdict(config) | {"dtype": next(name for name in DTYPES if DTYPES[name] == dtype)}, "torch": torch.__version__, "started": time.time(),
             "processes": int(os.environ.get("WORLD_SIZE", 1)), "sha256": {
         "base": [digest(file) for file in files],
         "data": [[weight, digest(path)] for path, weight in map(split_weight, config.data_path)],
@@ -526,8 +528,9 @@ def describe_run(config):
 
 
 def checkpoints(out):
-    """{step: checkpoint-STEP folder} of a run, in order."""
-    return dict(sorted((int(p.name[11:]), p) for p in Path(out).glob("checkpoint-*") if p.name[11:].isdigit()))
+    """{step: checkpoint-STEP folder} of a run, in order. transformers' Trainer has folders of that name too."""
+    return dict(sorted((int(p.name[11:]), p) for p in Path(out).glob("checkpoint-*")
+                       if p.name[11:].isdigit() and (p / "state.safetensors").is_file()))
 
 
 def open_run(config):
@@ -561,14 +564,19 @@ def open_run(config):
         raise ValueError(f"{folder} was made with {', '.join(changed)}; give what it was made with, or --resume_anyway")
     if changed:
         print(f"going on from {folder}, although it was made with {', '.join(changed)}")
-        folder = last if folder == out else folder
-    config.micro_batch_tokens = old.get("tokens_at_once", config.micro_batch_tokens)               # what `plan` chose stays
-    return info | {key: old[key] for key in ("started", "step")}, folder
+        if not (folder := last if folder == out else folder):
+            raise ValueError(f"{out} holds no checkpoint to go on from; begin anew without --resume_from_checkpoint")
+    if not (changed and config.micro_batch_tokens):               # what `plan` chose stays
+        config.micro_batch_tokens = old.get("tokens_at_once", config.micro_batch_tokens)
+    return info | {key: old[key] for key in ("started", "step") if key == "step" or not changed}, folder   # changed: a run anew
 
 
 def read_log(path):
     """The records of log.jsonl, without a last line that a kill cut short."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.is_file() else []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.is_file() else []
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; put it right, or move it away") from None
 
 
 def save_checkpoint(model, optimizer, history, config, info):
@@ -689,6 +697,8 @@ def train(config, model, data, start=None):
     per_epoch = -(-len(rows) // config.batch_size)
     total = min(config.max_steps or math.inf, per_epoch * config.num_epochs)
     step = done = first = resume(model, optimizer, folder) if folder else 0
+    if first >= total:
+        raise ValueError(f"{folder} is of step {first}, and this run ends with step {total}; raise --num_epochs or --max_steps")
     history = [r for r in read_log(folder.parent / "log.jsonl") if r["step"] <= first] if folder else []
     log = tracker = None
     if out and rank == 0:
@@ -746,9 +756,12 @@ def train(config, model, data, start=None):
                 draw_curve(history, out / "loss.svg")
             if out and done == total:
                 save_weights(model, out, config, info | {"step": total})
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            if not (reason := out_of_memory(error)) and isinstance(error, RuntimeError):
+                raise
+            reason += "; lower --memory_gb or --micro_batch_tokens" * bool(reason)
             good = next(reversed(checkpoints(out).values()), None) if out else None
-            raise ValueError(f"step {min(step + 1, total)}: {error}. " + (
+            raise ValueError(f"step {min(step + 1, total)}: {reason or error}. " + (
                 f"{good} is whole: --resume_from_checkpoint auto" if good else "Nothing was saved before it")) from None
         finally:
             bar.close()
@@ -764,10 +777,22 @@ def train(config, model, data, start=None):
     return history
 
 
+def named(text, terms):
+    """The terms that stand in text somewhere not inside a longer one (四逆汤 is not named by 当归四逆汤)."""
+    spans = [(m.start(), m.start() + len(t), t) for t in terms if t and t in text for m in re.finditer(f"(?={re.escape(t)})", text)]
+    return {t for a, b, t in spans if not any(c <= a and b <= d and d - c > b - a for c, d, _ in spans)}
+
+
 def facts_recalled(records, answers):
-    """Share of the knowledge base's values that the answers name, over the records that carry `values`."""
-    named = [value in answer for record, answer in zip(records, answers) for value in record.get("values", [])]
-    return sum(named) / len(named) if named else None
+    """Share of the knowledge base's values that the answers name, over the records that carry `values`: one counts where
+    it stands by itself, not inside its entity's name or a longer value of records that ask for the same relations."""
+    asked, hits = {}, []
+    for r in records:
+        asked.setdefault(str(r.get("relations")), set()).update(r.get("values", []))
+    for r, answer in zip(records, answers):
+        said = named(answer, {*asked[str(r.get("relations"))], r.get("entity")})
+        hits += [value in said for value in r.get("values", [])]
+    return sum(hits) / len(hits) if hits else None
 
 
 def answer_all(model, tokenizer, template, records, label):
@@ -795,12 +820,13 @@ def parse_config():
         parser.add_argument(f"--{f.name}", default=SUPPRESS, help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"),
                             **kind)
     args = vars(parser.parse_args())                              # only what was given
-    if "data_path" in args:
-        args["data_path"] = tuple(args["data_path"])
     if "lora_target_modules" in args:                             # q_proj v_proj, q_proj,v_proj, '["q_proj","v_proj"]'
         args["lora_target_modules"] = tuple(" ".join(args["lora_target_modules"]).translate(
             str.maketrans("[](),'\"", " " * 7)).split())
-    return TrainConfig(**({} if args.get("base_model") else TINY) | args)
+    if args.get("base_model"):
+        return TrainConfig(**args)
+    val = {"val_path": ""} if "val_set_size" in args else {}
+    return TrainConfig(**TINY | val | args | {"base_model": TINY["base_model"]})
 
 
 def main():

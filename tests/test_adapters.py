@@ -126,6 +126,12 @@ DAMAGES = {
     "enable_lora": (change_config(enable_lora=[True, False, True]), "enable_lora"),
     "pissa": (change_config(init_lora_weights="pissa_niter_4"), "pissa"),
     "not lora": (change_config(peft_type="IA3"), "IA3"),
+    "olora": (change_config(init_lora_weights="OLoRA"), "OLoRA"),
+    "the first layer": (change_config(layers_to_transform=0), "layers_to_transform"),
+    "one layer's name": (change_config(target_modules=["model.layers.1.self_attn.q_proj", "v_proj"]), "single layers"),
+    "a pattern of one layer": (change_config(target_modules=r"model\.layers\.1\..*q_proj"), "single layers"),
+    "a pattern that is none": (change_config(target_modules="*.q_proj"), "*.q_proj"),
+    "a rank's pattern that is none": (change_config(rank_pattern={"*.q_proj": 4}), "*.q_proj"),
     "no rank": (change_config(r="gone"), "lacks r"),
     "no alpha": (change_config(lora_alpha="gone"), "lacks lora_alpha"),
     "another rank": (change_config(r=8), "lora_A"),
@@ -154,19 +160,25 @@ def test_damaged_adapters_are_refused_by_name(tmp_path, base, name):
 
 
 def test_a_save_is_read_back_before_it_replaces(tmp_path, base, monkeypatch, capsys):
-    """Zero B: fine before training and told of when loaded, an error after it. A write that loses a tensor is an error.
-    In both cases the older adapter stays."""
+    """Zero B everywhere: fine before training and told of when loaded, an error after it; in one linear (behind a wo of
+    zeros) it is told of. What is not finite and a write that loses a tensor are errors. Then the older adapter stays."""
     peft_adapter(tmp_path / "a")
     model = M.load_model(base / "hf")
     L.add_lora(model, L.LoRAConfig())
     L.save_adapter(model, tmp_path / "zero")
     L.load_adapter(M.load_model(base / "hf"), tmp_path / "zero")
     assert "changes nothing" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(ValueError, match="every lora_B is zero after training"):
+        L.save_adapter(model, tmp_path / "b", trained=True)
     for _, module in L.lora_linears(model)[1:]:
         module.lora_b.data.fill_(1)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.lora_B.weight is zero after training"):
+    L.save_adapter(model, tmp_path / "one", trained=True)
+    assert "layers.0.self_attn.q_proj.lora_B.weight is zero after training" in capsys.readouterr().err
+    module.lora_b.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="v_proj.lora_B.weight holds NaN or infinity"):
         L.save_adapter(model, tmp_path / "b", trained=True)
+    module.lora_b.data.fill_(1)
     monkeypatch.setattr(L, "save_file", lambda state, *a, **k: save_file(dict(list(state.items())[1:]), *a, **k))
     with pytest.raises(ValueError, match="is not what was saved"):
         L.save_adapter(model, tmp_path / "b")

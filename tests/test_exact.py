@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,15 @@ def test_what_differs_is_refused_in_one_line(base, whole, tmp_path, capsys):
         assert f"was made with {words}" in str(error.value) and "\n" not in str(error.value)
         assert resumed(resume_anyway=True, **changes)[1] == whole / "checkpoint-7"
         assert words[:-1] in capsys.readouterr().out
+    config, auto = start(base, whole, **given)[0], ["fp32", "bf16"][M.BF16_PRODUCTS]
+    for config.dtype in ("fp32", "bf16"):                         # what auto was there counts, and not its name
+        with pytest.raises(ValueError, match=f"dtype '{auto}', not") if config.dtype != auto else suppress():
+            T.open_run(config)
+    shape, settings = tmp_path / "shape", json.loads((base / "params.json").read_text())
+    shutil.copytree(base, shape)
+    (shape / "params.json").write_text(json.dumps({**settings, "rope_theta": 500.0}))
+    with pytest.raises(ValueError, match="another base;"):
+        resumed(base_model=str(shape))
     for folder in (base, tmp_path / "none", whole / "checkpoint-6"):
         with pytest.raises(ValueError, match="is no checkpoint"):
             resumed(resume_from_checkpoint=str(folder))
@@ -174,18 +184,76 @@ def test_finished_and_unfinished_runs(base, whole, tmp_path, capsys):
         T.train(*start(base, tmp_path / "out"))
 
 
+def test_a_finished_run_is_extended_stopped_and_gone_on_with(base, whole, tmp_path, monkeypatch, capsys):
+    """Of a run of 12 steps one of 20 is made: stopped, it is an unfinished run like any other, and loses nothing."""
+    shutil.copytree(whole, tmp_path / "out")
+    longer, step_gradient = {"num_epochs": 5, "resume_from_checkpoint": "auto"}, T.step_gradient
+    monkeypatch.setattr(T, "step_gradient", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or step_gradient(*a))
+    with pytest.raises(SystemExit):
+        T.train(*start(base, tmp_path / "out", **longer, resume_anyway=True))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="checkpoint-11 is of a run that did not finish"):
+        T.open_run(start(base, tmp_path / "out")[0])
+    assert T.open_run(start(base, tmp_path / "out", **longer)[0])[1].name == "checkpoint-11"
+    assert len(T.train(*start(base, tmp_path / "out", **longer))) == 20
+    assert T.open_run(start(base, tmp_path / "out", **longer)[0])[1] == tmp_path / "out"
+
+
+def test_nothing_to_go_on_from_is_said(base, whole, tmp_path):
+    """A finished run without checkpoints; a checkpoint at or behind the run's last step; one whose log holds rubbish."""
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.copytree(whole / "checkpoint-10", tmp_path / "alone" / "checkpoint-10")
+    for steps in (5, 10):
+        with pytest.raises(ValueError, match=f"checkpoint-10 is of step 10, and this run ends with step {steps}; raise"):
+            T.train(*start(base, tmp_path / "new", max_steps=steps, resume_anyway=True,
+                           resume_from_checkpoint=str(tmp_path / "alone" / "checkpoint-10")))
+    (tmp_path / "alone" / "log.jsonl").write_text("{}\nrubbish\n")
+    with pytest.raises(ValueError, match="log.jsonl"):
+        T.train(*start(base, tmp_path / "new", resume_from_checkpoint=str(tmp_path / "alone" / "checkpoint-10")))
+    for folder in T.checkpoints(tmp_path / "out").values():
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="holds no checkpoint to go on from"):
+        T.open_run(start(base, tmp_path / "out", num_epochs=5, resume_from_checkpoint="auto", resume_anyway=True)[0])
+    (tmp_path / "out" / "checkpoint-200").mkdir()                 # transformers' Trainer leaves such ones
+    assert T.open_run(start(base, tmp_path / "out")[0])[1] is None
+
+
+def test_what_was_forced_counts_when_a_run_goes_on(base, whole, capsys):
+    """Tokens at once, as planned before, unless they are given anew."""
+    for forced, wanted in ((0, 300), (77, 77)):
+        config = start(base, whole, micro_batch_tokens=forced, resume_anyway=True, resume_from_checkpoint=str(whole / "checkpoint-7"))[0]
+        saved = M.read_json_file(whole / "checkpoint-7" / "run.json")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(T, "read_json_file", lambda path: {**saved, "tokens_at_once": 300})
+            T.open_run(config)
+        assert config.micro_batch_tokens == wanted
+
+
+def test_memory_that_ran_out_names_the_checkpoint(base, tmp_path, monkeypatch):
+    """As torch says it of a CPU and of a GPU; other errors of it stay what they are."""
+    def full(*args):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+    config, model, data = start(base, tmp_path, save_steps=2)
+    step_gradient = T.step_gradient
+    monkeypatch.setattr(T, "step_gradient", lambda m, r, c: step_gradient(m, r, c) if not T.checkpoints(tmp_path) else full())
+    with pytest.raises(ValueError, match=r"step 3: CUDA out of memory.*checkpoint-2 is whole") as error:
+        T.train(config, model, data)
+    assert "\n" not in str(error.value)
+
+
 def test_the_last_checkpoints_and_the_best_are_kept(base, tmp_path, monkeypatch):
     """Validation is best at step 2; those of an earlier run, ahead of the step, go with the first of the new one."""
     losses = iter([3.0, 1.0, 2.0, 1.0, 5.0, 6.0])
     monkeypatch.setattr(T, "evaluate", lambda *args: next(losses))
     (tmp_path / "checkpoint-99").mkdir()
     (tmp_path / "checkpoint-99/run.json").write_text('{"started": 1}')
+    (tmp_path / "checkpoint-99/state.safetensors").write_bytes(b"")
     (tmp_path / "run.json").write_text('{"started": 1}')
     (tmp_path / "checkpoint-12.new").mkdir()
     T.train(*start(base, tmp_path, eval_steps=2, save_steps=3, save_total_limit=2))
     assert list(T.checkpoints(tmp_path)) == [4, 6, 9] and not list(tmp_path.glob("*.new"))
     saved = M.read_json_file(tmp_path / "checkpoint-4/run.json")
-    assert saved["step"] == 4 and saved["config"]["save_steps"] == 3 and len(saved["sha256"]["base"]) == 2
+    assert saved["step"] == 4 and saved["config"]["save_steps"] == 3 and len(saved["sha256"]["base"]) == 3
 
 
 class Crash(BaseException):

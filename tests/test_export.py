@@ -1,6 +1,8 @@
 """Weights out: round trips bit for bit, folders that transformers opens, merging, weight differences, the commands."""
 import copy
 import json
+import re
+import resource
 import shutil
 import sys
 
@@ -107,6 +109,38 @@ def test_merge_and_export_with_an_adapter(tmp_path, base, monkeypatch, capsys):
         command(monkeypatch, capsys, L, "merge", *adapter, tmp_path / "rough")
 
 
+def test_bad_options_cost_no_loading(tmp_path, base, monkeypatch, capsys):
+    """A folder that is there already and a size that is none are refused before anything is read; a full disk in one line."""
+    hf = ["--base_model", base[0] / "hf"]
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    monkeypatch.setattr(L, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="not empty"):
+        command(monkeypatch, capsys, L, "export", *hf, "--output_dir", tmp_path / "there")
+    for size in ("0", "-1", "inf", "nan"):
+        with pytest.raises(ValueError, match="max_shard_gb"):
+            command(monkeypatch, capsys, L, "export", *hf, "--output_dir", tmp_path / "new", f"--max_shard_gb={size}")
+    monkeypatch.undo()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        with pytest.raises(OSError, match="consolidated.00.pth cannot be written"):
+            command(monkeypatch, capsys, L, "export", *hf, "--layout", "meta", "--output_dir", tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_hubs_name_is_found_in_its_cache(tmp_path, base, monkeypatch, capsys):
+    cache = tmp_path / "models--me--b"
+    shutil.copytree(base[0] / "hf", cache / "snapshots" / "5f98ee")
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("5f98ee")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    command(monkeypatch, capsys, L, "export", "--base_model", "me/b", "--output_dir", tmp_path / "out")
+    assert equal(M.load_model(tmp_path / "out"), M.load_model(base[0] / "hf"))
+
+
 def test_recover_applies_a_weight_difference(tmp_path, base, monkeypatch, capsys):
     """As weight_diff.py: tuned - raw, [PAD] being a new row; raw's new row is the mean of its rows."""
     folder, hf = base
@@ -125,7 +159,9 @@ def test_recover_applies_a_weight_difference(tmp_path, base, monkeypatch, capsys
     ours, _ = G.load_base(tmp_path / "tuned", "cpu", torch.float32)
     wanted = meta_state(tuned)
     assert all((p - wanted[name]).abs().max() < 1e-6 for name, p in ours.named_parameters())
-    assert abs(float(out.split()[-1]) - sum(p.sum().item() for p in tuned.parameters())) < 1e-2
+    total = sum(p.sum().item() for p in tuned.parameters())
+    tables = 2 * tuned.model.rotary_emb.inv_freq.sum().item()     # of two layers
+    assert all(abs(float(words.split()[0].strip(",")) - wanted) < 1e-2 for words, wanted in zip(re.split("to ", out)[-2:], (total + tables, total)))
     with pytest.raises(ValueError, match="is \\(.*\\), \\(.*\\) in"):
         L.recover(tmp_path / "tuned", folder / "hf", tmp_path / "no")
     assert not (tmp_path / "no").exists()

@@ -319,7 +319,8 @@ def measured_bytes(shape, config, dtype, rows, recomputed):
         else:
             if config.base_dtype in L.QUANTISED:
                 L.quantize(model, config.base_dtype, "cpu", dtype)
-            L.add_lora(model.to(dtype) if config.base_dtype == "auto" else model, L.LoRAConfig(
+            model.compute_dtype = dtype
+            L.add_lora(model if config.base_dtype in L.QUANTISED else model.to(M.DTYPES.get(config.base_dtype, dtype)), L.LoRAConfig(
                 config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules))
         model.recomputed, allocated.peak = recomputed, 0          # building it is no part of training
         T.train(config, model, (rows, []))
@@ -333,7 +334,8 @@ MEMORY = {  # name: (settings, dtype, blocks recomputed of 4, rows, their length
     "fp32, recompute 2": ({}, "fp32", 2, 8, 128), "bf16, recompute 4": ({}, "bf16", 4, 2, 128),
     "nf4": ({"base_dtype": "nf4"}, "bf16", 0, 2, 128), "nf4, recompute 4": ({"base_dtype": "nf4"}, "fp32", 4, 8, 128),
     "int8": ({"base_dtype": "int8"}, "fp32", 0, 8, 128), "full fp32": ({"full": True}, "fp32", 0, 8, 128),
-    "full bf16": ({"full": True}, "bf16", 0, 2, 128)}
+    "full bf16": ({"full": True}, "bf16", 0, 2, 128), "tied": ({}, "fp32", 0, 2, 128), "tied, full": ({"full": True}, "fp32", 0, 2, 128),
+    "fp32 for fp16": ({"base_dtype": "fp16"}, "fp32", 0, 2, 128), "fp32 for bf16, recompute 3": ({"base_dtype": "bf16"}, "fp32", 3, 2, 128)}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if MEMORY[n][1] == "bf16" or "8" in n or "f4" in n else ())
@@ -341,7 +343,7 @@ MEMORY = {  # name: (settings, dtype, blocks recomputed of 4, rows, their length
 def test_memory_needed_is_what_training_allocates(name):
     """The estimate against the bytes alive at the peak, within 10 %."""
     settings, dtype, recomputed, n, length = MEMORY[name]
-    shape = M.LLaMAConfig(256, 4, 4, 1000, 1e-6)
+    shape = M.LLaMAConfig(256, 4, 4, 1000 if "tied" not in name else 8000, 1e-6, tie_embeddings="tied" in name)
     rows = [T.Row([(i * j + 1) % 1000 for j in range(length + 1)], [False] * (length // 2) + [True] * (length + 1 - length // 2))
             for i in range(1, 2 * n + 1)]
     config = T.TrainConfig(output_dir="", batch_size=2 * n, micro_batch_tokens=n * (length + 1), max_steps=2,

@@ -4,6 +4,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,38 @@ def test_bentsaos_finetune_sh_word_for_word(base, tmp_path, monkeypatch, capsys)
     assert [r["step"] for r in log] == [1, 2] and log[1]["val_loss"] > 0
 
 
+def test_full_on_a_base_with_added_tokens_can_be_asked(base, tmp_path, records):
+    """What `lora.py recover` makes of Alpaca: one row more than tokenizer.model has pieces."""
+    import model as M
+    padded, size = tmp_path / "padded", G.Tokenizer(base / "tokenizer.model").vocab_size
+    config = replace(M.LLaMAConfig.from_params(base / "params.json"), vocab_size=size + 1)
+    M.save_model(M.LLaMA(config), padded)
+    shutil.copyfile(base / "tokenizer.model", padded / "tokenizer.model")
+    (padded / "added_tokens.json").write_text(json.dumps({"[PAD]": size}))
+    done = command("train.py", "--base_model", padded, "--data_path", records, "--full", "--max_steps", 1, "--val_set_size", 2,
+                   "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert G.load_base(tmp_path / "out", "cpu", torch.float32)[0].config == config
+
+
+def test_settings_of_the_small_base_where_none_is_named(monkeypatch):
+    """TINY's settings hold for an empty --base_model too, and its validation file gives way to a share of the data."""
+    for arguments, base, val in (([], "tiny", "heldout.jsonl"), (["--base_model", ""], "tiny", "heldout.jsonl"),
+                                 (["--val_set_size", "2"], "tiny", ""), (["--base_model", "x"], "x", "")):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        config = T.parse_config()
+        assert (Path(config.base_model).name, Path(config.val_path).name) == (base, val)
+
+
+def test_answers_that_are_cut_are_counted(base, capsys):
+    """One that a cut would end inside a character ends before it, and is counted as well."""
+    tokenizer, template = G.Tokenizer(base / "tokenizer.model"), G.load_template("med_template")
+    record = {**RECORDS[7], "output": "龘" * 30}                  # three byte tokens each
+    for cutoff in range(100, 112):
+        rows = T.encode_records(tokenizer, template, [record], T.TrainConfig(cutoff_len=cutoff))[0]
+        assert "at most 1 answers cut" in capsys.readouterr().out and len(rows[0].ids) <= cutoff
+
+
 def damaged(base, folder, how):
     """A copy of the base with one thing wrong."""
     shutil.copytree(base, folder)
@@ -227,6 +260,9 @@ BAD = {  # name: (arguments over a good command, a word the line must have). @ i
     "base_dtype": (["--base_dtype", "int3"], "int3"),
     "all of a frozen base": (["--full", "--base_dtype", "int8"], "--full"),
     "device": (["--device", "cuda:99"], "cuda:99"),
+    "a weight that leaves nothing": (["--data_path", "RECORDS:0.05", "--val_set_size", "0"], "0.05"),
+    "template with other braces": (["--prompt_template_name", '@{"prompt_no_input": "{instruction} as {x}"}'], "{x}"),
+    "alpha without end": (["--lora_alpha", "inf"], "lora_alpha"),
     "no output": (["--output_dir", ""], "output_dir"),
     "output is a file": (["--output_dir", "@x"], "is a file"),
     "no package": (["--wandb_project", "x"], "pip install wandb"),

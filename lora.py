@@ -65,8 +65,8 @@ class LoRAConfig:
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
                 raise ValueError(f"lora_alpha is {alpha!r}, wanted a number above 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora_dropout is {self.dropout!r}, wanted 0 <= dropout < 1")
+        if not 0 <= self.dropout <= 0.99:                         # DroppedProduct draws in steps of 2^-16
+            raise ValueError(f"lora_dropout is {self.dropout!r}, wanted 0 to 0.99")
         object.__setattr__(self, "targets", tuple(dict.fromkeys(names)))
 
     def rank_and_scale(self, name):

@@ -362,9 +362,10 @@ class KVCache:
         return view
 
     def copy_rows(self, source, target, start, stop):
-        """Copy positions start to stop of the rows `source` to the rows `target`, lists that may overlap."""
+        """Copy positions start to stop of the rows `source`, a list, to the rows `target`, none of which is a source."""
         for kv in (*self.k, *self.v):
-            kv[target, :, start:stop] = kv[source, :, start:stop]
+            for a, b in zip(source, target):                      # slices: a list of rows would be brought to the device each time
+                kv[b, :, start:stop] = kv[a, :, start:stop]
 
     def positions(self, T):
         """Positions (T,) of the next T tokens."""

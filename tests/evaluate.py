@@ -8,11 +8,13 @@ templates, decoding settings, versions). The same inputs give the same bytes, so
 again; an interrupted one goes on.
 
 Characters are those of the text without white space. Each score is a mean over records, or a ratio or BLEU of sums
-over records; its 95 % interval is the percentile bootstrap over records (Efron & Tibshirani 1993), the same resamples
-for all models, so that the difference of two models is a paired one.
+over records; its 95 % interval is the percentile bootstrap (Efron & Tibshirani 1993). What is drawn are whole entities
+with all their records (Davison & Hinkley 1997, section 3.8), since records of one entity resemble each other; a record
+without `entity` is drawn alone. All models have the same resamples, so that the difference of two is a paired one.
 
   bits per character   -log2 p(reference and EOS | prompt) / characters of the reference: comparable across tokenizers
-  facts recalled       share of a record's values (those of the knowledge base) that the answer names
+  facts recalled       share of a record's values (those of the knowledge base) that the answer names by themselves, not
+                       inside the entity's name or a longer value of the same relation
   facts contradicted   of the values of the asked relations that the answer names, the share that is another entity's
   ROUGE-1/2/L          F1 over characters (Lin 2004)       BLEU-4   over characters, corpus level (Papineni et al. 2002),
   distinct-2           different character bigrams / bigrams of an answer (Li et al. 2016)         exponential smoothing
@@ -22,7 +24,6 @@ for all models, so that the difference of two models is a paired one.
 import csv
 import hashlib
 import html
-import io
 import json
 import math
 import re
@@ -34,12 +35,14 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from build_data import read_knowledge  # noqa: E402
+from build_data import read_knowledge, rouge_l  # noqa: E402
 from generate import DATA, Decoding, answer_file, each_model, pick_device, pick_dtype, read_instructions, read_records, render_prompt  # noqa: E402
-from model import Parser, causal_attention, read_json_file, run, write_atomically, write_json  # noqa: E402
+from model import Parser, find_tokenizer, read_json_file, run, write_atomically, write_json  # noqa: E402
+from train import named  # noqa: E402
 
 REFUSAL = re.compile("抱歉|对不起|无法(回答|提供)|不能(回答|提供)|作为(一个|一名)?(人工智能|AI|语言模型)|I'm sorry|As an AI")
-LETTER = re.compile(r"^\W*(?:(?:正确)?答案(?:是|为)?|选项?|应?选择?)?\W*([A-H]+)(?![A-Za-z])")
+LETTER = re.compile(r"[\W本题的正确答案故应该选择项是为]*([A-H](?:[\s、,，和与及]*[A-H])*+)项?(?:是?正确的?)?"        # *+: of A、B或C, not A
+                    r"(?= *(?:$|[\n.．、:：,，。;；!！)）\]】\"”」*]))(?!\W*(?:或|还是|[A-H]\b|[a-z]))")
 FAMILIES = {  # scores of one scale share a chart
     "facts": ["facts recalled", "facts contradicted"], "overlap with the reference": ["ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU-4"],
     "form": ["stopped", "repetition", "distinct-2", "empty", "refused", "U+FFFD"],
@@ -60,21 +63,11 @@ def f1(matches, reference, answer):
     return 2 * matches / (reference + answer) if reference and answer and matches else 0.0
 
 
-def lcs_length(a, b):
-    """Length of the longest common subsequence, one row of the table at a time."""
-    row = [0] * (len(b) + 1)
-    for x in a:
-        diagonal = 0
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
-    return row[-1]
-
-
 def rouge(reference, answer):
     """(ROUGE-1, ROUGE-2, ROUGE-L) F1 of two texts over characters."""
     r, a = characters(reference), characters(answer)
     by_n = [f1(sum((ngrams(r, n) & ngrams(a, n)).values()), max(0, len(r) - n + 1), max(0, len(a) - n + 1)) for n in (1, 2)]
-    return (*by_n, f1(lcs_length(r, a), len(r), len(a)))
+    return (*by_n, rouge_l(r, a))
 
 
 def bleu_counts(reference, answer):
@@ -102,44 +95,19 @@ def distinct(text, n):
     return len(counts) / sum(counts.values()) if counts else 1.0
 
 
-def named(text, terms):
-    """The terms that stand in text, none inside a longer one (四逆汤 is not named by 当归四逆汤)."""
-    found = set()
-    if terms:
-        pattern = "|".join(map(re.escape, sorted(terms, key=len, reverse=True)))
-        found = {m.group() for m in re.finditer(pattern, text)}
-    return found
-
-
-class SharedPrompt:
-    """What rows (B, T) attend to that all follow one prompt: its keys and values, computed once, and causally themselves."""
-
-    def __init__(self, cache, length):
-        self.cache, self.length = cache, length
-
-    def positions(self, T):
-        return torch.arange(self.length, self.length + T, device=self.cache.k[0].device)
-
-    def attend(self, layer, q, k, v):
-        k, v = (torch.cat((old[layer][:, :, :self.length].expand(len(new), -1, -1, -1), new), dim=2)
-                for old, new in ((self.cache.k, k), (self.cache.v, v)))
-        return causal_attention(q, k, v)
-
-    def advance(self, T):
-        pass
-
-
 @torch.inference_mode()
 def continuation_logprobs(model, prompt, continuations):
     """log p(continuation | prompt), natural, summed over its tokens, for each list of ids behind the ids of one prompt.
     The prompt runs once; the continuations are one batch, padded on the right where causality hides the padding."""
-    cache = model.new_cache(1, len(prompt))
-    last = model.hidden(torch.tensor([prompt], device=model.device), cache)[:, -1:]                     # (1, 1, C)
-    width = max(map(len, continuations))
+    B, n, width = len(continuations), len(prompt), max(map(len, continuations))
+    cache = model.new_cache(B, n + width - 1)
+    last = model.hidden(torch.tensor([prompt], device=model.device), cache.rows(0, 1, 0))[:, -1:]       # (1, 1, C)
+    cache.copy_rows([0] * B, list(range(B)), 0, n)
+    cache.length = n
     ids = torch.tensor([c + [0] * (width - len(c)) for c in continuations], device=model.device)        # (B, T)
-    hidden = last.expand(len(ids), -1, -1)
+    hidden = last.expand(B, -1, -1)
     if width > 1:
-        hidden = torch.cat((hidden, model.hidden(ids[:, :-1], SharedPrompt(cache, len(prompt)))), dim=1)
+        hidden = torch.cat((hidden, model.hidden(ids[:, :-1], cache)), dim=1)
     logprobs = model.output(hidden).float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)   # (B, T)
     return [row[:len(c)].double().sum().item() for row, c in zip(logprobs, continuations)]
 
@@ -152,41 +120,41 @@ def bits(model, tokenizer, template, record):
 
 
 def read_choices(path):
-    """Multiple-choice questions, [{question, options {letter: text}, answer letters, subject}], of ours, CMB (JSON with
-    option), CMExam (CSV with Question, Options, Answer) or TCMBench (JSON with example). Raises ValueError naming the
-    question that is none."""
+    """Multiple-choice questions, [{question, options {letter: text}, answer letters, subject, entity}], of ours, CMB (JSON
+    with option), CMExam (CSV with Question, Options, Answer) or TCMBench (JSON with example). Raises ValueError naming the
+    file and the question that is none."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); name a file of questions") from None
     if path.suffix == ".csv":
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    elif text.lstrip().startswith("{") and '"example"' in text.split("[")[0]:
-        rows = read_json_file(path)["example"]
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.DictReader(file))
+        except (OSError, ValueError, csv.Error) as error:
+            raise ValueError(f"{path} cannot be read ({error}); wanted CSV in UTF-8 with Question, Options, Answer") from None
     else:
         try:
-            rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(t) for t in text.split("\n") if t.strip()]
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
+            rows = read_json_file(path)["example"]
+        except (OSError, ValueError, KeyError):
+            rows = [row for _, row in read_records(path)]
     questions = []
-    for number, row in enumerate(rows, 1):
-        row = {key.lower(): value for key, value in row.items() if isinstance(key, str)}
-        question, options = row.get("question"), row.get("options", row.get("option"))
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+        row = {key.lower(): value for key, value in row.items() if isinstance(key, str)} if isinstance(row, dict) else {}
+        question, options, answer = row.get("question"), row.get("options", row.get("option")), row.get("answer")
         if options is None and isinstance(question, str):                         # TCMBench: the options end the question
             question, *lines = re.split(r"\n(?=[A-H][．.、])", question)
             options = "\n".join(lines)
         if isinstance(options, str):
             options = dict(re.findall(r"^([A-H])[．.、:：\s]+(.+?)\s*$", options, re.M))
         elif isinstance(options, list):                                           # [{"key": "A", "value": text}]
-            options = {o.get("key"): o.get("value") for o in options if isinstance(o, dict)}
-        answer = "".join(row["answer"]) if isinstance(row.get("answer"), list) else row.get("answer")
-        options = {k: v for k, v in (options or {}).items() if v}
-        if not isinstance(question, str) or len(options) < 2 or not answer or not set(answer) <= set(options):
-            raise ValueError(f"{path} question {number}: wanted a question, two options or more, and an answer among their "
-                             f"letters, got {sorted(options)} and {answer!r}")
+            options = {o["key"]: o.get("value") for o in options if isinstance(o, dict) and isinstance(o.get("key"), str)}
+        options = {k: v for k, v in options.items() if v} if isinstance(options, dict) else {}
+        answer = "".join(map(str, answer)) if isinstance(answer, list) else answer
+        if not (isinstance(question, str) and len(options) > 1 and all(isinstance(v, str) for v in options.values())
+                and isinstance(answer, str) and answer and set(answer) <= set(options)):
+            raise ValueError(f"{path} question {number}: wanted a question, two options or more, all texts, and an answer among "
+                             f"their letters, got {options!r:.80} and {answer!r}")
         subject = row.get("subject") or row.get("exam_subject") or row.get("knowledge_point") or row.get("exam_class") or "all"
-        questions.append({"question": question.strip(), "options": options, "answer": "".join(sorted(answer)), "subject": subject})
+        questions.append({"question": question.strip(), "options": options, "answer": "".join(sorted(answer)),
+                          "subject": str(subject), "entity": row.get("entity")})
     return questions
 
 
@@ -209,9 +177,11 @@ def ask_choice(question):
 
 def extract_choice(answer, options):
     """The letters that an answer chooses, or None. Strict: letters at its start (答案是 and the like may stand before
-    them), else the one option whose text it names; an answer that names two options, or none, chooses nothing."""
-    if (match := LETTER.match(answer)) and set(match[1]) <= set(options):
-        return "".join(sorted(set(match[1])))
+    them, punctuation must follow: B超 is no B), several if it lists them (A、C), else the one option whose text it names; an
+    answer that wavers (A或B), names two texts or none chooses nothing."""
+    if answer.strip() not in options.values() and (match := LETTER.match(answer)):                # CEA may be a text
+        if (letters := set(re.findall("[A-H]", match[1]))) <= set(options):
+            return "".join(sorted(letters))
     found = named(answer, options.values())
     letters = [letter for letter, text in options.items() if text in found]
     return letters[0] if len(letters) == 1 else None
@@ -227,12 +197,12 @@ def believes(model, tokenizer, template, statement):
 def fact_counts(record, answer, facts, vocabulary):
     """(values named, values asked, foreign values named, values of the asked relations named) of one answer. facts:
     {entity: {relation: values}}, vocabulary: {(kind, relation): every entity's values}."""
-    values = record.get("values", [])
-    own = facts.get(record.get("entity"), {})
-    known = {v for r, vs in own.items() for v in vs} | {record.get("entity")} | set(values)
+    values, entity = record.get("values", []), record.get("entity") or ""
+    known = {v for vs in facts.get(entity, {}).values() for v in vs} | {entity, *values}
     terms = set().union(*(vocabulary.get((record.get("kind"), r), set()) for r in record.get("relations", [])))
-    said = named(answer, terms)
-    return sum(v in answer for v in values), len(values), sum(all(v not in k for k in known) for v in said), len(said)
+    said = named(answer, terms | {entity, *values})
+    foreign = [v for v in said & terms if all(v not in k for k in known)]
+    return sum(v in said for v in values), len(values), len(foreign), len(said & terms)
 
 
 def score(records, answers, bit_counts, knowledge):
@@ -259,8 +229,7 @@ def score(records, answers, bit_counts, knowledge):
 
 def value(numerators, denominators, weights=None):
     """A score of (weighted) sums over records; None where nothing was asked."""
-    if weights is None:
-        weights = np.ones(len(numerators))
+    weights = np.ones(len(numerators)) if weights is None else weights
     if numerators.ndim == 2:
         return bleu(weights @ numerators)
     return float(weights @ numerators / total) if (total := weights @ denominators) else None
@@ -272,19 +241,26 @@ def interval(draws):
     return [round(float(x), 6) for x in np.percentile(draws, [2.5, 97.5])] if draws else None
 
 
-def summarise(scored, resamples, seed):
-    """{score: {model: {value, interval, difference, difference_interval}}}: differences are to the first model."""
-    rng, first, table = np.random.default_rng(seed), next(iter(scored)), {}
-    sizes = {len(n) for scores in scored.values() for n, _ in scores.values()}
-    weights = {size: rng.multinomial(size, np.full(size, 1 / size), resamples).astype(float) for size in sorted(sizes)}
+def clusters_of(rows):
+    """The number (N,) of each row's entity, from 0 on; a row without one has a number of its own."""
+    keys = [i if row.get("entity") in (None, "") else str(row["entity"]) for i, row in enumerate(rows)]
+    return np.array(list(map({key: k for k, key in enumerate(dict.fromkeys(keys))}.get, keys)))
+
+
+def summarise(scored, clusters, resamples, seed):
+    """{score: {model: {value, interval, records, resampled, difference, difference_interval}}}: differences are to the
+    first model. clusters: {score: numbers (N,)} of what is drawn, `resampled` of them: its records get the same weight."""
+    first, table = next(iter(scored)), {}
     for name in scored[first]:
-        row, draws = table.setdefault(name, {}), {}
+        row, draws, size = table.setdefault(name, {}), {}, int(clusters[name].max()) + 1
+        drawn = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), resamples)              # times, of each
+        weights = drawn[:, clusters[name]].astype(float)
         for model, scores in scored.items():
             n, d = scores[name]
-            draws[model] = [value(n, d, w) for w in weights[len(n)]]
+            draws[model] = [value(n, d, w) for w in weights]
             if (whole := value(n, d)) is None:
                 continue
-            row[model] = {"value": round(whole, 6), "interval": interval(draws[model]), "records": len(n)}
+            row[model] = {"value": round(whole, 6), "interval": interval(draws[model]), "records": len(n), "resampled": size}
             if model != first and first in row:
                 pairs = [None if None in pair else pair[1] - pair[0] for pair in zip(draws[first], draws[model])]
                 row[model] |= {"difference": round(whole - row[first]["value"], 6), "difference_interval": interval(pairs)}
@@ -339,8 +315,8 @@ def report(table, subjects, models, examples, info):
 margin:1em 0;border:1px solid #ddd}}table{{border-collapse:collapse;width:100%;margin:1em 0}}td,th{{border:1px solid #ddd;padding:.4em
 .6em;text-align:left;vertical-align:top}}th{{background:#f4f4f4}}pre{{background:#f4f4f4;padding:1em;overflow:auto}}</style>
 <h1>模型效果对比 Model comparison</h1>
-<p>{html.escape(models[0])} is what the others are compared with. Square brackets: 95 % bootstrap interval; round ones: paired
-difference, * where its interval leaves out 0. No medical advice. 本页内容由模型生成，不构成医疗建议。</p>
+<p>{html.escape(models[0])} is what the others are compared with. Square brackets: 95 % bootstrap interval, {info["interval"]};
+round ones: paired difference, * where its interval leaves out 0. No medical advice. 本页内容由模型生成，不构成医疗建议。</p>
 {charts}<table>{row(["score", *models], "th")}{scores}</table>
 <h2>Choices by subject, by likelihood</h2><table>{row(["subject", "questions", *models], "th")}{by_subject}</table>
 <h2>Answers side by side</h2><table>{row(["question", "reference", *models], "th")}{side}</table>
@@ -378,28 +354,33 @@ def main():
     parser.add_argument("--prompt_template", default="", help="name or path (empty: each adapter's own, med_template for a base)")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens of an answer at most")
     parser.add_argument("--rows", type=int, default=16, help="answers decoded at once")
-    parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples")
+    parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples, 40 or more: 2.5 %% of fewer is none")
     parser.add_argument("--seed", type=int, default=0, help="of the resamples")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16, fp32")
     args = parser.parse_args()
+    if args.resamples < 40:
+        raise ValueError(f"resamples is {args.resamples}, wanted 40 or more")
     records = read_instructions(args.data_path, answers=True)
     questions = [q for path in args.choices for q in read_choices(path)]
     pairs = read_pairs(args.statements) if args.statements else []
     knowledge = read_knowledge(args.knowledge)
     out, device = Path(args.output_dir), pick_device(args.device)
     out.mkdir(parents=True, exist_ok=True)
-    scored, texts, right = {}, {}, {}
-    info = {"models": {}, "data": {Path(p).name: file_hash(p) for p in [args.data_path, *args.choices, args.knowledge,
-                                                                         *filter(None, [args.statements])]},
+    scored, texts, right, files = {}, {}, {}, [args.data_path, *args.choices, args.knowledge, args.statements]
+    drawn = ", ".join(f"{clusters_of(rows).max() + 1} with {len(rows)} {what}" for rows, what in [
+        (records, "held-out questions"), (questions, "multiple-choice questions"), (pairs, "pairs of statements")] if rows)
+    info = {"models": {}, "data": [(Path(p).name, file_hash(p)) for p in files if p],      # a list: two files may share a name
             "decoding": {"temperature": 0, "max_new_tokens": args.max_new_tokens}, "resamples": args.resamples, "seed": args.seed,
+            "interval": f"{args.resamples} resamples of whole entities: {drawn}",
             "torch": torch.__version__.split("+")[0], "numpy": np.__version__, "dtype": str(pick_dtype(args.dtype, device)),
             "choice rule": LETTER.pattern, "refusal rule": REFUSAL.pattern}
     decoding = Decoding(max_new_tokens=args.max_new_tokens)
     for name, model, tokenizer, template, folders in each_model(args.models, args.prompt_template, device, pick_dtype(args.dtype, device)):
         hashes = [folder_hashes(folder) for folder in folders]
+        hashes[0]["tokenizer.model"] = file_hash(find_tokenizer(folders[0]))              # it may lie one level up
         info["models"][name] = {"weights": hashes, "template": template}
-        weights = hashlib.sha256(json.dumps([hashes, template]).encode()).hexdigest()
+        weights = hashlib.sha256(json.dumps([hashes, template, info["dtype"]]).encode()).hexdigest()
 
         def answers(prompts, kind):
             tasks = [({"instruction": p}, tokenizer.encode(render_prompt(template, p, i), bos=True), decoding) for p, i in prompts]
@@ -409,7 +390,7 @@ def main():
 
         rows = answers([(r["instruction"], r["input"]) for r in records], "answers")
         scores = score(records, rows, [bits(model, tokenizer, template, r) for r in records], knowledge)
-        texts[name] = [row["answer"] for row in rows]
+        texts[name], clusters = [row["answer"] for row in rows], dict.fromkeys(scores, clusters_of(records))
         if questions:
             likely = np.array([choose(model, tokenizer, template, q) == q["answer"] for q in questions], dtype=float)
             given = [extract_choice(row["answer"], q["options"])
@@ -418,6 +399,7 @@ def main():
             scores |= {"choice by likelihood": (likely, one),
                        "choice by answer": (np.array([g == q["answer"] for g, q in zip(given, questions)], dtype=float), one),
                        "choice not answered": (np.array([g is None for g in given], dtype=float), one)}
+            clusters = dict.fromkeys(scores, clusters_of(questions)) | clusters
         if pairs:
             held = np.array([[believes(model, tokenizer, template, p["consistent"]), not believes(model, tokenizer, template, p["inconsistent"])]
                              for p in pairs], dtype=float)
@@ -426,8 +408,9 @@ def main():
             one = np.ones(len(pairs))
             scores |= {"true statements": (held[:, 0], one), "false statements": (held[:, 1], one),
                        "right one of a pair": (np.array(likelier, dtype=float), one)}
+            clusters = dict.fromkeys(scores, clusters_of(pairs)) | clusters
         scored[name] = scores
-    table, models = summarise(scored, args.resamples, args.seed), list(scored)
+    table, models = summarise(scored, clusters, args.resamples, args.seed), list(scored)
     subjects = [(s, sum(q["subject"] == s for q in questions),
                  [np.mean([x for x, q in zip(right[m], questions) if q["subject"] == s]) for m in models])
                 for s in dict.fromkeys(q["subject"] for q in questions)]
@@ -443,6 +426,7 @@ def main():
     print(f"| score | {' | '.join(models)} |\n|---|{'---|' * len(models)}")
     for name, cells in table.items():
         print(f"| {name} | {' | '.join(shown(cells.get(m), name) for m in models)} |")
+    print(f"95 % intervals: {info['interval']}")
     print(f"{out}: report.html, scores.json, scores.svg, answers and choices of each model, run.json")
 
 

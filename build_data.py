@@ -58,14 +58,14 @@ def read_knowledge(path):
     for number, row in rows:
         if "head" in row:
             head, relation, tail = triple = [row.get(key) for key in ("head", "relation", "tail")]
-            if not all(isinstance(text, str) and text.strip() for text in triple):
-                raise ValueError(f"{path} line {number}: {triple}, wanted texts for head, relation and tail")
+            if not all(isinstance(text, str) and text.strip() for text in triple) or relation == "中心词":
+                raise ValueError(f"{path} line {number}: {triple}, wanted texts for head, relation (no 中心词) and tail")
             entity = triples.setdefault(head, (number, {"中心词": head}))[1]
             if relation == "类型":
                 entity["类型"] = tail
             else:
                 entity.setdefault(relation, []).append(tail)
-    for number, row in triples.values() or rows:
+    for number, row in [*((n, row) for n, row in rows if "head" not in row), *triples.values()]:
         name = row.get("中心词")
         kind = row.get("类型", next(k for k, marks in rules["kinds"].items() if not marks or set(marks) & set(row)))
         if not isinstance(name, str) or not name.strip() or not isinstance(kind, str):
@@ -74,12 +74,27 @@ def read_knowledge(path):
             raise ValueError(f"{path} line {number}: entity {name} stands there twice")
         entity = entities[name] = {"中心词": name, "类型": kind}
         for relation, values in row.items():
-            if relation not in entity:
+            if relation not in ("中心词", "类型"):
                 if not (isinstance(values, list) and values and all(isinstance(v, str) and v.strip() for v in values)):
                     raise ValueError(f"{path} line {number}: {relation} of {name} is {values!r}, wanted a list of texts")
                 name_here = rules["relations"].get(relation, relation)
-                entity[name_here] = list(dict.fromkeys([*entity.get(name_here, []), *values]))
+                found = [*entity.get(name_here, []), *values]     # of pattern and formula, two patterns may share one formula
+                entity[name_here] = found if name_here in ("中医证型", "常用方剂") else list(dict.fromkeys(found))
+        if 0 < (n := len(entity.get("中医证型", []))) != (m := len(entity.get("常用方剂", []))) > 0:
+            raise ValueError(f"{path} line {number}: {name} has {n} 中医证型 and {m} 常用方剂, wanted a formula for each pattern")
     return list(entities.values())
+
+
+def read_forms(path):
+    """The forms in a file like data/forms.json, {kind: {relation: {questions, statements}}}. Raises ValueError for others."""
+    forms = read_json_file(path)
+    try:
+        for form in (form for kind in forms.values() for form in kind.values()):
+            [text.format(e="") for text in (form["questions"][0], *form["questions"])]
+            [text.format(e="", v="") for text in (form["statements"][0], *form["statements"])]
+    except (LookupError, AttributeError, TypeError, ValueError):
+        raise ValueError(f"{path} holds no forms; wanted questions of {{e}}, statements of {{e}} and {{v}}, as data/forms.json") from None
+    return forms
 
 
 def facts(entity, forms):
@@ -87,11 +102,11 @@ def facts(entity, forms):
     辨证论治 is made of two relations: the i-th formula is the one for the i-th pattern."""
     found = []
     for relation, form in forms.get(entity["类型"], {}).items():
-        values = entity.get(relation, [])
+        values = list(dict.fromkeys(entity.get(relation, [])))
         text = "、".join(values)
         if relation == "辨证论治":
-            pairs = list(zip(entity.get("中医证型", []), entity.get("常用方剂", [])))
-            text, values = "，".join(f"{p}用{f}" for p, f in pairs), [v for pair in pairs for v in pair]
+            pairs = dict.fromkeys(zip(entity.get("中医证型", []), entity.get("常用方剂", [])))
+            text, values = "，".join(f"{p}用{f}" for p, f in pairs), list(dict.fromkeys(v for pair in pairs for v in pair))
         if values:
             found.append((relation, form, text, values))
     return found
@@ -138,8 +153,10 @@ def read_prompts(folder):
     the same value, follow: relations that are told of values which are entities themselves}."""
     forms = {path.stem: read_json_file(path) for path in sorted(Path(folder).glob("*.json"))}
     for name, form in forms.items():
-        if not isinstance(form.get("prompt"), list) or "weight" in form and not {"kinds", "relations", "facts"} <= set(form):
-            raise ValueError(f"{folder}/{name}.json wants prompt: [lines] and, beside a weight, kinds, relations and facts")
+        lines, weight, number = form.get("prompt"), form.get("weight", 0), form.get("facts", 0)
+        if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines) and isinstance(weight, (int, float))
+                and isinstance(number, int) and ("weight" not in form or {"kinds", "relations", "facts"} <= set(form))):
+            raise ValueError(f"{folder}/{name}.json wants prompt: [lines] and, beside a weight, kinds, relations and facts (a number)")
     if not forms:
         raise ValueError(f"{folder} holds no prompts; wanted .json files as in data/prompts")
     return forms
@@ -160,9 +177,8 @@ def knowledge_jobs(args, entities, forms, prompts):
     own = {e["中心词"]: facts(e, forms) for e in entities}
     holders, pools, rng, drawn, jobs = defaultdict(list), {}, random.Random(args.seed), Counter(), []
     for name, known in own.items():
-        for relation, _, _, values in known:
-            for value in values:
-                holders[kinds[name], relation, value].append(name)
+        for relation, value in ((relation, value) for relation, _, _, values in known for value in values):
+            holders[kinds[name], relation, value].append(name)
 
     def partners(name, share):
         """Entities of the same kind that have a value in common in one of the relations."""
@@ -170,10 +186,8 @@ def knowledge_jobs(args, entities, forms, prompts):
         return sorted({other for key in keys for other in holders[key]} - {name})
 
     for title, form in prompts.items():
-        pool = [name for name in own if form["weight"] and kinds[name] in form["kinds"] and own[name]
-                and set(form["relations"]) <= {fact[0] for fact in own[name]}
-                and ("share" not in form or partners(name, form["share"]))]
-        if pool:
+        if pool := [name for name in own if form["weight"] and kinds[name] in form["kinds"] and own[name]
+                    and {*form["relations"]} <= {fact[0] for fact in own[name]} and ("share" not in form or partners(name, form["share"]))]:
             rng.shuffle(pool)
             pools[title] = pool
     if not pools:
@@ -198,15 +212,17 @@ def knowledge_jobs(args, entities, forms, prompts):
 
 def literature_jobs(args, prompts):
     """args.count jobs: a dialogue of 2 to 6 turns about each conclusion in turn."""
-    rows, jobs = read_records(args.literature), []
+    rows, jobs, same = read_records(args.literature), [], Counter()
     for number, row in rows:
         if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("标题", "疾病", "结论")):
             raise ValueError(f"{args.literature} line {number}: wanted texts for 标题, 疾病 and 结论")
     for i in range(args.count):
         row, turn = rows[i % len(rows)][1], i // len(rows)
         title, disease, conclusion = row["标题"], row["疾病"], row["结论"]
-        parts = [part for part in re.split("[，。；]", conclusion) if len(part) > 3]
-        jobs.append(make_job(args, prompts, "literature", f"{title}#{turn}", ("user", "bot"), [(title, "结论", conclusion, parts)],
+        parts = [part for part in re.split("[，。；]", conclusion) if len(part) > 3] or [conclusion]
+        place = f"{turn}.{same[title, turn]}" if same[title, turn] else turn                  # of several rows of one title
+        same[title, turn] += 1
+        jobs.append(make_job(args, prompts, "literature", f"{title}#{place}", ("user", "bot"), [(title, "结论", conclusion, parts)],
                              entity=title, title=title, disease=disease, conclusion=conclusion,
                              turns=random.Random(f"{args.seed}/{title}/{turn}").randint(2, 6)))
     return jobs
@@ -223,15 +239,19 @@ def self_instruct_jobs(args, prompts, seeds):
 
 
 def plain(text):
-    """A text as it is compared: full width made half, small letters, nothing but letters and digits."""
-    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).lower())
+    """A text as it is compared: full width made half, small letters, nothing but letters and digits; between digits a point
+    (0.5) and one sign for all that stands there else (3～10, 3至10), or 15 would pass for 1.5."""
+    text = re.sub(r"(?<=\d)(?!\.\d)[\W_至到]+(?=\d)", "~", unicodedata.normalize("NFKC", text).lower())
+    return re.sub(r"(?!(?<=\d)[.~]\d)[\W_]", "", text)
 
 
 def says(text, value):
-    """Whether a plain text states a value: word for word, or if it is long by most of its pairs of characters."""
+    """Whether a plain text states a value: word for word, or if it is long by most of its pairs of characters; and in
+    either case each of its numbers as a whole."""
     value = plain(value)
     pairs = [value[i:i + 2] for i in range(len(value) - 1)]
-    return value in text or len(value) > 6 and sum(pair in text for pair in pairs) >= 0.7 * len(pairs)
+    own, there = ({*re.findall(r"\d+(?:\.\d+)?", part)} for part in (value, text))
+    return value > "" and own <= there and (value in text or len(value) > 6 and sum(pair in text for pair in pairs) >= 0.7 * len(pairs))
 
 
 class Names:
@@ -240,9 +260,11 @@ class Names:
 
     def __init__(self, entities):
         rules = read_json_file(DATA / "relations.json")
-        self.kind, self.same, self.starts = {e["中心词"]: e["类型"] for e in entities}, {}, defaultdict(list)
+        self.kind, self.starts = {e["中心词"]: e["类型"] for e in entities}, defaultdict(list)
+        self.same = {name: {name} for name in self.kind}          # a name's entities: two may share an alias
         for e in entities:
-            self.same.update({alias: e["中心词"] for alias in e.get("别名", [])})
+            for alias in e.get("别名", []):
+                self.same.setdefault(alias, set()).add(e["中心词"])
             for relation, kind in {"别名": e["类型"], **rules["names"]}.items():
                 for value in e.get(relation, []):
                     if not re.search(rules["no_names"], value):
@@ -263,8 +285,8 @@ class Names:
     def strangers(self, text, given):
         """Names in a text that the given one does not hold, under this or another name. A disease or drug is also held
         by a longer word (贫血 by 缺铁性贫血), a herb or formula is not."""
-        held = {self.same.get(name, name) for name in self.find(given)}
-        return sorted(name for name in self.find(text) if self.same.get(name, name) not in held
+        held = set().union(*(self.same.get(name, {name}) for name in self.find(given)))
+        return sorted(name for name in self.find(text) if held.isdisjoint(self.same.get(name, {name}))
                       and (self.kind[name] in ("中药", "方剂") or name not in given))
 
 
@@ -322,25 +344,26 @@ def most_like(kept, text, threshold=0.7):
     return 0.0, ""
 
 
-def near(kept, record, threshold=0.7):
-    """Whether a kept record about the same entity has mostly the same 4-grams (Jaccard); if none has, this one is kept."""
+def near(kept, record, threshold=0.7, add=True):
+    """Whether a kept record about the same entity has mostly the same 4-grams (Jaccard); if none has, add keeps this one."""
     text = plain(record["instruction"] + record["output"])
     grams = {text[i:i + 4] for i in range(len(text) - 3)}
     shared, sizes = kept.shared(grams)
     close = np.flatnonzero(shared >= threshold * (sizes + len(grams) - shared))
-    if found := any(kept.texts[i] == record.get("entity") for i in close):
-        return found
-    kept.add(grams, record.get("entity"))
-    return False
+    found = any(kept.texts[i] == record.get("entity") for i in close)
+    if add and not found:
+        kept.add(grams, record.get("entity"))
+    return found
 
 
 def parse_items(content, fields):
-    """The items of a reply, [{field: text}, ...]. Raises ValueError unless it is {"items": [...]} with a text in every
-    field, and nothing but a code fence or the thoughts of a reasoning model around it."""
+    """The items of a reply, [{field: text}, ...], with an input, "" if there is none, and without what else they hold. Raises
+    ValueError unless it is {"items": [...]} with texts, and only a code fence or a reasoning model's thoughts around it."""
     text = re.sub(r"(?s)^<think>.*?</think>", "", content.strip()).strip()
     text = re.sub(r"(?s)^```(?:json)?\n(.*)\n```$", r"\1", text)
     try:
-        items = [{**item, **{field: item[field].strip() for field in fields}} for item in json.loads(text)["items"]]
+        items = [{**{field: item[field].strip() for field in fields}, "input": (item.get("input") or "").strip()}
+                 for item in json.loads(text)["items"]]
     except (ValueError, RecursionError) as error:                 # the latter: brackets nested without end
         raise ValueError(f"no JSON: {error}" if text else "empty") from None
     except (LookupError, TypeError, AttributeError):
@@ -353,7 +376,7 @@ def parse_items(content, fields):
 FAULTS = {                                                        # reason: what in a record gives it away
     "refusal": r"抱歉|对不起|作为.{0,6}(AI|人工智能|语言模型)|我(无法|不能)(提供|回答|给出|判断)|无法回答|"
                r"(?i:as an ai|i'm sorry|i can ?not|i can't)",
-    "speaks of its prompt": r"(上述|以上|给定|给出|提供|所给)的?(知识|材料|信息|结论|资料|文本)|根据(知识|材料)|JSON",
+    "speaks of its prompt": r"((上述|以上|给定|所给)的?|(给出|提供)的)(知识|材料|信息|结论|资料|文本)|根据(知识|材料)|JSON",
 }
 
 
@@ -369,9 +392,9 @@ class Sieve:
 
     def reason(self, record, questions, answers, job):
         """The reason to reject a record, "" to keep it. Puts what it tells of the job's facts on the record."""
-        told = plain(answers)
+        told, whole = plain(answers), f"{questions}\n{record['input']}\n{answers}"
         for reason, pattern in FAULTS.items():
-            if re.search(pattern, questions + answers):
+            if re.search(pattern, whole):
                 return reason
         if len(told) < 10 or len(questions) < 4:
             return "too short"
@@ -381,26 +404,36 @@ class Sieve:
             used = [(relation, v) for _, relation, _, values in job["facts"] for v in dict.fromkeys(values) if says(told, v)]
             record["relations"], record["values"] = (list(dict.fromkeys(column)) for column in zip(*used or [((), ())]))
             record["score"] = round(len(record["values"]) / len({v for fact in job["facts"] for v in fact[3]}), 3)
-            record["strangers"] = self.names.strangers(questions + answers, job["messages"][-1]["content"])
+            record["strangers"] = self.names.strangers(whole, job["messages"][-1]["content"])
             if record["strangers"] or not used:
                 return "names what its facts do not" if used else "names no value of its facts"
         text = plain(record["instruction"] + record["input"] + record["output"])
-        if text in self.exact or near(self.grams, record):
+        if text in self.exact or near(self.grams, record, add=False):
             return "near duplicate" if text not in self.exact else "duplicate"
-        self.exact.add(text)
         if job["form"] == "self_instruct":
             record["rouge_l"], record["like"] = most_like(self.tasks, record["instruction"])
-            return "like a task kept before" if record["like"] else ""
+            if record["like"]:
+                return "like a task kept before"
+        self.exact.add(text)
+        near(self.grams, record)
         return ""
+
+
+def beside(output, ending, mark=""):
+    """The file beside an output: x.jsonl, ".replies.jsonl" -> x.replies.jsonl. Raises ValueError if the output is there without
+    it, or if mark, which each record of this command holds, is not in its first one: it is another's."""
+    path = Path(re.sub(r"\.jsonl?$", "", str(output)) + ending)
+    if mark and Path(output).exists():
+        with open(output, "rb") as file:
+            first = file.readline()
+        if not path.exists() or first and f'"{mark}": '.encode() not in first:
+            raise ValueError(f"{output} stands there without {path.name} or {mark}: it is not this command's; give another --output")
+    return path
 
 
 def build(args, jobs, sieve):
     """Ask the jobs, ask once more where a reply cannot be parsed, write the records kept and, with the reason, the rest."""
-    output = Path(args.output)
-    replies = output.with_suffix(".replies.jsonl")
-    if output.exists() and not replies.exists():
-        raise ValueError(f"{output} stands there without {replies.name}: it is not this command's; give another --output")
-    asker, kept, rejected = Asker(replies, args), [], []
+    asker, kept, rejected = Asker(beside(args.output, ".replies.jsonl", "prompt_hash"), args), [], []
 
     def outcome(job):
         """(reply, items, reason): the latest reply to a job, its items, or else why there are none."""
@@ -412,7 +445,8 @@ def build(args, jobs, sieve):
 
     asker.ask([(job["key"], job["messages"]) for job in jobs])
     if args.dry_run:
-        return
+        print("--- on top of that, a reply that cannot be parsed is asked once more, with the reply in its prompt")
+        return asker.end()
     repair = Template((Path(args.prompts) / "repair.txt").read_text(encoding="utf-8"))
     asker.ask([(job["key"] + "/repair", [*job["messages"], {"role": "assistant", "content": reply["content"] or "（空）"},
                                          {"role": "user", "content": repair.safe_substitute(reason=reason)}])
@@ -421,27 +455,26 @@ def build(args, jobs, sieve):
         reply, items, reason = outcome(job)
         source = {"entity": job.get("entity"), "kind": job.get("kind"), "form": job["form"]}
         source.update({key: reply[key] for key in ("prompt_hash", "model", "params", "usage", "time")} if reply else {})
-        if job["form"] == "literature" and items and not 2 <= len(items) <= 6:
-            items, reason = [], f"turns: {len(items)}, wanted 2 to 6"
+        if job["form"] == "literature" and items and not (2 <= len(items) <= 6 and all(i["user"] and i["bot"] for i in items)):
+            items, reason = [], f"turns: {len(items)}, wanted 2 to 6 and none of them empty"
         if reason:
             rejected.append({"id": job["key"], **source, "reason": reason, "content": reply and reply["content"]})
             continue
         said = [tuple(item[field] for field in job["fields"]) for item in items]
         if job["form"] == "literature":                           # one record of all turns, as BenTsao wrote its rows
             messages = [{"role": role, "content": text} for turn in said for role, text in zip(("user", "assistant"), turn)]
-            items = [{"instruction": render_turns([*said[:-1], (said[-1][0], None)]), "output": said[-1][1], "messages": messages}]
+            question = render_turns([*said[:-1], (said[-1][0], None)])
+            items = [{"instruction": question, "input": "", "output": said[-1][1], "messages": messages}]
             said = [("\n".join(column) for column in zip(*said))]
         for number, (item, (questions, answers)) in enumerate(zip(items, said)):
-            record = {"id": f"{job['key']}/{number}", "instruction": item["instruction"], "input": item.get("input") or "",
-                      "output": item["output"], **({"messages": item["messages"]} if "messages" in item else {}), **source}
+            record = {"id": f"{job['key']}/{number}", **dict.fromkeys(("instruction", "input")), **item, **source}      # in this order
             reason = sieve.reason(record, questions, answers, job)
             (rejected if reason else kept).append({**record, "reason": reason} if reason else record)
-    write_lines(output, kept)
-    write_lines(output.with_suffix(".rejected.jsonl"), rejected)
+    write_lines(args.output, kept)
+    write_lines(beside(args.output, ".rejected.jsonl"), rejected)
     if kept:
-        report(output, args.knowledge, html=output.with_suffix(".html"))
-    if asker.stop:
-        print(f"stopped: {asker.stop}; the same command goes on")
+        report(args.output, args.knowledge, html=beside(args.output, ".html"))
+    asker.end()
 
 
 def add_options(commands, *options):
@@ -465,7 +498,7 @@ def add_api_options(command):
         ("tpm", 0, "tokens per minute at most, prompt and max_tokens counted (0: no limit)"),
         ("timeout", 120.0, "seconds without a byte until a request is given up"), ("retries", 6, "further tries of a request"),
         ("max_requests", 0, "stop after so many requests of this run, those that timed out counted (0: no limit)"),
-        ("max_cost", 0.0, "dollars for all replies of the output, and for requests of this run that timed out; "
+        ("max_cost", 0.0, "dollars for all replies of the output, and for requests of this run that timed out or broke off; "
                           "none is asked that could exceed it (0: no limit)"),
         ("price_in", 0.0, "dollars for a million prompt tokens"), ("price_out", 0.0, "dollars for a million reply tokens"),
         ("poll", 30.0, "seconds between two looks at a batch"))
@@ -473,15 +506,15 @@ def add_api_options(command):
 
 class Asker:
     """Asks an OpenAI-compatible endpoint every (key, messages) not answered yet and appends each reply to a file as one
-    line: {key, content, finish_reason, prompt_hash, model, params, usage, time}. What stands in the file is paid: no
+    line: {key, content, finish_reason, prompt_hash, model, params, usage, batch, time}. What stands in the file is paid: no
     later run asks it again. What is asked and how a reply is judged is the caller's business. Raises ValueError if
-    another process holds the file, and for what no further request can mend (a wrong key, an unknown model)."""
+    another process holds the file; `end` raises what no further request can mend (a wrong key, an unknown model)."""
 
     def __init__(self, path, args):
-        numbers = [value for value in vars(args).values() if isinstance(value, (int, float))]
-        if min(numbers) < 0 or not (args.concurrency and args.max_tokens and args.timeout):
+        numbers = [value for name, value in vars(args).items() if isinstance(value, (int, float)) and name != "seed"]
+        if not (all(number >= 0 for number in numbers) and args.concurrency and args.max_tokens and args.timeout):
             raise ValueError("options of the API: no number below 0; concurrency, max_tokens and timeout above it")
-        if args.max_cost and not args.price_out:
+        if args.max_cost and not (args.price_in and args.price_out):
             raise ValueError("max_cost wants the prices of the model: --price_in and --price_out, dollars for a million tokens")
         if args.aiohttp and not find_spec("aiohttp"):
             raise ValueError("aiohttp is not installed: pip install 'openai[aiohttp]', or leave --aiohttp out")
@@ -502,37 +535,41 @@ class Asker:
             raise ValueError(f"{path} cannot be written: {error.strerror}; give another --output") from None
         with open(self.file.name, "rb") as lines:
             for number, line in enumerate(lines, 1):
-                if line.endswith(b"\n"):                          # else a last line cut off by a crash: it goes
-                    try:
-                        reply = json.loads(line)
-                        self.places[reply["key"]] = self.size, len(line)
-                        self.spent += self.cost(reply["usage"])
-                    except (ValueError, TypeError, LookupError, AttributeError):
-                        raise ValueError(f"{path} line {number} is no reply of an API; delete that line") from None
-                    self.size += len(line)
+                try:
+                    reply = json.loads(line)
+                    self.places[reply["key"]] = self.size, len(line)
+                    self.spent += self.cost(tokens_used(reply), reply.get("batch", False))
+                except (ValueError, TypeError, LookupError, AttributeError):
+                    if not line.endswith(b"\n"):                  # a last line cut off by a crash: it goes
+                        break
+                    raise ValueError(f"{path} line {number} is no reply of an API; delete that line") from None
+                self.size += len(line)
         if not args.dry_run:
             self.file.truncate(self.size)
+            if self.size and os.pread(self.file.fileno(), 1, self.size - 1) != b"\n":
+                self.size += self.file.write(b"\n")
 
-    def cost(self, usage):
-        """Dollars for a usage {prompt_tokens, completion_tokens}; a batch costs half."""
-        price = self.args.price_in * usage.get("prompt_tokens", 0) + self.args.price_out * usage.get("completion_tokens", 0)
-        return price * (0.5 if self.args.batch else 1.0) / 1e6
+    def cost(self, usage, batch=None):
+        """Dollars for a usage {prompt_tokens, completion_tokens}; by a batch (None: as this run asks) it costs half."""
+        price = self.args.price_in * usage["prompt_tokens"] + self.args.price_out * usage["completion_tokens"]
+        return price * (0.5 if (self.args.batch if batch is None else batch) else 1.0) / 1e6
 
     def most(self, messages):
-        """The usage a request may come to: 1.5 tokens for a Chinese character (3 bytes), and max_tokens."""
-        return {"prompt_tokens": sum(len(message["content"].encode()) // 2 + 4 for message in messages),
+        """The usage a request may come to: a token for each byte, which no tokenizer exceeds, and max_tokens."""
+        return {"prompt_tokens": sum(len(message["content"].encode()) + 8 for message in messages),
                 "completion_tokens": self.args.max_tokens}
 
-    def take(self, key, prompt_hash, body):
-        """Append the reply in the body of a chat completion to the file. Raises ValueError if there is none."""
+    def take(self, key, prompt_hash, body, params):
+        """Append the reply in the body of a chat completion to the file. Raises ValueError if there is none, when its cost
+        is counted all the same."""
+        usage = tokens_used(body)
+        self.spent += self.cost(usage)
         try:
-            choice, usage = body["choices"][0], body.get("usage") or {}
-            if not isinstance(content := choice["message"].get("content") or "", str):
-                raise TypeError("content is no text")
+            content = (choice := body["choices"][0])["message"].get("content") or ""      # a text, or texts among thoughts
+            content = "".join(part.get("text") or "" for part in content) if isinstance(content, list) else "" + content
             reply = {"key": key, "content": content, "finish_reason": choice.get("finish_reason"),
-                     "prompt_hash": prompt_hash, "model": body.get("model"), "params": {"model": self.args.model, **self.params},
-                     "usage": {k: usage.get(k) or 0 for k in ("prompt_tokens", "completion_tokens")},
-                     "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+                     "prompt_hash": prompt_hash, "model": body.get("model"), "params": {"model": self.args.model, **params},
+                     "usage": usage, "batch": self.args.batch, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         except (LookupError, TypeError, AttributeError):
             raise ValueError(f"no chat completion: {str(body)[:80]!r}") from None
         line = (json.dumps(reply, ensure_ascii=False) + "\n").encode("utf-8", "replace")
@@ -545,7 +582,6 @@ class Asker:
         self.places[key] = self.size, len(line)
         self.size += len(line)
         self.failed.pop(key, None)
-        self.spent += self.cost(reply["usage"])
         if self.spent:                                            # without prices there is none to show
             self.bar.set_postfix_str(f"${self.spent:.4f}", refresh=False)
         self.bar.update()
@@ -558,10 +594,10 @@ class Asker:
 
     async def send(self, client, key, messages):
         """One request until it is answered, refused for good (then self.failed holds the reason) or the run is stopped."""
-        from openai import APIConnectionError, APIStatusError, APITimeoutError
-        args, most = self.args, self.most(messages)
+        from openai import APIConnectionError, APIStatusError, OpenAIError
+        args, most, attempt = self.args, self.most(messages), 0
         cost = self.cost(most)
-        for attempt in range(args.retries + 1):
+        while attempt <= args.retries:
             if args.rpm or args.tpm:                              # requests leave evenly spaced
                 self.turn, seconds = max(self.turn, time.monotonic()), self.turn - time.monotonic()
                 self.turn += max(60 / args.rpm if args.rpm else 0, 60 * sum(most.values()) / args.tpm if args.tpm else 0)
@@ -574,36 +610,40 @@ class Asker:
                 return
             self.requests += 1
             self.reserved += cost
-            sent = {"messages": messages, **self.params}
+            params, body = dict(self.params), None
             try:
-                body = await client.post("/chat/completions", cast_to=object, body={"model": args.model, **sent})
-                self.take(key, prompt_hash(messages), body)
+                body = await client.post("/chat/completions", cast_to=object, body={"model": args.model, "messages": messages, **params})
+                self.take(key, prompt_hash(messages), body, params)
                 self.dead = 0
                 return
             except APIStatusError as error:
                 text, code = self.clean(error), error.status_code
-                if code in (400, 422) and self.give_up(error.param or text, sent):
-                    continue
-                if code in (401, 403, 404) or error.code == "insufficient_quota":
+                if code in (400, 422) and self.give_up(error.param or text, params):
+                    continue                                      # which is no try
+                if code in (401, 402, 403, 404) or error.code == "insufficient_quota":
                     raise ValueError(f"{client.base_url} refuses model {args.model}: {text}") from None
                 self.failed[key], header = text, error.response.headers.get("retry-after", "")
                 seconds = min(3600, float(header)) if re.fullmatch(r"\d+(\.\d+)?", header) else 0
-                if code < 500 and code not in (408, 409, 429):
-                    break
-            except (APIConnectionError, ValueError) as error:     # ValueError: an answer that is no chat completion
+                if code < 500 and code not in (408, 409, 429):    # this prompt is refused: the endpoint is there
+                    self.dead = 0
+                    return
+            except (OpenAIError, ValueError, RecursionError) as error:
                 self.failed[key], seconds = self.clean(error), 0.0
-                if isinstance(error, APITimeoutError):            # an endpoint may bill it: its cost stays reserved
-                    self.reserved += cost
+                if not (type(error.__cause__).__name__.startswith("Connect") or any(tokens_used(body).values())):
+                    self.reserved += cost                         # what was sent may be billed: its cost stays reserved
+                if not isinstance(error, APIConnectionError):     # an answer, paid perhaps, that is no chat completion
+                    break
             finally:
                 self.reserved -= cost
             await self.wait((seconds or min(30, 0.5 * 2 ** attempt)) + random.random() * min(1 + attempt, 5))
+            attempt += 1
         self.dead += 1
         if self.dead >= 2 * args.concurrency:
             raise ValueError(f"{client.base_url}: {self.dead} requests in a row without an answer, the last one: {self.failed[key]}")
 
     def give_up(self, text, sent):
         """Leave out, from here on, the first of the parameters sent that an error's text names; whether it is one to leave out."""
-        name = next((name for name in sent if name in text), None)
+        name = next((name for name in ("messages", *sent) if name in text), None)
         if name not in ("temperature", "response_format", "max_completion_tokens"):
             return False
         self.params.pop(name, None)
@@ -625,37 +665,42 @@ class Asker:
             while not self.stop and (job := next(jobs, None)):
                 try:
                     await self.send(client, *job)
-                except (ValueError, OSError) as error:
+                except Exception as error:
                     self.stop = error
         await asyncio.gather(*(work(clients[i // 16]) for i in range(min(self.args.concurrency, len(todo)))))
 
     async def batched(self, client, todo):
         """The same through files and batches. Their ids are noted before anything waits, so that a run killed at any
         moment finds its batches again; a batch made but not noted is known by its file."""
+        from openai import NotFoundError
         note = self.path.with_suffix(".batches.json")
         pending = read_json_file(note) if note.is_file() else {}                           # {id of a file: id of its batch}
-        asked = None
+        asked, sent = None, pending.pop("params", dict(self.params))
         while pending or asked != self.params:                    # first what an earlier run left, then the rest, and what was
             if not pending:                                       # refused once more without the parameter that is to blame
-                asked, todo = dict(self.params), [job for job in todo if job[0] not in self.places]
+                asked = sent = dict(self.params)
+                todo = [job for job in todo if job[0] not in self.places]
                 self.failed.clear()
                 for chunk in (todo[i:i + 20000] for i in range(0, len(todo), 20000)):
                     lines = [{"custom_id": f"{prompt_hash(messages)} {key}", "method": "POST", "url": "/v1/chat/completions",
                               "body": {"model": self.args.model, "messages": messages, **self.params}} for key, messages in chunk]
                     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
                     pending[(await client.files.create(file=("requests.jsonl", text.encode()), purpose="batch")).id] = None
-                    write_json(note, pending)
+                    write_json(note, {**pending, "params": sent})
             for file in [file for file, batch in pending.items() if not batch]:
                 made = {batch.input_file_id: batch.id async for batch in client.batches.list(limit=100)}
-                pending[file] = made.get(file) or (await client.batches.create(
-                    input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h")).id
-                write_json(note, pending)
+                pending[file] = made.get(file) or (await client.with_options(max_retries=0).batches.create(     # sent twice, it
+                    input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h")).id           # would be paid twice
+                write_json(note, {**pending, "params": sent})
             for file, id in list(pending.items()):
-                while (batch := await client.batches.retrieve(id)).status not in ("completed", "failed", "expired", "cancelled"):
-                    self.bar.set_description(f"{id} {batch.status}")
-                    await self.wait(self.args.poll)
-                    if self.stop:
-                        return
+                try:
+                    while (batch := await client.batches.retrieve(id)).status not in ("completed", "failed", "expired", "cancelled"):
+                        self.bar.set_description(f"{id} {batch.status}")
+                        await self.wait(self.args.poll)
+                        if self.stop:
+                            return
+                except NotFoundError:
+                    raise ValueError(f'{note}: the endpoint has no batch {id}; delete the line of "{file}", and it is asked anew') from None
                 for result in filter(None, (batch.output_file_id, batch.error_file_id)):
                     for line in filter(None, (await client.files.content(result)).text.split("\n")):
                         row = json.loads(line)
@@ -663,28 +708,29 @@ class Asker:
                         body = (row.get("response") or {}).get("body")
                         try:
                             if key not in self.places:
-                                self.take(key, hash, body)
+                                self.take(key, hash, body, sent)
                         except ValueError as error:
                             refusal = body.get("error") if isinstance(body, dict) else None
                             self.failed[key] = self.clean(refusal or row.get("error") or error)
-                            self.give_up(self.failed[key] if refusal else "", asked or self.params)
+                            self.give_up(self.failed[key] if refusal else "", sent)
                 why = "".join(f": {error.message}" for error in batch.errors and batch.errors.data or ())
                 for key, _ in todo:
                     if key not in self.places:
                         self.failed.setdefault(key, f"{id} {batch.status}{self.clean(why)}")
                 del pending[file]
-                write_json(note, pending)
+                write_json(note, {**pending, "params": sent})
 
     async def run(self, todo):
         from openai import AsyncOpenAI, OpenAIError
         if self.args.aiohttp:
             from openai import DefaultAioHttpClient
 
-        def interrupt():
-            self.stop = "interrupted"                             # a second Ctrl-C does not wait for the replies in flight
-            loop.remove_signal_handler(signal.SIGINT)
+        def interrupt(number):
+            self.stop = "interrupted"                             # a second one does not wait for the replies in flight
+            loop.remove_signal_handler(number)
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, interrupt, number)
         try:
             with tqdm(total=len(todo), unit="reply", mininterval=1) as self.bar:
                 async with AsyncExitStack() as stack:
@@ -693,36 +739,50 @@ class Asker:
                         http_client=DefaultAioHttpClient() if self.args.aiohttp else None,
                         max_retries=self.args.retries if self.args.batch else 0)) for _ in range(0, self.args.concurrency, 16)]
                     await (self.batched(clients[0], todo) if self.args.batch else self.online(clients, todo))
-        except OpenAIError as error:
-            raise ValueError(f"{clients[0].base_url}: {self.clean(error)}; run the same command to go on") from None
-        if isinstance(self.stop, Exception):
+        except (OpenAIError, ValueError) as error:
+            self.stop = error if isinstance(error, ValueError) else ValueError(
+                f"{clients[0].base_url}: {self.clean(error)}; run the same command to go on")
+        if isinstance(self.stop, OSError):                        # a full disk has no place for records either
             raise self.stop
 
     def ask(self, jobs):
-        """Ask the jobs [(key, messages), ...] that have no reply yet; `reply` then tells them. A dry run shows the first
-        prompts and the bill instead."""
+        """Ask the jobs [(key, messages), ...] that have no reply yet; `reply` then tells them, and `end` what stopped it. A
+        dry run shows the first prompts and the bill instead."""
         if changed := [key for key, messages in jobs if key in self.places and self.reply(key)["prompt_hash"] != prompt_hash(messages)]:
             raise ValueError(f"{self.path}: {len(changed):,} replies answer other prompts (first: {changed[0]}); the seed, the data or "
                              "a form has changed: give another --output, or delete those lines")
         todo = [job for job in jobs if job[0] not in self.places]
         tokens = {name: sum(self.most(messages)[name] for _, messages in todo) for name in ("prompt_tokens", "completion_tokens")}
         if self.args.batch and 0 < self.args.max_requests < len(todo):
-            raise ValueError(f"max_requests {self.args.max_requests}, and a batch of {len(todo):,} is left to ask; lower --count")
+            self.stop = ValueError(f"max_requests {self.args.max_requests}, and a batch of {len(todo):,} is left to ask; lower --count")
         if self.args.batch and self.args.max_cost and self.spent + self.cost(tokens) > self.args.max_cost:
-            raise ValueError(f"max_cost {self.args.max_cost}: {self.spent:.4f} dollars spent, and the batch may cost {self.cost(tokens):.4f}; "
-                             "lower --count or --max_tokens")
+            self.stop = ValueError(f"max_cost {self.args.max_cost}: {self.spent:.4f} dollars spent, and the batch may cost "
+                                   f"{self.cost(tokens):.4f}; lower --count or --max_tokens")
         if self.args.dry_run:
             for key, messages in todo[:3]:
                 print(f"--- {key}", *(message["content"] for message in messages), sep="\n")
             dollars = f"{self.cost(tokens):.2f} dollars at most; {self.spent:.4f} spent so far"
-            print(f"--- {len(jobs):,} prompts, {len(todo):,} to ask: about {tokens['prompt_tokens']:,} tokens in and at most "
+            print(f"--- {len(jobs):,} prompts, {len(todo):,} to ask: at most {tokens['prompt_tokens']:,} tokens in and "
                   f"{tokens['completion_tokens']:,} out, {dollars if self.args.price_out else 'dollars with --price_in and --price_out'}")
         elif todo and not self.stop:
             asyncio.run(self.run(todo))
 
+    def end(self):
+        """Raise what no further request can mend, once the caller has written what was paid; print what else stopped the run."""
+        if isinstance(self.stop, Exception):
+            raise self.stop
+        if self.stop:
+            print(f"stopped: {self.stop}; the same command goes on")
+
     def reply(self, key):
         """The reply to a key as its line holds it, None if there is none."""
         return json.loads(os.pread(self.file.fileno(), *reversed(self.places[key]))) if key in self.places else None
+
+
+def tokens_used(body):
+    """The usage {prompt_tokens, completion_tokens} in a reply, 0 where its endpoint tells no number."""
+    usage = isinstance(body, dict) and isinstance(body.get("usage"), dict) and body["usage"] or {}
+    return {name: int(re.match(r"\d{0,12}", str(usage.get(name)))[0] or 0) for name in ("prompt_tokens", "completion_tokens")}
 
 
 def prompt_hash(messages):
@@ -733,11 +793,17 @@ def prompt_hash(messages):
 def report(path, knowledge, tokenizer="", template="med_template", html=""):
     """Print what a file of records holds, and draw it on a page if html names one: counts by form, kind, relation and
     department, reasons of rejection, lengths, rows that a cut-off would cut, the knowledge base covered, duplicates."""
-    records, rejected = read_instructions(path, answers=True), Path(path).with_suffix(".rejected.jsonl")
-    reasons = [row["reason"].split(":")[0] for _, row in read_records(rejected)] if rejected.is_file() and rejected.stat().st_size else []
+    records, rejected = read_instructions(path, answers=True), beside(path, ".rejected.jsonl")
+    for number, r in enumerate(records, 1):
+        r |= {key: r.get(key) or [] for key in ("relations", "values")}
+        if not (all(isinstance(r.get(key) or "", str) for key in ("entity", "kind", "form")) and isinstance(r["relations"], list)
+                and isinstance(r["values"], list) and all(isinstance(text, str) for text in r["relations"] + r["values"])):
+            raise ValueError(f"{path} record {number}: wanted texts for entity, kind and form, lists of texts for relations and values")
+    rows = read_records(rejected) if rejected.is_file() and rejected.stat().st_size else []
+    reasons = [str(row.get("reason")).split(":")[0] for _, row in rows]
     entities = {e["中心词"]: e for e in read_knowledge(knowledge)}
     values = {(name, v) for name, e in entities.items() for r in e if r not in ("中心词", "类型") for v in e[r]}
-    told = {(r["entity"], v) for r in records if r.get("entity") for v in r.get("values", [])}
+    told = {(r["entity"], v) for r in records if r.get("entity") for v in r["values"]}
     texts, kept = Counter(plain(r["instruction"] + r["input"] + r["output"]) for r in records), Kept()
     departments = [d for r in records for d in entities.get(r.get("entity"), {}).get("所属科室", [])]
 
@@ -746,8 +812,8 @@ def report(path, knowledge, tokenizer="", template="med_template", html=""):
         return {f"{low} to {low + width - 1}": bins[low] for low in sorted(bins)}
     sections = {
         "records": {"kept": len(records), "rejected": len(reasons)}, "reasons of rejection": reasons,
-        "forms": [r["form"] for r in records if "form" in r], "kinds": [r["kind"] for r in records if r.get("kind")],
-        "relations": [name for r in records for name in r.get("relations", [])], "departments": departments,
+        "forms": [r["form"] for r in records if r.get("form")], "kinds": [r["kind"] for r in records if r.get("kind")],
+        "relations": [name for r in records for name in r["relations"]], "departments": departments,
         "characters of an answer": spread([len(r["output"]) for r in records], 50),
         "knowledge base": {"entities": len(entities), "entities asked about": len({r.get("entity") for r in records} & set(entities)),
                            "values": len(values), "values told": len(values & told)},
@@ -810,10 +876,10 @@ def parse_verdict(content, rubric):
 def judge(args):
     """Have answers scored, or two files of answers to the same questions compared, each pair in both orders: a judge who
     prefers a place and not an answer makes ties (Zheng et al. 2023). A line a question, the last one is the summary."""
-    rubric, files, output, rows, prompts = read_rubric(args.rubric), args.answers, Path(args.output), [], {}
-    replies, places = output.with_suffix(".replies.jsonl"), rubric["places"]
-    if len(files) != len(places) or output.exists() and not replies.exists():
-        raise ValueError(f"{args.rubric} wants {len(places)} file(s) of answers, got {len(files)}; and an --output new or its own")
+    rubric, files, rows, prompts = read_rubric(args.rubric), args.answers, [], {}
+    replies, places = beside(args.output, ".replies.jsonl", "rubric_sha256"), rubric["places"]
+    if len(files) != len(places):
+        raise ValueError(f"{args.rubric} wants {len(places)} file(s) of answers, got {len(files)}")
     hashes = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in (args.rubric, *files)]
     source = {"model": args.model, "rubric": rubric["name"], "rubric_sha256": hashes[0], "answers_sha256": hashes[1:]}
     for number, same in enumerate(zip_longest(*map(read_instructions, files), fillvalue={}), 1):
@@ -832,7 +898,7 @@ def judge(args):
     asker = Asker(replies, args)
     asker.ask(list(prompts.items()))
     if args.dry_run:
-        return
+        return asker.end()
     for row in rows:
         try:
             if lost := [key for key in row["keys"] if not asker.reply(key)]:
@@ -855,9 +921,8 @@ def judge(args):
         summary |= {name: found[verdict] for name, verdict in zip(("wins", "losses", "ties"), rubric["verdicts"])}
     elif kept:
         summary |= {key: {"mean": round(np.mean([row["scores"][key] for row in kept]), 4), "n": len(kept)} for key in rubric["keys"]}
-    write_lines(output, [*rows, {"summary": summary}])
-    if asker.stop:
-        print(f"stopped: {asker.stop}; the same command goes on")
+    write_lines(args.output, [*rows, {"summary": summary}])
+    asker.end()
     print(json.dumps({"summary": summary}, ensure_ascii=False))
 
 
@@ -874,8 +939,7 @@ def main():
                 ("prompt_template_name", "med_template", "template of the prompts whose tokens are counted"),
                 ("html", "", "file for the report as a page"))
     add_options([offline], ("output_dir", str(DATA), "folder for train.jsonl and heldout.jsonl"),
-                ("heldout", 0.1, "share of the entities that is held out"),
-                ("questions", 2, "question forms per fact in train.jsonl (held out: 1)"))
+                ("heldout", 0.1, "share of the entities held out"), ("questions", 2, "question forms per fact (held out: 1)"))
     add_options([literature], ("literature", str(DATA / "literature.jsonl"), "lines of 标题, 疾病, 结论"))
     add_options([tasks], ("seed_tasks", str(DATA / "seed_tasks.jsonl"), "alpaca records"))
     add_options([offline, knowledge, literature, tasks, stats],
@@ -898,16 +962,14 @@ def main():
     if args.command == "judge":
         return judge(args)
     if args.command == "offline":
-        entities, forms = read_knowledge(args.knowledge), read_json_file(args.forms)
+        entities, forms = read_knowledge(args.knowledge), read_forms(args.forms)
         if not 0 < args.heldout < 1 or args.questions < 1:
             raise ValueError(f"heldout {args.heldout}, questions {args.questions}: wanted 0 < heldout < 1 and at least 1")
         train, heldout = split_entities(entities, args.heldout, args.seed)
         write_lines(Path(args.output_dir) / "train.jsonl", write_records(train, forms, args.questions, random.Random(args.seed)))
-        write_lines(Path(args.output_dir) / "heldout.jsonl", write_records(heldout, forms, 1, random.Random(args.seed)))
-        return
+        return write_lines(Path(args.output_dir) / "heldout.jsonl", write_records(heldout, forms, 1, random.Random(args.seed)))
     if args.command == "stats":
-        report(args.file, args.knowledge, args.tokenizer, args.prompt_template_name, args.html)
-        return
+        return report(args.file, args.knowledge, args.tokenizer, args.prompt_template_name, args.html)
     if args.count < 1:
         raise ValueError(f"count {args.count}, wanted at least 1")
     prompts = read_prompts(args.prompts)
@@ -923,7 +985,7 @@ def main():
             raise ValueError(f"mix {args.mix!r}, wanted name=weight,... of {' '.join(prompts)}")
         for name, form in prompts.items():
             form["weight"] = int(mix.get(name, 0)) if mix else form.get("weight", 0)
-        jobs = knowledge_jobs(args, entities, read_json_file(args.forms), prompts)
+        jobs = knowledge_jobs(args, entities, read_forms(args.forms), prompts)
     build(args, jobs, Sieve(Names(entities)))
 
 

@@ -10,11 +10,13 @@ and a complaint about it (a repair) always gets a good reply.
 import argparse
 import asyncio
 import hashlib
+import http.server
 import json
 import random
 import re
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -158,10 +160,14 @@ class Server:
                 batch |= {"status": "failed", "errors": {"object": "list", "data": [
                     {"code": "model_not_found", "message": "The provided model `fake` does not exist", "line": 1}]}}
             self.batches[id] = batch
+            if self.o.lose_batch and len(self.batches) == 1:
+                return "drop"
             return 200, self.batches[id], b"", 0
         if path == "/v1/batches":
             return 200, {"object": "list", "data": [self.batch(id) for id in self.batches], "has_more": False}, b"", 0
-        return 200, self.batch(path.rsplit("/", 1)[1]), b"", 0
+        if (id := path.rsplit("/", 1)[1]) not in self.batches:
+            return *self.error(404, f"No batch found with id '{id}'."), b"", 0
+        return 200, self.batch(id), b"", 0
 
 
 class Connection(asyncio.Protocol):
@@ -192,6 +198,49 @@ class Connection(asyncio.Protocol):
                 asyncio.get_running_loop().call_later(seconds, self.transport.write, text)
 
 
+class Scripted:
+    """A server in a thread of this process: `reply(prompt, body, number of the request)` returns the content of a reply, a
+    (status, object), or None to hang up; `bodies` holds what was asked."""
+
+    def __init__(self, reply):
+        self.bodies, lock = [], threading.Lock()
+        bodies = self.bodies
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with lock:
+                    bodies.append(body)
+                    number = len(bodies)
+                said = reply(body["messages"][-1]["content"], body, number)
+                if said is None:
+                    return self.connection.close()
+                status, said = said if isinstance(said, tuple) else (200, completion(said))
+                data = said if isinstance(said, bytes) else json.dumps(said, ensure_ascii=False).encode()
+                self.send_response(status)
+                for name, value in (("content-type", "application/json"), ("content-length", str(len(data)))):
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def completion(content, usage={"prompt_tokens": 100, "completion_tokens": 300}):
+    return {"model": "fake-2026", "choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": "stop"}], "usage": usage}
+
+
 class Running:
     """A server in a process of its own: `with Running("--latency", "0.05") as server: server.url, server.stats()`."""
 
@@ -218,6 +267,7 @@ async def main():
     parser.add_argument("--key", default="", help="the key that is asked for; empty: none")
     parser.add_argument("--latency", type=float, default=0.0)
     parser.add_argument("--batch_delay", type=float, default=1.0)
+    parser.add_argument("--lose_batch", action="store_true", help="hang up instead of telling of the first batch made")
     parser.add_argument("--faults", default="{}")
     parser.add_argument("--refuse", nargs="*", default=[], help="parameters that answer 400")
     parser.add_argument("--seed", type=int, default=0)

@@ -4,9 +4,10 @@ import multiprocessing
 import time
 
 import pytest
-from fake_openai import Running
+from fake_openai import Running, Scripted, completion
 
 import build_data as D
+import generate as G
 import model as M
 
 KEY = "sk-planted-4711"
@@ -25,6 +26,12 @@ def options(url, *more):
 
 def jobs(n):
     return [(f"item {i}", [{"role": "user", "content": f"- 黄芪的功效：补气{i}"}]) for i in range(n)]
+
+
+def ask(asker, jobs):
+    """Ask, and raise what a run ends with."""
+    asker.ask(jobs)
+    asker.end()
 
 
 def lines(path):
@@ -61,14 +68,14 @@ def test_what_no_request_can_mend_stops_at_once(tmp_path, more, word):
     with Running(*more) as server:
         asker = D.Asker(tmp_path / "r.jsonl", options(server.url, "--concurrency", "4"))
         with pytest.raises(ValueError, match=word) as caught:
-            asker.ask(jobs(50))
+            ask(asker, jobs(50))
         assert server.stats()["requests"] <= 4 and KEY not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_server_that_is_gone_is_not_asked_for_ever(tmp_path):
     asker = D.Asker(tmp_path / "r.jsonl", options("http://127.0.0.1:9/v1", "--retries", "0", "--concurrency", "2"))
     with pytest.raises(ValueError, match="in a row without an answer"):
-        asker.ask(jobs(1000))
+        ask(asker, jobs(1000))
     assert asker.requests < 20
 
 
@@ -81,7 +88,7 @@ def test_caps_hold(tmp_path):
         cap = options(server.url, "--max_cost", "0.01", "--price_in", "1", "--price_out", "2", "--max_tokens", "400")
         asker = D.Asker(tmp_path / "b.jsonl", cap)
         asker.ask(jobs(50))
-        assert 12 <= len(asker.places) <= 16 and asker.spent == pytest.approx(0.0006 * len(asker.places), rel=0.05) and asker.spent <= 0.01
+        assert 11 <= len(asker.places) <= 16 and asker.spent == pytest.approx(0.0006 * len(asker.places), rel=0.05) and asker.spent <= 0.01
         asker.file.close()
         again = D.Asker(tmp_path / "b.jsonl", cap)
         again.ask(jobs(50))
@@ -110,7 +117,7 @@ def test_aiohttp_that_is_not_there_is_named(tmp_path, monkeypatch):
 def test_a_key_that_is_no_secret_stays_out_of_other_words(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "e")
     with Running("--model", "other") as server, pytest.raises(ValueError, match="The model `fake` does not exist"):
-        D.Asker(tmp_path / "r.jsonl", options(server.url)).ask(jobs(1))
+        ask(D.Asker(tmp_path / "r.jsonl", options(server.url)), jobs(1))
 
 
 def test_requests_leave_evenly_spaced(tmp_path):
@@ -156,24 +163,62 @@ def test_dry_run_asks_nothing_and_leaves_nothing(tmp_path, capsys, monkeypatch):
 
 
 def test_batch_is_found_again_after_a_kill(tmp_path):
-    """Killed while waiting, then run again: one batch at the server, every reply on the file, at half the price."""
+    """Killed while waiting, then run again with another temperature: one batch at the server, every reply on the file with the
+    parameters it was sent, at half the price; which it keeps when a later run asks one by one."""
+    prices = ("--price_in", "1", "--price_out", "1")
     with Running("--batch_delay", "2") as server:
-        def ask():
-            prices = ("--price_in", "1", "--price_out", "1")
-            asker = D.Asker(tmp_path / "r.jsonl", options(server.url, "--batch", "--poll", "0.1", *prices))
+        def run(temperature):
+            asker = D.Asker(tmp_path / "r.jsonl", options(server.url, "--batch", "--poll", "0.1", "--temperature", temperature, *prices))
             asker.ask(jobs(30))
             return asker
-        child = multiprocessing.get_context("fork").Process(target=ask)
+        child = multiprocessing.get_context("fork").Process(target=run, args=("1",))
         child.start()
         while server.stats()["batches"] == 0:
             assert child.is_alive()
             time.sleep(0.05)
         child.kill()
         child.join()
-        (tmp_path / "r.batches.json").write_text('{"file-0": null}')      # as if killed before the id could be noted
-        asker = ask()
+        note = json.loads((tmp_path / "r.batches.json").read_text())
+        (tmp_path / "r.batches.json").write_text(json.dumps({**note, "file-0": None}))    # as if killed before the id could be noted
+        asker = run("0.2")
         assert len(asker.places) == 30 and not asker.failed and asker.spent == pytest.approx(0.5e-6 * 30 * 311, rel=0.01)
         assert server.stats()["batches"] == 1 and set(server.stats()["answered"].values()) == {1}
+        assert {reply["params"]["temperature"] for reply in lines(tmp_path / "r.jsonl")} == {1.0}
+        asker.file.close()
+        later = D.Asker(tmp_path / "r.jsonl", options(server.url, *prices))
+        later.ask(jobs(31))
+        assert later.spent == pytest.approx(1e-6 * (0.5 * 30 + 1) * 311, rel=0.01)
+        later.file.close()
+        assert D.Asker(tmp_path / "r.jsonl", options(server.url, "--batch", *prices)).spent == pytest.approx(later.spent)
+
+
+def test_a_batch_whose_making_was_not_heard_of_is_found_by_its_file(tmp_path):
+    """The endpoint makes it and hangs up: the client does not make another, the same command ends well with the one."""
+    with Running("--batch_delay", "0", "--lose_batch") as server:
+        for error in ("run the same command to go on", ""):
+            asker = D.Asker(tmp_path / "r.jsonl", options(server.url, "--batch", "--poll", "0.1"))
+            if error:
+                with pytest.raises(ValueError, match=error):
+                    ask(asker, jobs(5))
+            else:
+                ask(asker, jobs(5))
+            asker.file.close()
+            assert server.stats()["batches"] == 1
+        assert len(asker.places) == 5 and set(server.stats()["answered"].values()) == {1}
+
+
+def test_a_batch_that_is_gone_is_named_with_its_line(tmp_path):
+    note = tmp_path / "r.batches.json"
+    with Running("--batch_delay", "0") as server:
+        M.write_json(note, {"file-9": "batch_9", "params": {"temperature": 1.0}})
+        asker = D.Asker(tmp_path / "r.jsonl", options(server.url, "--batch", "--poll", "0.1"))
+        with pytest.raises(ValueError, match='r.batches.json: .* "file-9"'):
+            ask(asker, jobs(3))
+        asker.file.close()
+        note.write_text("".join(line for line in note.read_text().splitlines(True) if "file-9" not in line))
+        asker = D.Asker(tmp_path / "r.jsonl", options(server.url, "--batch", "--poll", "0.1"))
+        ask(asker, jobs(3))
+        assert len(asker.places) == 3
 
 
 def test_rows_a_batch_lost_are_named(tmp_path):
@@ -208,8 +253,120 @@ def test_batch_is_not_sent_above_its_cap(tmp_path):
     with Running() as server:
         asker = D.Asker(tmp_path / "r.jsonl", options(server.url, "--batch", "--max_cost", "0.01", "--price_in", "1", "--price_out", "1"))
         with pytest.raises(ValueError, match="max_cost"):
-            asker.ask(jobs(40))
+            ask(asker, jobs(40))
         asker = D.Asker(tmp_path / "n.jsonl", options(server.url, "--batch", "--max_requests", "39"))
         with pytest.raises(ValueError, match="max_requests"):
-            asker.ask(jobs(40))
+            ask(asker, jobs(40))
         assert server.stats()["batches"] == 0
+
+
+REFUSED = 400, {"error": {"message": "Input data may contain inappropriate content.", "type": "data_inspection_failed", "param": None}}
+PRICES = ("--price_in", "1", "--price_out", "2")
+
+
+def run_scripted(tmp_path, reply, *more, count=12):
+    """(asker after its run, number of requests, what the run ended with) against a scripted endpoint."""
+    with Scripted(reply) as server:
+        asker = D.Asker(tmp_path / "r.jsonl", options(server.url, *more))
+        asker.ask(jobs(count))
+        return asker, len(server.bodies), asker.stop
+
+
+def test_a_prompt_that_is_refused_is_an_answer(tmp_path):
+    """Ten in a row at the front are no dead endpoint; only they are asked again, and that ends well too."""
+    def reply(prompt, *_):
+        return REFUSED if int(prompt.split("补气")[1]) < 10 else "{}"
+    for requests in (12, 10):
+        asker, seen, stop = run_scripted(tmp_path, reply, "--concurrency", "2")
+        assert (len(asker.places), seen, stop, len(asker.failed)) == (2, requests, None, 10)
+        asker.file.close()
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
+def test_what_holds_for_every_request_stops_at_the_first(tmp_path, status):
+    asker, seen, stop = run_scripted(tmp_path, lambda *_: (status, {"error": {"message": "Insufficient Balance"}}), "--concurrency", "1")
+    assert seen == 1 and "Insufficient Balance" in str(stop)
+
+
+PARTS = [{"type": "thinking", "thinking": [{"type": "text", "text": "嗯"}]}, {"type": "text", "text": "甲"}, {"type": "text", "text": "乙"}]
+USED = {"prompt_tokens": 100, "completion_tokens": 300}
+
+
+@pytest.mark.parametrize("said, content, spent, reserved", [
+    (PARTS, "甲乙", 0.0007, False), ((200, completion("{}", {"prompt_tokens": "100", "completion_tokens": "300"})), "{}", 0.0007, False),
+    ((200, completion("{}", {"prompt_tokens": None, "completion_tokens": "many"})), "{}", 0, False), ((200, completion("{}", [1])), "{}", 0, False),
+    ((200, {"choices": [], "usage": USED}), None, 0.0007, False), ((200, completion([3], USED)), None, 0.0007, False), ((200, {"choices": []}), None, 0, True),
+    ((200, b"[" * 200000), None, 0, True), ((200, b'{"choices": '), None, 0, True), ((200, b'"a page"'), None, 0, True)])
+def test_a_reply_of_another_shape_is_read_or_not_asked_again(tmp_path, said, content, spent, reserved):
+    """What it cost, as far as the endpoint tells, counts; the replies in flight beside it are kept."""
+    asker, seen, stop = run_scripted(tmp_path, lambda prompt, *_: said if prompt.endswith("气2") else "{}", *PRICES, count=4)
+    assert seen == 4 and stop is None and len(asker.places) == 3 + (content is not None)
+    assert (asker.reply("item 2") or {"content": None})["content"] == content
+    assert asker.spent == pytest.approx(3 * 0.0007 + spent) and (asker.reserved > 0.004) == reserved
+    asker.file.close()
+    D.Asker(tmp_path / "r.jsonl", options("http://127.0.0.1:9/v1"))       # the file can be read again
+
+
+def test_an_error_of_ours_loses_no_reply_in_flight(tmp_path, monkeypatch):
+    taken = D.Asker.take
+
+    def take(self, key, *more):
+        if key == "item 0":
+            raise RuntimeError("a bug")
+        taken(self, key, *more)
+    monkeypatch.setattr(D.Asker, "take", take)
+    with Running("--latency", "0.2") as server:
+        asker = D.Asker(tmp_path / "r.jsonl", options(server.url, "--concurrency", "8"))
+        asker.ask(jobs(8))
+        assert len(lines(tmp_path / "r.jsonl")) == 7 and pytest.raises(RuntimeError, asker.end)
+
+
+def test_leaving_out_a_parameter_is_no_try(tmp_path):
+    with Running("--refuse", "temperature", "response_format", "max_completion_tokens") as server:
+        asker = D.Asker(tmp_path / "r.jsonl", options(server.url, "--retries", "0", "--concurrency", "1"))
+        ask(asker, jobs(5))
+        assert len(asker.places) == 5 and server.stats()["requests"] == 5 + 3
+
+
+def test_a_last_line_without_its_end_is_kept(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with Running() as server:
+        D.Asker(path, options(server.url)).ask(jobs(3))
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        assert len(D.Asker(path, options(server.url, "--dry_run")).places) == 3 and path.read_bytes() == whole[:-1]
+        asker = D.Asker(path, options(server.url))
+        assert path.read_bytes() == whole and len(asker.places) == 3
+        asker.ask(jobs(4))
+        assert server.stats()["requests"] == 4 and [asker.reply(f"item {i}")["key"] for i in range(4)] == [f"item {i}" for i in range(4)]
+
+
+def test_most_is_a_bound_for_any_tokenizer(tmp_path):
+    """A rare character is three tokens to a tokenizer that falls back to bytes."""
+    tokenizer = G.Tokenizer(G.DATA / "tiny" / "tokenizer.model")
+    asker = D.Asker(tmp_path / "r.jsonl", options("http://127.0.0.1:9/v1", "--dry_run"))
+    for text in ("龘靐齉爩鱻麤䨻" * 60, "𠮷𠀋", "黄芪的功效", "", "a b"):
+        assert asker.most([{"content": text}])["prompt_tokens"] >= len(tokenizer.encode(text, bos=True))
+
+
+def test_dropped_connections_are_as_dear_as_they_may_be(tmp_path):
+    """Those that the endpoint may have answered; not those that were never made."""
+    more = (*PRICES, "--max_cost", "0.01", "--concurrency", "2")
+    asker, seen, stop = run_scripted(tmp_path, lambda *_: None, "--retries", "3", *more, count=50)
+    assert seen == 2 and "max_cost" in stop and asker.reserved == pytest.approx(2 * asker.cost(asker.most(jobs(1)[0][1])))
+    asker = D.Asker(tmp_path / "s.jsonl", options("http://127.0.0.1:9/v1", "--retries", "1", *more))
+    with pytest.raises(ValueError, match="in a row"):
+        ask(asker, jobs(50))
+    assert asker.reserved == pytest.approx(0)
+
+
+def test_recorded_parameters_are_those_sent(tmp_path):
+    """item 0 is answered late, after another has found out that the temperature is refused."""
+    def reply(prompt, body, number):
+        if prompt.endswith("气0"):
+            time.sleep(0.8)
+        elif "temperature" in body:
+            return 400, {"error": {"message": "Unsupported parameter: 'temperature'", "param": "temperature"}}
+        return "{}"
+    asker, *_ = run_scripted(tmp_path, reply, count=2)
+    assert asker.reply("item 0")["params"]["temperature"] == 1.0 and "temperature" not in asker.reply("item 1")["params"]

@@ -81,3 +81,54 @@ def test_bad_knowledge_names_its_line(tmp_path, text, word):
     (tmp_path / "k.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=word):
         D.read_knowledge(tmp_path / "k.jsonl")
+
+
+def read(tmp_path, text):
+    (tmp_path / "k.jsonl").write_text(text, encoding="utf-8")
+    return D.read_knowledge(tmp_path / "k.jsonl")
+
+
+def test_two_patterns_may_share_a_formula(tmp_path):
+    """The i-th formula stays that of the i-th pattern; told by itself, each stands there once."""
+    disease = {"中心词": "甲病", "类型": "疾病", "中医证型": ["风寒证", "风热证", "气虚证"], "常用方剂": ["麻黄汤", "麻黄汤", "补中益气汤"]}
+    entity = read(tmp_path, json.dumps(disease))[0]
+    told = {relation: (text, values) for relation, _, text, values in D.facts(entity, FORMS)}
+    assert entity == disease and told["辨证论治"][0] == "风寒证用麻黄汤，风热证用麻黄汤，气虚证用补中益气汤"
+    assert told["常用方剂"] == ("麻黄汤、补中益气汤", ["麻黄汤", "补中益气汤"]) and len(set(told["辨证论治"][1])) == len(told["辨证论治"][1]) == 5
+    with pytest.raises(ValueError, match="line 1: 甲病 has 3 中医证型 and 2 常用方剂"):
+        read(tmp_path, json.dumps({**disease, "常用方剂": ["麻黄汤", "补中益气汤"]}))
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ('{"中心词": "感冒", "临床表现": ["鼻塞"], "相关症状": ["咳嗽"]}', {"相关症状": ["鼻塞", "咳嗽"]}),
+    ('{"中心词": "感冒", "相关症状": ["咳嗽"], "临床表现": ["鼻塞", "咳嗽"]}', {"相关症状": ["咳嗽", "鼻塞"]}),
+    ("感冒\t临床表现\t鼻塞\n感冒\t相关症状\t咳嗽\n", {"相关症状": ["鼻塞", "咳嗽"]})])
+def test_cmekgs_names_and_ours_are_one_relation(tmp_path, text, wanted):
+    assert read(tmp_path, text) == [{"中心词": "感冒", "类型": "疾病", **wanted}]
+
+
+def test_triples_and_entities_in_one_file(tmp_path):
+    rows = '{"中心词": "麻黄", "类型": "中药", "功效": ["发汗"]}\n{"head": "桂枝", "relation": "性味", "tail": "辛"}'
+    assert {e["中心词"] for e in read(tmp_path, rows)} == {"麻黄", "桂枝"}
+
+
+@pytest.mark.parametrize("text, value, said", [
+    ("每日1.5克。", "1.5克", True), ("每日15克。", "1.5克", False), ("每日15g。", "5g", False), ("每日5g。", "5g", True), ("散剂05～1g", "0.5～1g", False),
+    ("散剂０．５～1g", "0.5～1g", True), ("用量3-10g", "3～10g", True), ("用量3至10g", "3～10g", True), ("用量310g", "3～10g", False),
+    ("煎服，1～3g；散剂05～1g，遵医嘱。", "煎服，1～3g；散剂0.5～1g", False), ("煎服1～3g，散剂用0.5～1g。", "煎服，1～3g；散剂0.5～1g", True),
+    ("一个回答", "（-）", False), ("常见1. 鼻塞；2.咳嗽", "咳嗽", True), ("查HLA B27检测", "HLA-B27检测", True)])
+def test_a_value_is_said_with_its_numbers(text, value, said):
+    assert D.says(D.plain(text), value) is said
+
+
+def test_every_shipped_value_is_said_by_its_own_sentence():
+    for e in ENTITIES:
+        for _, form, text, values in D.facts(e, FORMS):
+            told = D.plain(form["statements"][0].format(e=e["中心词"], v=text))
+            assert all(D.says(told, value) for value in values), (e["中心词"], values)
+
+
+def test_an_alias_of_two_entities_belongs_to_both():
+    names = D.Names([{"中心词": "甲病", "类型": "疾病", "别名": ["共名"]}, {"中心词": "乙病", "类型": "疾病", "别名": ["共名"]}])
+    assert names.strangers("甲病又叫共名", "甲病的病因") == names.strangers("乙病又叫共名", "乙病的病因") == []
+    assert names.strangers("甲病不是乙病", "甲病的病因") == ["乙病"]

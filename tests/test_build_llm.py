@@ -1,16 +1,21 @@
 """build_data.py with an API: readers, prompts, checks, the whole commands against the loopback server, bad inputs."""
+import gc
 import io
 import json
 import multiprocessing
 import os
 import random
+import re
 import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
-from fake_openai import Running
+from fake_openai import Running, Scripted
 
 import build_data as D
 import generate as G
@@ -102,14 +107,15 @@ def test_names_are_found_by_longest_match():
 @pytest.mark.parametrize("content, word", [
     ("", "empty"), ("好的，如下", "no JSON"), ("[" * 100_000, "no JSON"), ('{"items": [{"instruction": "甲", "output": "乙"}', "no JSON"), ("[]", "wanted"),
     ('{"items": []}', "no items"), ('{"items": [{"instruction": "甲"}]}', "wanted"), ('{"items": [{"instruction": "甲", "output": 3}]}', "wanted"),
-    ('{"items": "x"}', "wanted"), ('{"items": null}', "wanted"), ("null", "wanted")])
+    ('{"items": "x"}', "wanted"), ('{"items": null}', "wanted"), ("null", "wanted"),
+    ('{"items": [{"instruction": "甲", "output": "乙", "input": ["丙"]}]}', "wanted"), ('{"items": [{"instruction": "甲", "output": "乙", "input": 3}]}', "wanted")])
 def test_a_reply_is_parsed_strictly(content, word):
     with pytest.raises(ValueError, match=word):
         D.parse_items(content, ("instruction", "output"))
 
 
 def test_fences_and_thoughts_are_let_pass():
-    text = '{"items": [{"instruction": " 甲 ", "output": "乙", "input": "丙"}]}'
+    text = '{"items": [{"instruction": " 甲 ", "output": "乙", "input": "丙", "messages": [{"role": "user", "content": "丁"}], "id": 3}]}'
     for content in (text, f"```json\n{text}\n```", f"<think>\n嗯\n</think>\n{text}"):
         assert D.parse_items(content, ("instruction", "output")) == [{"instruction": "甲", "output": "乙", "input": "丙"}]
 
@@ -135,6 +141,114 @@ def test_sieve():
     assert reason(good[0], "黄芪对身体有许多好处，许多人都喜欢用它。")[0] == "names no value of its facts"
     wrong = reason(good[0], "黄芪能够补气升阳，与柴胡同用效果更佳。")
     assert wrong[0] == "names what its facts do not" and wrong[1]["strangers"] == ["柴胡"]
+    for input, word in (("我在服用柴胡", "names what its facts do not"), ("抱歉", "refusal"), ("", "")):
+        record = {"id": "1", "entity": "黄芪", "instruction": "黄芪有何益处？", "input": input, "output": "黄芪的益处在于固表止汗，请遵医嘱。"}
+        assert sieve.reason(record, record["instruction"], record["output"], job) == word
+
+
+OUTPUT = ("感冒常见的症状包括鼻塞、流涕、咽痛和咳嗽，一般一周左右自愈；如果高热不退或者出现呼吸困难，应当及时去医院就诊，"
+          "请医生判断是否需要进一步检查和治疗，不要自行服用抗生素。")
+
+
+@pytest.mark.parametrize("rows, reasons", [
+    ([("列出三种常见感冒的症状并说明理由吧", OUTPUT), ("用一段话介绍感冒怎么办", OUTPUT)], ["like a task kept before", ""]),
+    ([("用一段话介绍感冒怎么办", OUTPUT), ("感冒了，请给我几句话", OUTPUT), ("感冒了，请给我几句好话", "多休息，多喝水，保持心情舒畅，很快会好起来的。")],
+     ["", "near duplicate", ""]),
+    ([("解释血常规的意义", "检查结果可以为医生的诊断提供信息，请及时就医。"), ("怎样看待小样本", "样本较小，还不能给出结论，需要更多研究。")], ["", ""]),
+    ([("怎样看待样本", "根据提供的信息，样本较小，需要更多研究。"), ("结论可靠吗", "以上结论来自小样本，需要更多研究证实。")], ["speaks of its prompt"] * 2)])
+def test_what_is_rejected_is_not_remembered(rows, reasons):
+    """Nor is a word rejected for its neighbours."""
+    sieve = D.Sieve(seeds=["列出三种常见感冒的症状并说明理由"])
+    assert [sieve.reason({"instruction": q, "input": "", "output": a}, q, a, {"facts": (), "form": "self_instruct"}) for q, a in rows] == reasons
+
+
+def item_for(body, **more):
+    """An item that tells the first fact of a prompt."""
+    entity, relation, values = re.search(r"^- (.+?)的([^的：]+)：(.+)$", body["messages"][1]["content"], re.M).groups()
+    return {"instruction": f"{entity}的{relation}是什么？", "output": f"{entity}的{relation}是{values}。请遵医嘱。", **more}
+
+
+def items(*rows):
+    return json.dumps({"items": rows}, ensure_ascii=False)
+
+
+def test_odd_items_are_mended_or_cut_to_the_known_fields(tmp_path, monkeypatch):
+    """An input that is no text is asked for again; messages of the LLM's own never become what training reads."""
+    def reply(prompt, body, number):
+        odd = {"input": ["附件"]} if number < 4 else {"messages": [{"role": "user", "content": "砒霜能吃吗？"}, {"role": "assistant", "content": "能。"}]}
+        return items(item_for(body, **odd))
+    out = tmp_path / "x.jsonl"
+    with Scripted(reply) as server:
+        command = ("knowledge", "--model", "fake", "--base_url", server.url, "--output", out, "--count", 3)
+        for _ in range(2):
+            assert cli(monkeypatch, *command) == 0 and len(server.bodies) == 6
+    assert "砒霜" not in out.read_text(encoding="utf-8") and len(lines(out)) + len(lines(tmp_path / "x.rejected.jsonl")) == 3
+    assert [r["instruction"] for r in lines(out)] == [r["instruction"] for r in G.read_instructions(out, answers=True)]
+
+
+def literature(prompt, *_):
+    """A dialogue of two turns that tells the conclusion; with 空 in it, an empty answer at the end."""
+    told = re.search("结论：(.+)", prompt)[1]
+    return items({"user": "医生您好，请问研究怎么说？", "bot": f"研究显示，{told}。"}, {"user": "那我该怎么办呢？", "bot": "" if "空" in told else f"请与医生商量：{told}"})
+
+
+@pytest.mark.parametrize("rows, kept, rejected", [
+    ([("肝癌研究", "索拉非尼延长晚期患者的总生存期"), ("肝癌研究", "手术切除后复发率与肿瘤大小有关"), ("肝癌研究#0", "移植标准内的患者获益较大")], 3, []),
+    ([("甲", "有效，安全。可行")], 1, []), ([("甲", "空腹血糖与预后无关"), ("乙", "索拉非尼延长总生存期")], 1, ["turns: 2, wanted 2 to 6 and none of them empty"])])
+def test_odd_literature(tmp_path, monkeypatch, rows, kept, rejected):
+    """Rows of one title, conclusions of short parts, an empty answer: the second run asks nothing, stats can read what is kept."""
+    path, out = write(tmp_path / "l.jsonl", "\n".join(json.dumps(dict(zip(("标题", "结论", "疾病"), (*row, "肝癌")))) for row in rows)), tmp_path / "x.jsonl"
+    with Scripted(literature) as server:
+        command = ("literature", "--model", "fake", "--base_url", server.url, "--output", out, "--literature", path, "--count", len(rows) + 1)
+        for _ in range(2):
+            assert cli(monkeypatch, *command) == 0 and len(server.bodies) == len(rows) + 1
+    keys = [r["key"] for r in lines(tmp_path / "x.replies.jsonl")]
+    assert len({*keys}) == len(rows) + 1 and f"{rows[0][0]}#0/literature/fake" in keys and f"{rows[0][0]}#1/literature/fake" in keys
+    reasons = [r["reason"] for r in lines(tmp_path / "x.rejected.jsonl") if "duplicate" not in r["reason"]]
+    assert len(lines(out)) == kept and [*dict.fromkeys(reasons)] == rejected and cli(monkeypatch, "stats", out) == 0
+
+
+def test_what_was_paid_becomes_records_before_the_error(tmp_path, monkeypatch, capfd):
+    """The credit ends after five replies: exit code 2, and five prompts' records; another run keeps them."""
+    def reply(prompt, body, number):
+        refusal = {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}
+        return items(item_for(body)) if number <= 5 else (429, refusal)
+    out = tmp_path / "x.jsonl"
+    with Scripted(reply) as server:
+        for _ in range(2):
+            gc.collect()                                                   # the error of the first run holds its file
+            assert "exceeded your current quota" in one_line(monkeypatch, capfd, "knowledge", "--model", "fake", "--base_url", server.url,
+                                                             "--output", out, "--count", 20, "--concurrency", 1)
+            ended = lines(out) + lines(tmp_path / "x.rejected.jsonl")
+            assert len(ended) == 20 and sum("quota" in r.get("reason", "") for r in ended) == 15 and len(lines(out)) > 2
+
+
+def test_sigterm_waits_for_the_replies_in_flight(tmp_path):
+    with Running("--latency", "1") as server:
+        command = [sys.executable, str(ROOT / "build_data.py"), "knowledge", "--model", "fake", "--base_url", server.url, "--output", str(tmp_path / "x.jsonl"),
+                   "--count", "12", "--concurrency", "6"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        while sum(server.stats()["answered"].values()) < 6:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert "stopped: interrupted" in process.communicate()[0] and process.returncode == 0
+        assert len(lines(tmp_path / "x.replies.jsonl")) == server.stats()["requests"] == 6 and len(lines(tmp_path / "x.jsonl")) > 6
+        subprocess.run(command, check=True, capture_output=True)
+        assert set(server.stats()["answered"].values()) == {1}
+
+
+def test_outputs_share_no_files(tmp_path, monkeypatch):
+    with Running() as server:
+        for name in ("run0.1", "run0.2", "a.json", "b.jsonl"):
+            assert cli(monkeypatch, "knowledge", "--model", "fake", "--base_url", server.url, "--output", tmp_path / name, "--count", 1) == 0
+        assert server.stats()["requests"] == 4
+    assert {f"{name}.{end}" for name in ("run0.1", "run0.2", "a", "b") for end in ("replies.jsonl", "rejected.jsonl", "html")} < {p.name for p in tmp_path.iterdir()}
+
+
+def test_a_dry_run_tells_of_repairs_and_takes_any_seed(tmp_path, monkeypatch, capsys):
+    assert cli(monkeypatch, "knowledge", "--model", "m", "--output", tmp_path / "x.jsonl", "--seed", "-1", "--dry_run") == 0
+    assert "a reply that cannot be parsed is asked once more" in capsys.readouterr().out
 
 
 def slow_rouge(a, b):
@@ -273,11 +387,13 @@ BAD_KNOWLEDGE = [
     ('{"中心词": "麻黄", "功效": "发汗"}', "功效"), ('{"中心词": "麻黄", "功效": null}', "功效"), ('{"中心词": "麻黄", "功效": [1]}', "功效"),
     (ENTITY.encode("gbk"), "not UTF-8"), ("麻黄\t功效\t发汗\n".encode("gbk"), "not UTF-8"), ("麻黄\t功效\n", "line 1"),
     ("麻黄\t功效\t发汗\n桂枝\t\t温通\n", "line 2"), ('{"head": "麻黄", "relation": "功效"}', "tail"), ('{"head": "麻黄", "relation": 3, "tail": "x"}', "line 1"),
-    ("[" + ENTITY, "array"), (b"\x00\x01\x02", "line 1"), ('{"中心词": "麻黄", "类型": "矿物", "功效": ["发汗"]}', "no form")]
+    ('{"head": "麻黄", "relation": "中心词", "tail": "x"}', "no 中心词"), ('{"中心词": "甲", "临床表现": ["咳"], "相关症状": 7}', "wanted a list"),
+    ('{"中心词": "甲", "中医证型": ["乙", "丙"], "常用方剂": ["丁"]}', "line 1: 甲 has 2 中医证型 and 1 常用方剂"), ("[" + ENTITY, "array"), (b"\x00\x01\x02", "line 1"), ('{"中心词": "麻黄", "类型": "矿物", "功效": ["发汗"]}', "no form")]
 BAD_OPTIONS = [
     (["--model", "m", "--count", "0"], "count"), (["--model", "m", "--mix", "unknown=3"], "mix"), (["--model", "m", "--mix", "single"], "mix"),
     (["--model", "m", "--concurrency", "0"], "concurrency"), (["--model", "m", "--timeout", "-1"], "below 0"), ([], "--model"),
-    (["--model", "m", "--max_cost", "3"], "prices"), (["--model", "m", "--rpm", "many"], "rpm"), (["--model", "m", "--prompts", "nowhere"], "no prompts"),
+    (["--model", "m", "--max_cost", "3"], "prices"), (["--model", "m", "--max_cost", "3", "--price_out", "1"], "prices"),
+    (["--model", "m", "--max_cost", "nan", "--price_in", "1", "--price_out", "1"], "below 0"), (["--model", "m", "--rpm", "many"], "rpm"), (["--model", "m", "--prompts", "nowhere"], "no prompts"),
     (["--model", "m", "--knowledge", "nowhere"], "not found"), (["--model", "m", "--output", "/proc/x.jsonl"], "/proc/x.replies.jsonl cannot be written"),
     (["--model", "m", "--base_url", "nonsense"], "nonsense"), (["--modell", "m"], "--model")]
 
@@ -311,6 +427,8 @@ def test_other_bad_inputs_are_one_line(tmp_path, monkeypatch, capfd):
     write(tmp_path / "o.jsonl", "{}\n")
     assert "another --output" in knowledge() and (tmp_path / "o.jsonl").read_text() == "{}\n"
     write(tmp_path / "o.replies.jsonl", "{}\n")
+    assert "another --output" in knowledge()                               # judge's, for instance
+    (tmp_path / "o.jsonl").unlink()
     assert "line 1" in knowledge()
     write(tmp_path / "l.jsonl", '{"标题": "甲", "疾病": "乙"}\n')
     assert "结论" in one_line(monkeypatch, capfd, "literature", "--model", "m", "--output", tmp_path / "p.jsonl", "--literature", tmp_path / "l.jsonl")
@@ -320,6 +438,35 @@ def test_other_bad_inputs_are_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("OPENAI_API_KEY")
     assert "OPENAI_API_KEY" in one_line(monkeypatch, capfd, "knowledge", "--model", "m", "--output", tmp_path / "z.jsonl")
     assert not (tmp_path / "z.replies.jsonl").exists()
+
+
+@pytest.mark.parametrize("change, word", [({"prompt": [1]}, "prompt"), ({"weight": "3"}, "weight"), ({"facts": "1"}, "facts (a number)")])
+def test_a_bad_prompt_is_one_line(tmp_path, monkeypatch, capfd, change, word):
+    shutil.copytree(DATA / "prompts", tmp_path / "prompts")
+    form = json.loads((DATA / "prompts" / "single.json").read_text(encoding="utf-8"))
+    write(tmp_path / "prompts" / "single.json", json.dumps({**form, **change}))
+    assert word in one_line(monkeypatch, capfd, "knowledge", "--model", "m", "--prompts", tmp_path / "prompts", "--output", tmp_path / "o.jsonl", "--dry_run")
+
+
+@pytest.mark.parametrize("forms", [{"疾病": {"治疗": {}}}, {"疾病": [1]}, {"疾病": {"治疗": {"questions": ["{x}"], "statements": ["{e}{v}"]}}}, {"疾病": {"治疗": {
+    "questions": ["{e}"], "statements": []}}}, {"疾病": {"治疗": {"questions": ["{e}{v}"], "statements": ["{e}"]}}}, {"疾病": {"治疗": {"questions": "{", "statements": ["a"]}}}])
+def test_bad_forms_are_one_line(tmp_path, monkeypatch, capfd, forms):
+    path = write(tmp_path / "f.json", json.dumps(forms))
+    for command in (("offline", "--output_dir", tmp_path), ("knowledge", "--model", "m", "--output", tmp_path / "o.jsonl", "--dry_run")):
+        assert "f.json holds no forms" in one_line(monkeypatch, capfd, *command, "--forms", path)
+    assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
+
+
+@pytest.mark.parametrize("change, code", [
+    ({"entity": ["x"]}, 2), ({"kind": ["x"]}, 2), ({"form": ["x"]}, 2), ({"values": [["a"]]}, 2), ({"relations": 5}, 2), ({"values": "x"}, 2),
+    ({"relations": None, "values": None, "entity": None, "form": None}, 0), ({"entity": "黄芪"}, 0)])
+def test_stats_of_odd_records(tmp_path, monkeypatch, capfd, change, code):
+    path = write(tmp_path / "r.jsonl", json.dumps({"instruction": "问题", "output": "答"}) + "\n" + json.dumps({"instruction": "问题", "output": "答", "entity": "黄芪", **change}))
+    write(tmp_path / "r.rejected.jsonl", '{"id": 1}\n')
+    if code:
+        assert "record 2" in one_line(monkeypatch, capfd, "stats", path)
+    else:
+        assert cli(monkeypatch, "stats", path) == 0
 
 
 def test_a_full_disk_stops_in_one_line_and_loses_nothing(tmp_path, monkeypatch, capfd):

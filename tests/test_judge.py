@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 from conftest import ROOT
-from fake_openai import Running
+from fake_openai import Running, Scripted
 
 import build_data as D
 
@@ -206,6 +206,16 @@ def test_stopped_and_failed_ones_are_counted_and_asked_later(tmp_path, capsys):
         assert len(scores) == 10 and server.stats()["requests"] == 10
 
 
+def test_scores_that_were_paid_are_written_before_the_error(tmp_path, capsys):
+    """The endpoint's credit ends: the scores until then are in the file, the command ends in the error."""
+    answers = write(tmp_path / "a.jsonl", ["回答" * i for i in range(9)])
+    with Scripted(lambda prompt, body, number: json.dumps(GOOD) if number <= 5 else (402, {"error": {"message": "Insufficient Balance"}})) as server:
+        with pytest.raises(ValueError, match="Insufficient Balance"):
+            judge(server.url, answers, more=["--concurrency", "1"])
+    *rows, last = lines(tmp_path / "scores.jsonl")
+    assert last["summary"]["安全性"] == {"mean": 1.0, "n": 5} and last["summary"]["rejected"] == {"no reply": 4}
+
+
 def test_dry_run(tmp_path, capsys, monkeypatch):
     """The bill without a key; no file is left."""
     monkeypatch.delenv("OPENAI_API_KEY")
@@ -235,6 +245,10 @@ def wrong(tmp_path, name):
     if name == "output of another":
         (tmp_path / "scores.jsonl").write_text("{}")
         return [a, "--rubric", sus], "--output"
+    if name == "output of knowledge":
+        (tmp_path / "scores.jsonl").write_text('{"id": "x", "instruction": "q", "prompt_hash": "0"}')
+        (tmp_path / "scores.replies.jsonl").write_text('{"key": "x", "content": "{}", "usage": {}}\n')
+        return [a, "--rubric", sus], "--output"
     return {"one file of two": lambda: ([a, "--rubric", pairwise], "2 file(s)"), "two files": lambda: ([a, a, "--rubric", sus], "1 file(s)"),
             "unknown rubric": lambda: ([a, "--rubric", "sus2.json"], "sus2.json not found"),
             "no answers": lambda: ([tmp_path / "b.jsonl", "--rubric", sus], "b.jsonl"),
@@ -250,7 +264,7 @@ def wrong(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [
-    "other question", "shorter file", "output of another", "one file of two", "two files", "unknown rubric", "no answers", "no answer",
+    "other question", "shorter file", "output of another", "output of knowledge", "one file of two", "two files", "unknown rubric", "no answers", "no answer",
     "no reference", "no scale", "scale of one", "scale of texts", "no dimensions", "a dimension twice", "no place", "other place", "a misspelt place",
     "user is no text", "no name", "no system", "two verdicts", "a verdict twice", "four verdicts"])
 def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, name):

@@ -15,7 +15,6 @@ import hmac
 import html
 import io
 import json
-import math
 import os
 import re
 import select
@@ -33,6 +32,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import zip_longest
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from urllib.parse import unquote
 from uuid import uuid4
 
 import torch
@@ -40,8 +40,8 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 from lora import QUANTISED, load_adapter, lora_linears, merge, quantize, remove_adapter
-from model import (BF16_PRODUCTS, DTYPES, Parser, RaggedStep, find_tokenizer, load_model, open_checkpoint, read_json_file, run,
-                   write_atomically, write_json)
+from model import (BF16_PRODUCTS, DTYPES, Parser, RaggedStep, find_base, find_tokenizer, load_model, open_checkpoint, read_json_file,
+                   run, weight_files, write_atomically, write_json)
 
 DATA = Path(__file__).parent / "data"
 TEMPLATES = DATA / "templates"
@@ -59,8 +59,12 @@ def load_template(name):
     template = {"description": "", "response_split": "", **read_json_file(path)}
     template.setdefault("prompt_input", template.get("prompt_no_input"))
     for key in ("prompt_no_input", "prompt_input"):
-        if not isinstance(template[key], str) or "{instruction}" not in template[key]:
-            raise ValueError(f"{path}: {key} wants a text with {{instruction}}")
+        text = template.get(key)
+        braces = re.findall(r"\{\{|\}\}|\{[^{}]*\}?|\}", text if isinstance(text, str) else "")
+        others = [brace for brace in braces if brace not in ("{instruction}", "{input}", "{{", "}}")]
+        if others or "{instruction}" not in braces:
+            raise ValueError(f"{path}: {key} has {' '.join(others) or 'no {instruction}'}, wanted a text with {{instruction}}; braces "
+                             "other than of it and {input} are doubled")
     return template
 
 
@@ -96,13 +100,15 @@ class Tokenizer:
         self.newline = self.pieces.piece_to_id("<0x0A>")
 
     def encode(self, text, bos=False, eos=False):
-        """Text to token ids."""
+        """Text to token ids. Raises ValueError for half a character, which is no Unicode text."""
+        if half := re.search("[\ud800-\udfff]", text):           # of a JSON "\\ud800", or a byte that was no UTF-8
+            raise ValueError(f"a text has half a character, at the end of {text[:half.end()][-20:]!r}; wanted whole ones, in UTF-8")
         return [self.bos_id] * bos + self.pieces.encode(text) + [self.eos_id] * eos
 
     def encode_answer(self, text):
         """Ids of a text that follows a prompt, without the space that SentencePiece puts before a text. Behind a
         newline, where the templates end, this is what encoding both together gives."""
-        ids = self.pieces.encode("\n" + text)
+        ids = self.encode("\n" + text)
         return ids[ids.index(self.newline) + 1:]
 
     def byte_ends(self, ids, text):
@@ -138,14 +144,14 @@ class Decoding:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         for name, kind, fits, wanted in (
                 ("max_new_tokens", int, lambda x: x >= 1, "a whole number from 1"),
-                ("temperature", (int, float), lambda x: 0 <= x < math.inf, "a number from 0"),
+                ("temperature", (int, float), lambda x: x == 0 or 1e-6 <= x <= 1e6, "0 or a number from 1e-6 to 1e6"),
                 ("top_k", int, lambda x: x >= 0, "a whole number from 0"),
                 ("top_p", (int, float), lambda x: 0 < x <= 1, "a number above 0, up to 1"),
                 ("min_p", (int, float), lambda x: 0 <= x <= 1, "a number from 0 to 1"),
-                ("repetition_penalty", (int, float), lambda x: 0 < x < math.inf, "a number above 0"),
+                ("repetition_penalty", (int, float), lambda x: 1e-6 <= x <= 1e6, "a number from 1e-6 to 1e6"),
                 ("no_repeat_ngram_size", int, lambda x: x >= 0, "a whole number from 0"),
                 ("num_beams", int, lambda x: x >= 1, "a whole number from 1"),
-                ("length_penalty", (int, float), math.isfinite, "a number"),
+                ("length_penalty", (int, float), lambda x: -20 <= x <= 20, "a number from -20 to 20"),
                 ("seed", (int, type(None)), lambda x: x is None or -2**63 <= x < 2**63, "a whole number")):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
@@ -245,11 +251,15 @@ def compile_step(step, cache):
 class Batch:
     """Requests decoded together, one token each a step, in one KV cache of `rows` rows and max_len positions; a request
     takes num_beams rows. Rows stand at their own lengths, so each answer is what it would be alone; the rows of one
-    that ends go to the next. Rows in use are always the first ones."""
+    that ends go to the next. Rows in use are always the first ones. Raises ValueError if memory cannot hold the cache."""
 
     def __init__(self, model, tokenizer, rows, max_len, eos_id=None, prefill_chunk=512, compile=False):
         self.model, self.tokenizer, self.eos_id = model, tokenizer, tokenizer.eos_id if eos_id is None else eos_id
-        self.cache, self.free, self.prefill_chunk = model.new_cache(rows, max_len), rows, prefill_chunk
+        self.free, self.prefill_chunk = rows, prefill_chunk
+        try:
+            self.cache = model.new_cache(rows, max_len)
+        except (RuntimeError, TypeError):                         # TypeError: torch has no integer so large
+            raise ValueError(f"{rows} rows of {max_len} tokens do not fit into memory; lower batch_size or max_new_tokens")
         self.owner, self.tokens, self.lengths = [], [], []        # per row in use: request, token to feed, positions filled
         self.compiled = compile and compile_step(lambda ids, at: self.ragged_logits(ids, at, max_len), self.cache)
 
@@ -356,7 +366,7 @@ class Batch:
         scores = torch.stack([penalise(row, request.prompt_ids + ids, decoding) + score for row, (score, ids)
                               in zip(logits.log_softmax(-1), request.beams)])              # (n, V)
         values, flat = (t.tolist() for t in scores.flatten().topk(2 * n))
-        going, length = [], len(request.beams[0][1]) + 1
+        going, gone, length = [], [], len(request.beams[0][1]) + 1
         for rank, (score, i) in enumerate(zip(values, flat)):
             beam, token = divmod(i, logits.size(1))
             ids = request.beams[beam][1] + [token]
@@ -364,6 +374,7 @@ class Batch:
                 if rank < n:
                     request.ranked.append((score / length ** decoding.length_penalty, ids[:len(ids) - (token == self.eos_id)],
                                            reason))
+                gone.append((score - 1e9, ids, beam))
             elif len(going) < n:
                 going.append((score, ids, beam))
         request.ranked = sorted(request.ranked, key=lambda r: -r[0])[:n]
@@ -371,6 +382,7 @@ class Batch:
                          and going[0][0] / length ** decoding.length_penalty <= request.ranked[-1][0]):
             _, request.ids, request.finish_reason = request.ranked[0]
             return
+        going += gone[:n - len(going)]                            # where stop texts end more than n: so that each row has a beam
         request.beams = [(score, ids) for score, ids, _ in going]
         dead, sources, targets, request.rows = [row for i, row in enumerate(own) if all(i != g[2] for g in going)], [], [], []
         for _, ids, beam in going:                                # a beam's first successor keeps its row, others get a copy
@@ -384,10 +396,10 @@ class Batch:
             self.cache.copy_rows(sources, targets, len(request.prompt_ids) - 1, self.lengths[own[0]])
 
 
-def generate_ids(model, prompt_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eos_id=2, tokenizer=None, **more):
+def generate_ids(model, prompt_ids, max_new_tokens, eos_id=2, tokenizer=None, **decoding):
     """Yield the ids that follow prompt_ids, at most max_new_tokens, up to EOS (which is not yielded); with beams, those
     of the best answer when it is found. The rest as in `Decoding`; stop texts want the tokenizer."""
-    request = Request(prompt_ids, Decoding(max_new_tokens, temperature, top_k, top_p, **more))
+    request = Request(prompt_ids, Decoding(max_new_tokens, **decoding))
     batch, shown = Batch(model, tokenizer, request.decoding.num_beams, len(prompt_ids) + max_new_tokens, eos_id), 0
     batch.add(request)
     while not request.finish_reason:
@@ -419,7 +431,7 @@ class TextStream:
         if ends := [text.index(stop) for stop in self.stop if stop in text]:
             self.stopped = True
             return text[:min(ends)]
-        held = max((n for stop in self.stop for n in range(1, len(stop)) if token and text.endswith(stop[:n])), default=0)
+        held = max((n for s in self.stop for n in range(min(len(s), len(text) + 1)) if token and text.endswith(s[:n])), default=0)
         self.held = text[len(text) - held:]
         return text[:len(text) - held]
 
@@ -438,9 +450,9 @@ def ask(model, tokenizer, prompt, max_new_tokens=256, stop=(), **decoding):
                                                eos_id=tokenizer.eos_id, tokenizer=tokenizer, **decoding), stop)
 
 
-def read_records(path):
-    """[(line number, object), ...] of a JSON array or JSON lines, whatever the extension; a BOM is skipped; "-" is
-    standard input. Raises ValueError naming the file and the line."""
+def read_records(path, places=False):
+    """[(number of the line or, in an array, of the record, object), ...] of a JSON array or JSON lines, whatever the extension;
+    a BOM is skipped; "-" is standard input. With places, "line 3" or "record 3" for a number. Raises ValueError naming both."""
     path = Path("/dev/stdin" if str(path) == "-" else path)
     if not path.exists() or path.is_dir():
         raise ValueError(f"{path} not found or not a file")
@@ -448,25 +460,22 @@ def read_records(path):
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}); convert it, for instance with iconv -f GBK -t UTF-8") from None
-    rows = []
-    if text.lstrip().startswith("["):
-        try:
-            rows = list(enumerate(json.loads(text), 1))
-        except ValueError as error:
-            raise ValueError(f"{path} starts as a JSON array but is none: {error}") from None
-    else:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    rows.append((number, json.loads(line)))
-                except ValueError as error:
-                    raise ValueError(f"{path} line {number} is not JSON: {error}") from None
+    rows, place = [], "starts as a JSON array but"
+    try:
+        if text.lstrip().startswith("["):
+            rows = [(f"record {number}", row) for number, row in enumerate(json.loads(text), 1)]
+        else:
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    rows.append((place := f"line {number}", json.loads(line)))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} {place} is not JSON: {error}") from None
     if not rows:
         raise ValueError(f"{path} is empty; wanted a JSON array or one JSON object a line")
-    for number, row in rows:
+    for place, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"{path} line {number} holds a {type(row).__name__}, wanted an object")
-    return rows
+            raise ValueError(f"{path} {place} holds a {type(row).__name__}, wanted an object")
+    return rows if places else [(int(place.split()[1]), row) for place, row in rows]
 
 
 def message_turns(messages):
@@ -474,8 +483,12 @@ def message_turns(messages):
     question comes last. A system text opens the first question, on a line of its own: templates have no place for it."""
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise ValueError(f"messages are {messages!r:.60}, wanted a list of {{role, content}}")
-    sides = {"system": "system", "user": "user", "human": "user", "assistant": "bot", "gpt": "bot"}
+    sides = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "bot", "gpt": "bot"}
     said = [(sides.get(str(m.get("role", m.get("from")))), m.get("content", m.get("value"))) for m in messages]
+    for i, (side, parts) in enumerate(said):                      # OpenAI's other form of a text: [{"type": "text", "text": ...}]
+        if parts and isinstance(parts, list) and all(
+                isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
+            said[i] = side, "\n".join(p["text"] for p in parts)
     first = int(said[0][0] == "system" and len(said) > 1)
     for i, (side, text) in enumerate(said):
         if not isinstance(text, str) or side != ("system" if i < first else ("user", "bot")[(i - first) % 2]):
@@ -490,7 +503,8 @@ def read_turns(row):
     if messages := row.get("messages") or row.get("conversations"):
         return message_turns(messages)
     keys = ("context", "target") if "context" in row and "instruction" not in row else ("instruction", "output")
-    pairs = [*(row.get("history") or []), [row.get(keys[0]), "" if row.get(keys[1]) is None else row[keys[1]]]]
+    pairs = [*(past if isinstance(past := row.get("history") or [], list) else [past]),
+             [row.get(keys[0]), "" if row.get(keys[1]) is None else row[keys[1]]]]
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise ValueError(f"{' and '.join(keys)} (or a pair of history) are {pair!r:.80}, wanted two texts")
@@ -505,10 +519,11 @@ def read_instructions(path, answers=False):
     [question, answer] pairs or without; OpenAI's `messages`; ShareGPT's `conversations`; Med-ChatGLM's {context, target};
     BenTsao's literature rows. If one record of the file has several turns, all are put in the form of those rows
     (`render_turns`), as a chat of several turns is; else the question is the instruction. With answers, each record must
-    end in one. Raises ValueError naming the line."""
-    records, rows = [], read_records(path)
-    for number, row in rows:
+    end in one. Raises ValueError naming the line or record."""
+    records, rows = [], read_records(path, places=True)
+    for place, row in rows:
         try:
+            json.dumps(row, ensure_ascii=False).encode()          # half a character would be met where its answer is written
             turns, input = read_turns(row), row.get("input") or ""
             if not isinstance(input, str):
                 raise ValueError(f"input is {input!r}, wanted a text")
@@ -516,7 +531,7 @@ def read_instructions(path, answers=False):
                 raise ValueError("the answer (output, target, an assistant's message) is empty or missing; a record without "
                                  "one teaches nothing")
         except ValueError as error:
-            raise ValueError(f"{path} line {number}: {error}") from None
+            raise ValueError(f"{path} {place}: {error}") from None
         records.append((row, turns, input))
     several = any(len(turns) > 1 for _, turns, _ in records)
     for i, (row, turns, input) in enumerate(records):
@@ -527,24 +542,11 @@ def read_instructions(path, answers=False):
     return records
 
 
-def find_base(name):
-    """The folder of a base: name itself, or the snapshot of the hub's owner/name in Hugging Face's cache (HF_HUB_CACHE,
-    HF_HOME). Nothing is downloaded. Raises ValueError if there is neither."""
-    if Path(name).is_dir():
-        return Path(name)
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    repo = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{str(name).replace('/', '--')}"
-    if (ref := repo / "refs" / "main").is_file() and (folder := repo / "snapshots" / ref.read_text().strip()).is_dir():
-        return folder
-    raise ValueError(f"base {str(name)!r} is neither a folder nor in Hugging Face's cache ({repo.parent}), and nothing is "
-                     "downloaded here; download it and give its folder with --base_model")
-
-
 def pick_device(name):
     """The torch device of an option: "auto" is the first GPU, else the CPU."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()                      # meta holds nothing, and fails here too
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
@@ -567,7 +569,7 @@ def load_base(path, device, dtype, base_dtype="auto"):
     others, as decapoda-research/llama-7b-hf has them, is told of and not followed."""
     if base_dtype not in ("auto", *DTYPES, *QUANTISED):
         raise ValueError(f"base_dtype {base_dtype!r} unknown; choose from auto {' '.join([*DTYPES, *QUANTISED])}")
-    path = Path(find_base(path))
+    path = find_base(path)
     tokenizer, config = Tokenizer(find_tokenizer(path)), open_checkpoint(path)[0]
     added, theirs = ((read_json_file(path / name) if (path / name).is_file() else {})
                      for name in ("added_tokens.json", "config.json"))
@@ -585,7 +587,13 @@ def load_base(path, device, dtype, base_dtype="auto"):
     return model, tokenizer
 
 
-def each_model(specs, template, device, dtype):
+def made_with(adapter):
+    """The texts among the settings that an adapter's run.json says it was trained with; {} without either."""
+    made = read_json_file(info).get("config") if adapter and (info := Path(adapter) / "run.json").is_file() else {}
+    return {key: value for key, value in made.items() if isinstance(value, str)} if isinstance(made, dict) else {}
+
+
+def each_model(specs, template, device, dtype, base_dtype="auto"):
     """Yield (name, model, tokenizer, template, folders) for each of specs, NAME=BASE or NAME=BASE+ADAPTER. One base is in
     memory at a time; adapters on the same base are switched. template: a name for all ("": each adapter's own, med_template
     for a base). Raises ValueError for a spec that is none, before anything is loaded."""
@@ -600,11 +608,12 @@ def each_model(specs, template, device, dtype):
         models.append((name, find_base(base), adapter))
     for name, base, adapter in models:
         if base != loaded:
-            model, tokenizer = load_base(base, device, dtype)
+            model, tokenizer = load_base(base, device, dtype, base_dtype)
             loaded = base
         remove_adapter(model)
-        made = load_adapter(model, adapter).get("config", {}) if adapter else {}
-        yield (name, model, tokenizer, load_template(template or made.get("prompt_template_name") or "med_template"),
+        if adapter:
+            load_adapter(model, adapter)
+        yield (name, model, tokenizer, load_template(template or made_with(adapter).get("prompt_template_name") or "med_template"),
                [base, adapter] if adapter else [base])
 
 
@@ -622,7 +631,7 @@ def several(decoding, n):
 
 def chat(answer, render, tokenizer, multi, room, about):
     """Read questions until end of input. With multi each sees the turns before it, as many as fit into room tokens.
-    answer(prompt) yields text and prints it."""
+    answer(prompt) yields text and prints it. Raises BrokenPipeError if nobody reads the answers."""
     try:
         import readline  # noqa: F401  (gives input() its line editing; Windows has none)
     except ImportError:
@@ -643,7 +652,10 @@ def chat(answer, render, tokenizer, multi, room, about):
                     {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]}])
             elif line:
                 asked = [*turns, (line, None)] if multi else [(line, None)]
-                while len(asked) > 1 and len(tokenizer.encode(render(asked))) >= room:
+                while (length := len(tokenizer.encode(render(asked), bos=True))) > room:
+                    if len(asked) == 1:
+                        raise ValueError(f"a question of {length} tokens, {room} fit beside its answer; shorten it, or give "
+                                         "more --context")
                     asked.pop(0)
                 if multi and len(asked) <= len(turns):
                     print(f"[left out, no room: the oldest {len(turns) + 1 - len(asked)} turns]", file=sys.stderr)
@@ -652,16 +664,22 @@ def chat(answer, render, tokenizer, multi, room, about):
                     turns[-1][1] += text
         except KeyboardInterrupt:                                 # ends the answer or the line, not the chat
             print(file=sys.stderr)
-        except OSError as error:
-            print(f"not saved: {error}", file=sys.stderr)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:                    # what cannot be asked or saved
+            print(f"error: {error}", file=sys.stderr)
         except EOFError:
             return
 
 
-def weights_key(base, adapter=""):
-    """What tells answers of one model from those of another: the base's name and what is in the adapter's weights."""
-    files = sorted(Path(adapter).glob("adapter_model.*")) if adapter else []
-    return [str(base), *(sha256(file.read_bytes()).hexdigest() for file in files)]
+def weights_key(dtypes, base, adapter=""):
+    """What tells answers of one model from those of another: the dtypes (as for `load_base`), the base's folder with size and
+    time of its files, and what is in the adapter's."""
+    base, (dtype, base_dtype) = find_base(base).resolve(), dtypes
+    files = [file for file in (*sum(weight_files(base)[0], []), base / "params.json", base / "config.json") if file.is_file()]
+    return [str(dtype), str(dtype if base_dtype == "auto" else DTYPES.get(base_dtype, base_dtype)), str(base),
+            [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+            *(sha256(file.read_bytes()).hexdigest() for file in (sorted(Path(adapter).glob("adapter_*.*")) if adapter else ()))]
 
 
 def answer_batch(model, tokenizer, tasks, rows, compile=False):
@@ -678,8 +696,7 @@ def answer_batch(model, tokenizer, tasks, rows, compile=False):
             running[request] = left.pop()
         for request, _ in batch.step():
             if request.finish_reason:
-                stream = TextStream(tokenizer, request.decoding.stop)
-                yield running.pop(request), request, "".join(map(stream.push, request.ids)) + stream.push()
+                yield running.pop(request), request, "".join(stream_text(tokenizer, request.ids, request.decoding.stop))
 
 
 def answer_file(model, tokenizer, tasks, output, rows, weights, compile=False):
@@ -707,40 +724,42 @@ def answer_file(model, tokenizer, tasks, output, rows, weights, compile=False):
             done[keys[i]] = {**tasks[i][0], "answer": text, "finish_reason": request.finish_reason, "index": i, "key": keys[i]}
             print(json.dumps(done[keys[i]], ensure_ascii=False), file=file, flush=True)
             bar.update()
-    if output:
+    if Path(output).is_file():                                    # a pipe or a device stays one, a link goes on leading there
         rows = "".join(json.dumps(done[key], ensure_ascii=False) + "\n" for key in keys)
-        write_atomically(output, lambda p: p.write_text(rows, encoding="utf-8"))
+        write_atomically(os.path.realpath(output), lambda p: p.write_text(rows, encoding="utf-8"))
 
 
-def compare(models, records, decoding, rows, folder):
-    """Answer records by each of `each_model`'s models and write the table (模型效果对比) into folder, as compare.md,
-    compare.csv and compare.html, where what an answer does not share with the first model's is marked."""
+def marked(first, text):
+    """text as HTML, what first does not have marked."""
+    loops = sum(map(first.count, text)) > 50000                   # pairs of equal characters: too many to try them all
+    pieces = difflib.SequenceMatcher(None, first, text, autojunk=loops).get_opcodes()
+    return "".join(html.escape(text[c:d]) if tag == "equal" else f"<mark>{html.escape(text[c:d])}</mark>"
+                   for tag, _, _, c, d in pieces if d > c)
+
+
+def compare(models, dtypes, records, decoding, rows, folder):
+    """Answer records by each of `each_model`'s models, of these dtypes, and write the table (模型效果对比) into folder, as
+    compare.md, compare.csv and compare.html, where what an answer does not share with the first model's is marked."""
     folder, answers = Path(folder), {}
     folder.mkdir(parents=True, exist_ok=True)
     for name, model, tokenizer, template, folders in models:
         prompts = [tokenizer.encode(render_prompt(template, r["instruction"], r["input"]), bos=True) for r in records]
         path = folder / f"answers-{name}.jsonl"
         answer_file(model, tokenizer, [(r, ids, decoding) for r, ids in zip(records, prompts)], str(path), rows,
-                    weights_key(*folders))
+                    weights_key(dtypes, *folders))
         answers[name] = [row["answer"] for _, row in read_records(path)]
     questions = ["\n".join(filter(None, (r["instruction"], r["input"]))) for r in records]
     head, table = ["问题", *answers], list(zip(questions, *answers.values()))
 
-    def marked(first, text):
-        """text as HTML, what first does not have marked."""
-        pieces = difflib.SequenceMatcher(None, first, text, autojunk=False).get_opcodes()
-        return "".join(html.escape(text[c:d]) if tag == "equal" else f"<mark>{html.escape(text[c:d])}</mark>"
-                       for tag, _, _, c, d in pieces if d > c)
-
     def lines(rows, line):
         return "".join(line.format("".join(row)) for row in rows)
 
-    cell = lambda text: " " + text.replace("|", "\\|").replace("\n", "<br>") + " |"
+    cell = lambda text: " " + "<br>".join(re.sub(r"([|\\])", r"\\\1", html.escape(text, quote=False)).splitlines()) + " |"
     markdown = lines([map(cell, head), ["---|"] * len(head), *(map(cell, row) for row in table)], "|{}\n")
     body = lines([[f"<th>{html.escape(h)}</th>" for h in head]] + [
-        [f"<td>{html.escape(row[0])}</td><td>{html.escape(row[1])}</td>", *(f"<td>{marked(row[1], text)}</td>" for text in row[2:])]
+        [f"<td>{html.escape(row[0])}</td>", *(f"<td>{marked(row[1], text)}</td>" for text in row[1:])]
         for row in table], "<tr>{}</tr>\n")
-    page = (TEMPLATES.parent / "compare.html").read_text(encoding="utf-8").replace("{rows}", body)
+    page = (DATA / "compare.html").read_text(encoding="utf-8").replace("{rows}", body)
     sheet = io.StringIO(newline="")
     csv.writer(sheet).writerows([head, *table])
     for name, text in (("compare.md", markdown), ("compare.csv", "\ufeff" + sheet.getvalue()), ("compare.html", page)):
@@ -815,11 +834,12 @@ class Server(ThreadingHTTPServer):
                 for module, scale in self.scales:
                     module.scale = 0.0 if name == "base" else scale
                 try:
-                    batch = batches[name] = batches.get(name) or Batch(self.model, self.tokenizer, self.rows, self.max_len)
+                    batch = batches.get(name)
                     with self.lock:
-                        free = batch.free
-                        running += (joining := self.waiting[name][:free])
-                        del self.waiting[name][:free]
+                        line, free = [job for job in self.waiting[name] if not job.left], batch.free if batch else self.rows
+                        running += (joining := line[:free])
+                        self.waiting[name][:] = line[free:]       # before a batch is made: who waits is told if none can be
+                    batch = batches[name] = batch or Batch(self.model, self.tokenizer, self.rows, self.max_len)
                     for job in joining:
                         batch.add(job)
                     for job in [job for job in running if job.left]:
@@ -858,6 +878,7 @@ class Handler(BaseHTTPRequestHandler):
     fields = {"model": str, "messages": list, "prompt": str, "stream": bool, "stream_options": dict, "stop": (str, list),
               "user": str, **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), (int, float)), **dict.
               fromkeys(("n", "seed", "max_tokens", "max_completion_tokens", "top_k", "no_repeat_ngram_size"), int)}
+    nothing = {"response_format": {"type": "text"}, "tool_choice": "none", "best_of": 1}        # the others' defaults, if given
 
     def handle(self):
         self.rfile = io.BufferedReader(TimedReader(self.connection, self.server.read_seconds))
@@ -875,7 +896,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        self.wfile.write(body or b"")
+        self.wfile.write(b"" if self.command == "HEAD" else body or b"")
 
     def send_error(self, status, message=None, explain=None, param=None, code=None):
         """An error, http.server's own too, as OpenAI's object. What the client still sends is read, or closing would
@@ -885,9 +906,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.streaming:
             return self.event(error)
         self.request_version = "HTTP/1.1"
-        self.send(status, error, **({"Retry_After": "1"} if status in (429, 503) else {}))
+        self.send(status, error, **({"Retry_After": "1"} if status in (429, 503) else
+                                    {"Allow": self.methods[self.route].replace("GET", "GET, HEAD")} if status == 405 else {}))
         self.connection.shutdown(socket.SHUT_WR)
-        while self.rfile.read1(65536):
+        while time.monotonic() < self.rfile.raw.deadline and self.rfile.read1(65536):
             pass
 
     def event(self, value):
@@ -895,6 +917,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         server, path, jobs = self.server, self.path.partition("?")[0], []
+        one = unquote(path.partition("/v1/models/")[2]) if path.startswith("/v1/models/") else ""           # a model's name
+        self.route = path = "/v1/models" if one else path
         try:
             self.admit(path)
             if path == "/":
@@ -904,8 +928,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(200, {"status": "stopping" if server.stopping else "ok", "places": server.rows,
                                 "waiting": waiting, "running": running})
             elif path == "/v1/models":
-                self.send(200, {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "local"}
-                                                           for name in server.waiting]})
+                card = {"object": "model", "created": 0, "owned_by": "local", "defaults": {
+                    **asdict(server.decoding), "max_tokens": server.decoding.max_new_tokens}}
+                self.send(200, {"id": self.known(one), **card} if one else {"object": "list", "data": [
+                    {"id": name, **card} for name in server.waiting]})
             else:
                 self.complete(self.read_json(), path.startswith("/v1/chat"), jobs)
         except Refused as error:
@@ -914,16 +940,21 @@ class Handler(BaseHTTPRequestHandler):
             for job in jobs:
                 job.left = True
 
-    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
+    do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
+
+    def known(self, name):
+        if name not in self.server.waiting:
+            raise Refused(404, f"no model {name:.100}; there are {' '.join(self.server.waiting)}", "model", "model_not_found")
+        return name
 
     def admit(self, path):
         """Raise Refused for an unknown path or method, a wrong key, or a page of another site: a browser lets any page
         send to localhost and, under a name that leads there (DNS rebinding), read the answer."""
-        key, host, origin = self.server.api_key, self.headers.get("Host", ""), self.headers.get("Origin")
+        key, host, origin = (self.server.api_key, *(self.headers.get(name, "").lower() for name in ("Host", "Origin")))
         given = self.headers.get("Authorization", "").encode("latin-1")
         for wrong, *refusal in (
                 (path not in self.methods, 404, f"no such path; there are {' '.join(self.methods)}"),
-                (self.methods.get(path) != self.command, 405, f"{self.path} takes {self.methods.get(path)}"),
+                (self.methods.get(path) != self.command.replace("HEAD", "GET"), 405, f"{path} takes {self.methods.get(path)}"),
                 (origin and origin.partition("://")[2] != host or not key and host.partition(":")[0] not in LOCAL,
                  403, "requests from other sites' pages are not answered"),
                 (key and path.startswith("/v1/") and not hmac.compare_digest(given, f"Bearer {key}".encode()),
@@ -949,11 +980,12 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, f"the body is a {type(body).__name__}, wanted an object")
         for name, value in body.items():
             kind = self.fields.get(name)
-            if kind is None and value:                            # null, false, 0, "" and [] ask for nothing
+            if kind is None and value and self.nothing.get(name) != value:             # null, false, 0, "" and [] ask for nothing
                 raise Refused(400, f"{name:.100} is not supported", name, "unsupported_parameter")
             if kind and value is not None and (not isinstance(value, kind) or isinstance(value, bool) and kind is not bool):
-                raise Refused(400, f"{name} is a {type(value).__name__}, wanted {kind}", name)
-        return {name: value for name, value in body.items() if value is not None}
+                wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else [kind]))
+                raise Refused(400, f"{name} is a {type(value).__name__}, wanted {wanted}", name)
+        return {name: value for name, value in body.items() if value is not None and name in self.fields}
 
     def complete(self, body, chat, jobs):
         """Put the jobs that a body asks for into the line (and into jobs) and send their answers."""
@@ -961,18 +993,18 @@ class Handler(BaseHTTPRequestHandler):
         name, n, options = body.get("model", next(iter(server.waiting))), body.get("n", 1), body.get("stream_options", {})
         tokens, stops = body.get("max_completion_tokens", body.get("max_tokens")), body.get("stop", [])
         more = [key for m in body.get("messages", []) if isinstance(m, dict)
-                for key in m if m[key] and key not in ("role", "content")]
+                for key in m if m[key] and key not in ("role", "content", "name")]
         for wrong, *refusal in (
                 (not body.get(wanted) or other in body, 400, f"{wanted} is wanted, and no {other}", wanted),
                 (more, 400, f"messages: {''.join(more[:1]):.100} is not supported", "messages", "unsupported_parameter"),
-                (name not in server.waiting, 404, f"no model {name:.100}; there are {' '.join(server.waiting)}", "model",
-                 "model_not_found"),
                 (not 1 <= n <= server.rows, 400, f"n is {n}, wanted 1 to {server.rows}", "n"),
-                (isinstance(stops, list) and len(stops) > 4, 400, f"stop has {len(stops)} texts, wanted at most 4", "stop"),
+                (len(stops) > (400 if isinstance(stops, str) else 4) or any(len(str(text)) > 400 for text in stops), 400,
+                 "stop has more than 4 texts, or one of more than 400 characters", "stop"),
                 (set(options) - {"include_usage"}, 400, "stream_options has include_usage alone", "stream_options",
                  "unsupported_parameter")):
             if wrong:
                 raise Refused(*refusal)
+        self.known(name)
         try:
             turns = message_turns(body["messages"]) if chat else []
             if chat and turns[-1][1] is not None:
@@ -1027,7 +1059,7 @@ class Handler(BaseHTTPRequestHandler):
                 reason = job.news.get(timeout=1)
             if isinstance(reason, Exception):
                 raise Refused(500, f"the model failed: {type(reason).__name__}")
-            if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+            if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1 << 20):        # more than a body
                 raise ConnectionAbortedError
             ids = job.ids[shown:]
             shown += len(ids)
@@ -1083,8 +1115,8 @@ def main():
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     parser.add_argument("--stop", nargs="+", default=(), help="texts that end an answer")
     parser.add_argument("--serve", type=flag, nargs="?", const=True, default=False, help="OpenAI's API and a page")
-    parser.add_argument("--host", default=os.environ.get("API_HOST", "127.0.0.1"), help="address to listen on")
-    parser.add_argument("--port", type=int, default=os.environ.get("API_PORT", 8000), help="and port (0: a free one)")
+    parser.add_argument("--host", default=os.environ.get("API_HOST") or "127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=os.environ.get("API_PORT") or 8000, help="and port (0: a free one)")
     parser.add_argument("--api_key", default="", help="key that clients must send (better in the environment: API_KEY)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="auto", help="of the activations: auto, bf16, fp16, fp32")
@@ -1099,35 +1131,46 @@ def main():
     for name in ("n", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}, wanted 1 or more")
-    if args.context <= args.max_new_tokens:
-        raise ValueError(f"context {args.context} leaves no room for a question beside {args.max_new_tokens} new tokens")
-    key = args.api_key or os.environ.get("API_KEY", "")
-    if args.serve and args.host not in LOCAL and not key:
-        raise ValueError(f"host {args.host} opens the model to other machines; give --api_key too, or stay on 127.0.0.1")
-    if args.merge and (args.serve or not args.use_lora):
-        raise ValueError("--merge wants an adapter that is the only model asked: leave out --serve and --use_lora False")
-    if args.compile and not args.instruct_dir:
-        raise ValueError("--compile takes a minute that only a file of questions (--instruct_dir) gives back; leave it out")
-    if args.serve and args.num_beams > 1:
-        raise ValueError("the server streams and does not search with beams; leave --num_beams out")
+    key, asked = args.api_key or os.environ.get("API_KEY", ""), args.prompt is not None
+    given = asked or args.instruct_dir
+    for wrong, message in (
+            (args.prompt == "", "the question is empty; leave it out for a chat"),
+            (bool(args.instruct_dir) + asked + args.serve > 1, "wanted one of a question, --instruct_dir and --serve"),
+            (args.input and not asked, "--input wants a question that it is the context of"),
+            (args.output and not args.instruct_dir, "--output wants a file of questions (--instruct_dir)"),
+            (not (given or args.serve or sys.stdin and sys.stdout),
+             "a chat wants standard input and output, and one is closed; give a question, or --instruct_dir"),
+            (args.n > 1 and not given, "--n wants a question or --instruct_dir"),
+            (not given and args.context <= args.max_new_tokens,
+             f"context {args.context} leaves no room for a question beside {args.max_new_tokens} new tokens"),
+            (args.serve and args.host not in LOCAL and not key,
+             f"host {args.host} opens the model to other machines; give --api_key too, or stay on 127.0.0.1"),
+            (not 0 <= args.port <= 65535, f"port is {args.port}, wanted 0 to 65535"),
+            (args.merge and (args.serve or not args.use_lora),
+             "--merge wants an adapter that is the only model asked: leave out --serve and --use_lora False"),
+            (args.compile and not args.instruct_dir,
+             "--compile takes a minute that only a file of questions (--instruct_dir) gives back; leave it out"),
+            (args.serve and args.num_beams > 1, "the server streams and does not search with beams; leave --num_beams out"),
+            (args.compare and not (args.instruct_dir and args.output),
+             "--compare wants questions (--instruct_dir FILE) and a folder for the table (--output FOLDER)"),
+            (args.compare and (args.n > 1 or args.compile or args.merge or args.base_model),
+             "--compare asks each of its models once, unmerged: leave out --n, --compile, --merge and --base_model")):
+        if wrong:
+            raise ValueError(message)
 
     questions = read_instructions(args.instruct_dir) if args.instruct_dir else []
     device, multi = pick_device(args.device), args.single_or_multi == "multi"
-    dtype = pick_dtype(args.dtype, device)
+    dtypes = pick_dtype(args.dtype, device), "int8" if args.load_8bit else args.base_dtype
     if args.compare:
-        if not questions or not args.output:
-            raise ValueError("--compare wants questions (--instruct_dir FILE) and a folder for the table (--output FOLDER)")
-        return compare(each_model(args.compare, args.prompt_template, device, dtype), questions, decoding, args.batch_size, args.output)
-    made = {}                                                     # what the adapter's run.json says of itself
-    if args.use_lora:
-        info = Path(args.lora_weights) / "run.json"
-        if not Path(args.lora_weights).is_dir():
-            raise ValueError(f"no adapter at {args.lora_weights}; run python train.py first, name one with "
-                             "--lora_weights, or ask the base alone with --use_lora False")
-        made = read_json_file(info).get("config", {}) if info.is_file() else {}
+        return compare(each_model(args.compare, args.prompt_template, device, *dtypes), dtypes, questions, decoding,
+                       args.batch_size, args.output)
+    if args.use_lora and not Path(args.lora_weights).is_dir():
+        raise ValueError(f"no adapter at {args.lora_weights}; run python train.py first, name one with --lora_weights, or ask "
+                         "the base alone with --use_lora False")
+    made = made_with(args.lora_weights if args.use_lora else "")
     base = args.base_model or made.get("base_model") or str(DATA / "tiny")
     template = load_template(args.prompt_template or made.get("prompt_template_name") or "med_template")
-    model, tokenizer = load_base(base, device, dtype, "int8" if args.load_8bit else args.base_dtype)
+    model, tokenizer = load_base(base, device, *dtypes)
     if args.use_lora:
         load_adapter(model, args.lora_weights)
     if args.merge:
@@ -1161,14 +1204,14 @@ def main():
         prompts = [tokenizer.encode(render_prompt(template, q["instruction"], q["input"]), bos=True) for q in questions]
         answer_file(model, tokenizer, [(q, ids, decoding) for q, ids in zip(questions, prompts) for decoding in decodings],
                     args.output, args.batch_size,
-                    [args.dtype, args.base_dtype, *weights_key(base, args.lora_weights if args.use_lora else ""),
-                     *["merged"] * args.merge], args.compile)
+                    weights_key(dtypes, base, args.lora_weights if args.use_lora else "") + ["merged"] * args.merge, args.compile)
     elif args.prompt:
         for decoding in decodings:
             for _ in answer(render_prompt(template, args.prompt, args.input), decoding):
                 pass
         print(DISCLAIMER, file=sys.stderr)
     else:
+        sys.stdin.reconfigure(errors="surrogateescape")           # a line that is no UTF-8 is refused, and those after it read
         chat(answer, render, tokenizer, multi, args.context - args.max_new_tokens,
              f"{base}{f' with {args.lora_weights}' * args.use_lora} on {device}, {model.dtype}; {template['description']}")
 

@@ -3,8 +3,10 @@ import json
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from conftest import ROOT
 
 import generate as G
+import lora as L
 import model as M
 
 
@@ -155,7 +158,10 @@ def test_chat_in_a_terminal(lively, tmp_path):
     terminal.until("> ")
     terminal.type(f"/save {tmp_path / 'chat.json'}\n")
     terminal.until("> ")
-    terminal.type("half a question\x03")
+    terminal.type("half a question")
+    terminal.until("question")
+    time.sleep(0.3)                                               # readline misses a signal between its check and its select
+    terminal.type("\x03")
     terminal.until("> ")
     terminal.type("\x04")
     assert terminal.process.wait(20) == 0
@@ -184,14 +190,93 @@ def test_chat_keeps_the_turns_that_fit(lively):
     assert talk(False, 1000, ["甲", "乙"]) == ["甲", "乙"]
     room = len(tokenizer.encode(" <user>: 乙 <bot>: 答 <user>: 丙", bos=True)) + 1
     assert talk(True, room, ["甲", "乙", "丙"])[-1] == " <user>: 乙 <bot>: 答 <user>: 丙"
-    assert talk(True, 2, ["甲", "乙"])[-1] == " <user>: 乙"
+    assert talk(True, 2, ["甲", "乙"]) == []                       # not one question fits
+    assert talk(False, room, ["甲" * 99, "甲\udcff", "乙"]) == ["乙"] and talk(True, room, ["甲\udcff", "乙"]) == [" <user>: 乙"]
 
 
 @pytest.mark.parametrize("args, said", [
     (["--context", "16"], "context 16"), (["--n", "0", "a"], "n is 0"), (["--batch_size", "0", "a"], "batch_size is 0"),
-    (["--top_p", "2", "a"], "top_p is 2"), (["--serve", "--num_beams", "2"], "num_beams")])
-def test_bad_options_are_one_line(lively, args, said, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(a) for a in command(lively, *args)[1:]])
+    (["--top_p", "2", "a"], "top_p is 2"), (["--serve", "--num_beams", "2"], "num_beams"), (["--serve", "--port", "99999"], "port is 99999"),
+    (["--serve", "--port", "-1"], "port is -1"), (["--device", "meta", "a"], "meta"), (["a\udcff"], "half a character"),
+    (["a", "--input", "\udcff", "--prompt_template", "alpaca"], "half a character"), (["--max_new_tokens", "100000000000000", "a"], "max_new_tokens"),
+    (["--max_new_tokens", "100000000000000", "--instruct_dir", "FILE"], "batch_size"), ([""], "empty"), (["--n", "2"], "--n"),
+    (["--n", "2", "--serve"], "--n"), (["--input", "x"], "--input"), (["--input", "x", "--instruct_dir", "FILE"], "--input"),
+    (["a", "--instruct_dir", "FILE"], "one of"), (["--serve", "--instruct_dir", "FILE"], "one of"), (["a", "--serve"], "one of"),
+    (["a", "--output", "x"], "--output"), *((["--compare", "a=b", "--instruct_dir", "FILE", "--output", "x", *more], more[0]) for more in (
+        ["--n", "2"], ["--compile"], ["--merge"], ["--serve"]))])
+def test_bad_options_are_one_line(lively, records, args, said, capsys, monkeypatch):
+    args = [str(records) if a == "FILE" else a for a in args]
+    monkeypatch.setattr(sys, "argv", [str(a) for a in command(lively, *args)[1:] if "--compare" not in args or a != "--use_lora=False"])
     with pytest.raises(SystemExit) as caught:
         M.run(G.main)
-    assert caught.value.code == 2 and said in capsys.readouterr().err
+    *_, last = lines = capsys.readouterr().err.splitlines()       # before it may stand how far an answer came
+    assert caught.value.code == 2 and said in last and sum("rror" in line for line in lines) == 1
+
+
+def test_what_a_mode_does_not_use_does_not_stop_it(lively):
+    """--context bounds chats and servers; an environment variable that is empty is none."""
+    done = subprocess.run(command(lively, "--context", "16", "黄芪？"), env={**os.environ, "API_PORT": "", "API_HOST": ""}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_chat_goes_on_after_what_it_cannot_ask_and_ends_with_its_reader(lively):
+    """Bytes that are no text and a question that does not fit are one line each; without a terminal it is a filter."""
+    given = b"\xff\xfe\n" + "黄芪".encode() * 200 + "\n黄芪？\n".encode()
+    done = subprocess.run(command(lively, "--context", "120"), input=given, capture_output=True, timeout=120,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    errors = [line for line in done.stderr.decode().splitlines() if line.startswith("error: ")]
+    assert done.returncode == 0 and len(errors) == 2 and "half a character" in errors[0] and "--context" in errors[1], done.stderr
+    assert done.stdout.decode().count("\n") >= 1 and b"[16 tokens" in done.stderr
+    closed = subprocess.run(command(lively), preexec_fn=lambda: os.close(0), capture_output=True, text=True, timeout=120)
+    assert closed.returncode == 2 and "standard input" in closed.stderr and closed.stderr.count("\n") == 1, closed.stderr
+    with subprocess.Popen(command(lively), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        process.stdin.write("黄芪？\n".encode() * 30)
+        process.stdin.close()
+        said = process.stderr.read().decode()
+        process.wait(60)
+    assert "not saved" not in said and "Traceback" not in said and said.count("tokens/s]") <= 1, said
+
+
+def test_output_that_is_no_plain_file_stays_what_it_is(lively, tmp_path):
+    """A link is followed, a pipe is written to: neither is replaced by a file."""
+    model, tokenizer, tasks = tasks_of(lively, 3)
+    link, pipe, got = tmp_path / "link", tmp_path / "pipe", []
+    link.symlink_to(tmp_path / "real")
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.extend(pipe.read_text(encoding="utf-8").splitlines()))
+    reader.start()
+    for path in (link, link, pipe):
+        G.answer_file(model, tokenizer, tasks, str(path), 2, "w")
+    reader.join(20)
+    assert link.is_symlink() and read(tmp_path / "real") == sorted(map(json.loads, got), key=lambda row: row["index"])
+    assert pipe.is_fifo() and len(got) == 3 and sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe", "real"]
+
+
+def test_key_tells_weights_apart(lively, records, tmp_path, monkeypatch):
+    """What is resolved counts, not how it is spelt: dtypes, --load_8bit, a folder's path, what lies in base and adapter."""
+    base, tuned, seen = tmp_path / "base", tmp_path / "tuned", []
+    shutil.copytree(lively, base)
+    model, _ = G.load_base(base, "cpu", torch.float32)
+    L.add_lora(model, L.LoRAConfig(r=2))
+    L.save_adapter(model, tuned, base)
+    monkeypatch.setattr(G, "answer_file", lambda model, tokenizer, tasks, output, rows, weights, compile: seen.append(json.dumps(weights)))
+    monkeypatch.chdir(tmp_path)
+
+    def key(*args, base=base):
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--base_model", str(base), "--instruct_dir", str(records), *args])
+        G.main()
+        return seen.pop()
+    alone, auto = ("--use_lora", "False"), str(G.pick_dtype("auto", torch.device("cpu"))).endswith("bfloat16")
+    kinds = [key(*alone, "--dtype", "fp32"), key(*alone, "--dtype", "bf16"), key(*alone, "--dtype", "fp32", "--load_8bit"),
+             key("--lora_weights", "tuned", "--dtype", "fp32"), key("--lora_weights", "tuned", "--dtype", "fp32", "--merge")]
+    assert len(set(kinds)) == 5
+    assert kinds[2] == key(*alone, "--dtype", "fp32", "--base_dtype", "int8") and kinds[auto] == key(*alone)
+    assert kinds[0] == key(*alone, "--dtype", "fp32", "--base_dtype", "fp32", base="base") == key(*alone, "--dtype", "fp32", base="./base/")
+    config = json.loads((tuned / "adapter_config.json").read_text())
+    (tuned / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 64}))
+    assert key("--lora_weights", "tuned", "--dtype", "fp32") != kinds[3]
+    model.output.weight.data *= 2
+    L.remove_adapter(model)
+    M.save_model(model, base)
+    assert key(*alone, "--dtype", "fp32") != kinds[0]

@@ -32,6 +32,40 @@ def test_templates_are_the_published_ones(name):
     assert G.render_prompt(template, "a{b}") == without.replace("{instruction}", "a{b}")
 
 
+@pytest.mark.parametrize("text", [
+    {"prompt_no_input": "{instruction} {foo}"}, {"prompt_no_input": "{instruction} {0}"}, {"prompt_no_input": '{instruction} {"a": 1}'},
+    {"prompt_no_input": "{instruction} {"}, {"prompt_no_input": "{instruction}}"}, {"prompt_no_input": "{instruction} {instruction!r}"},
+    {"prompt_no_input": "{{instruction}}"}, {"prompt_input": "{instruction}"}, {"prompt_no_input": 3},
+    {"prompt_no_input": "{instruction}", "prompt_input": "{instruction}{input.x}"}])
+def test_a_template_that_cannot_be_filled_is_refused(tmp_path, text):
+    (tmp_path / "a.json").write_text(json.dumps(text))
+    with pytest.raises(ValueError, match=r"a.json: prompt_(no_)?input .*(doubled|wants a text with \{instruction\})"):
+        G.load_template(tmp_path / "a.json")
+
+
+def test_doubled_braces_stand_for_themselves(tmp_path):
+    (tmp_path / "a.json").write_text('{"prompt_no_input": "{{\\"a\\": {{{instruction}}}}}"}')
+    assert G.render_prompt(G.load_template(tmp_path / "a.json"), "{x}") == '{"a": {{x}}}'
+
+
+@pytest.mark.parametrize("text, said", [
+    ('{"instruction": "a", "history": 5}', "line 1: instruction and output"), ("[" * 200000, "JSON array"),
+    ('{"instruction": "a"}\n{"instruction": ' + "[" * 200000, "line 2 is not JSON"), ('{"instruction": "a"}\n{"instruction": "\\ud800"}', "line 2.*character"),
+    ('[\n{"instruction": "a"},\n{"instruction": "a", "output": "\\udfff"}]', "record 2.*character"),
+    ('[\n{"instruction": "a"},\n{"instruction": "b"},\n{"instruction": 5}]', "record 3: "), ('[\n{"instruction": "a"},\n5]', "record 2 holds a int")])
+def test_a_bad_file_is_one_line_with_the_record(tmp_path, text, said):
+    (tmp_path / "a").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        G.read_instructions(tmp_path / "a")
+
+
+def test_half_a_character_is_no_text(base):
+    tokenizer = G.Tokenizer(base / "tokenizer.model")
+    for encode in (tokenizer.encode, tokenizer.encode_answer):
+        with pytest.raises(ValueError, match=r"half a character.*ud800"):
+            encode("黄芪\ud800")
+
+
 def test_turns_keep_the_leading_space():
     assert G.render_turns([("甲", "乙"), ("丙", None)]) == " <user>: 甲 <bot>: 乙 <user>: 丙"
 

@@ -28,12 +28,13 @@ def served(tmp_path_factory):
     for name in ("base", "tuned"):
         if name == "tuned":
             L.load_adapter(model, folder / "tuned")
-        for i, _, text in G.answer_batch(model, tokenizer, [(ids, G.Decoding(max_new_tokens=40)) for ids in prompts], 24):
+        for i, _, text in G.answer_batch(model, tokenizer, [(ids, G.Decoding(max_new_tokens=40, repetition_penalty=1.1)) for ids in prompts], 24):
             answers[QUESTIONS[i], name] = text
-    tasks = [(ids, G.Decoding(max_new_tokens=600)) for ids in prompts]
+    tasks = [(ids, G.Decoding(max_new_tokens=600, repetition_penalty=1.1)) for ids in prompts]
     long = max((len(request.ids), QUESTIONS[i]) for i, request, _ in G.answer_batch(model, tokenizer, tasks, 24))[1]
     with open(folder / "log", "w+") as log:
-        server, port = start(log, "--lora_weights", folder / "tuned", "--dtype", "fp32", "--max_new_tokens", "40")
+        server, port = start(log, "--lora_weights", folder / "tuned", "--dtype", "fp32", "--max_new_tokens", "40",
+                             "--repetition_penalty", "1.1", "--seed", "7")
         yield f"http://127.0.0.1:{port}/", answers, long, folder
         server.terminate()
         assert server.wait(30) == 0
@@ -53,7 +54,6 @@ def page(request, served):
         page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
         page.goto(address)
         page.wait_for_selector("#modes button")
-        page.evaluate("id => document.getElementById('max_tokens').value = id", "40")
         yield page
         page.screenshot(path=folder / f"{request.node.name}.png")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -106,7 +106,7 @@ def test_stopped(page, served):
         time.sleep(0.1)
     else:
         raise AssertionError("the place is still taken")
-    page.evaluate("document.getElementById('max_tokens').value = '40'")
+    page.evaluate("document.getElementById('max_tokens').value = ''")
     question = next(q for q in QUESTIONS if answers[q, "tuned"])
     send(page, question)
     assert done(page)[-1:] == [answers[question, "tuned"]]
@@ -127,6 +127,34 @@ def test_compared(page, served):
     assert "no medical advice" in page.locator("#notice").text_content()
     assert all(page.locator(s).is_visible() for s in ("#question", "#send", "#gear", "#clear", "#modes"))
     assert len({page.locator(s).bounding_box()["y"] for s in ("#clear", "#gear", "#language")}) == 1      # on one line
+
+
+def test_settings_left_empty_are_the_servers(page, served):
+    """What the server was started with is shown in grey and not sent over it; what is typed is."""
+    _, answers, _, folder = served
+    sent = []
+    page.on("request", lambda request: request.post_data and sent.append(G.json.loads(request.post_data)))
+    mode(page, "tuned")
+    page.click("#gear")
+    fields = ("temperature", "top_p", "max_tokens", "repetition_penalty", "seed")
+    shown = lambda: [page.locator(f"#{name}").get_attribute("placeholder") for name in fields]
+    assert shown() == ["默认：0", "默认：0.75", "默认：40", "默认：1.1", "默认：7"] and [page.input_value(f"#{n}") for n in fields] == [""] * 5
+    page.screenshot(path=folder / f"settings-{page.viewport_size['width']}.png")
+    send(page, QUESTIONS[0])
+    done(page)
+    page.click("#language")
+    assert shown() == ["default: 0", "default: 0.75", "default: 40", "default: 1.1", "default: 7"]
+    page.screenshot(path=folder / f"settings-en-{page.viewport_size['width']}.png")
+    page.fill("#temperature", "0.5")
+    page.fill("#max_tokens", "3")
+    page.check("#memory")
+    send(page, QUESTIONS[1])
+    done(page)
+    page.fill("#max_tokens", "")
+    send(page, QUESTIONS[2])
+    done(page)
+    assert [{k: v for k, v in body.items() if k not in ("model", "messages", "stream", "stream_options")} for body in sent] == [
+        {}, {"temperature": 0.5, "max_tokens": 3}, {"temperature": 0.5, "max_tokens": 40}]
 
 
 def test_what_a_model_writes_is_text(page):

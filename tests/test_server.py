@@ -57,17 +57,6 @@ def start(models, **more):
 
 
 @pytest.fixture(scope="module")
-def server(models):
-    server, stop = start(models)
-    yield server
-    stop()
-
-
-def client_of(server, key="none"):
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key=key, max_retries=0, timeout=60)
-
-
-@pytest.fixture(scope="module")
 def offline(models):
     """{(question, name): greedy answer of `ask`}, by the base without an adapter or by base and adapter."""
     tokenizer, template, plain, tuned = models
@@ -147,11 +136,13 @@ def test_fields_have_their_effect(server, models, offline):
 
 def test_conversation_is_rendered_as_in_training(server, models):
     tokenizer, template, plain, _ = models
-    messages = [{"role": "system", "content": "简短"}, {"role": "user", "content": "甲"}, {"role": "assistant", "content": "乙"},
-                {"role": "user", "content": "丙"}]
-    got = client_of(server).chat.completions.create(model="base", messages=messages)
-    prompt = G.render_prompt(template, " <user>: 简短\n甲 <bot>: 乙 <user>: 丙")
-    assert got.choices[0].message.content == "".join(G.ask(plain, tokenizer, prompt, 24))
+    parts = [{"type": "text", "text": "丙"}, {"type": "text", "text": "丁"}]
+    for system, last, shown in (("system", "丙", "丙"), ("developer", parts, "丙\n丁")):
+        messages = [{"role": system, "content": "简短"}, {"role": "user", "content": "甲", "name": "bob"},
+                    {"role": "assistant", "content": "乙"}, {"role": "user", "content": last}]
+        got = client_of(server).chat.completions.create(model="base", messages=messages)
+        prompt = G.render_prompt(template, f" <user>: 简短\n甲 <bot>: 乙 <user>: {shown}")
+        assert got.choices[0].message.content == "".join(G.ask(plain, tokenizer, prompt, 24))
 
 
 def raw(server, data, wait=10, close=False):
@@ -231,6 +222,16 @@ BAD = {
     "logprobs": (400, post(ask(logprobs=True))), "logit_bias": (400, post(ask(logit_bias={"5": 100}))),
     "frequency_penalty": (400, post(ask(frequency_penalty=0.5))), "num_beams": (400, post(ask(num_beams=1))),
     "best_of": (400, post({"prompt": "a", "best_of": 4}, "/v1/completions")), "dunder": (400, post(ask(__class__="x"))),
+    "temperature 10**20": (400, post(ask(temperature=10**20))), "temperature 1e-40": (400, post(ask(temperature=1e-40))),
+    "repetition_penalty 10**20": (400, post(ask(repetition_penalty=10**20))),
+    "repetition_penalty 1e-300": (400, post(ask(repetition_penalty=1e-300))),
+    "stop of 401 characters": (400, post(ask(stop="药" * 401))), "tool_choice": (400, post(ask(tool_choice="required"))),
+    "model a path of models": (404, GET.format("/v1/models/../tuned").encode()), "model of models unknown": (404, GET.format("/v1/models/gpt-4o").encode()),
+    "no model of models": (404, GET.format("/v1/models/").encode()), "POST to a model": (405, post({}, "/v1/models/tuned")),
+    "text part a number": (400, post(message(content=[{"type": "text", "text": 1}]))), "no parts": (400, post(message(content=[]))),
+    "part of another type": (400, post(message(content=[{"type": "image_url", "image_url": {}, "text": "a"}]))),
+    "parts of texts": (400, post(message(content=["a"]))), "developer late": (400, post(ask(messages=[
+        {"role": "user", "content": "a"}, {"role": "developer", "content": "b"}]))),
     "huge body": (413, post(b"x" * 300000)), "huge body promised": (413, post(b"{}", length=10**12)),
     "length of 5000 digits": (413, post(b"{}", length="9" * 5000)), "length negative": (411, post(b"{}", length=-1)),
     "length a word": (411, post(b"{}", length="ten")), "length in other digits": (411, post(b"{}", length="\xb2")),
@@ -258,7 +259,8 @@ def test_bad_request_is_refused_in_openais_form(server, name):
     assert got == status, error
     assert set(error) == {"message", "type", "param", "code"} and error["message"] and "Traceback" not in error["message"]
     assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
-    assert "application/json" in head and "Server: TCM-LLM" in head and "Python" not in head
+    assert "application/json" in head and "Server: TCM-LLM" in head and "Python" not in head and "<class" not in error["message"]
+    assert (status == 405) == ("\r\nAllow: " in head)
 
 
 def test_refusals_name_the_field(server):
@@ -269,7 +271,35 @@ def test_refusals_name_the_field(server):
         assert field in caught.value.body["message"] and caught.value.body["param"] == field
     with pytest.raises(openai.NotFoundError, match="tuned base"):
         chat(client, "你好", "gpt-4o")
-    assert chat(client, "你好", frequency_penalty=0, logprobs=False, tools=[], user="a", max_tokens=1).choices    # ask for nothing
+
+
+@pytest.mark.parametrize("fields", [
+    {"frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": False, "tools": [], "user": "a", "n": 1, "stream": False},
+    {"response_format": {"type": "text"}, "tool_choice": "none"}, {"best_of": 1, "prompt": "a", "messages": "left out"},
+    {"max_new_tokens": 0}, {"num_beams": 0}, {"max_new_tokens": False, "length_penalty": 0, "eos_id": ""}])
+def test_what_asks_for_nothing_is_let_pass(server, fields):
+    """OpenAI's defaults, given; also under the names of settings that clients have no say in."""
+    got, _, body = raw(server, post(ask(**fields), "/v1/completions" if "prompt" in fields else "/v1/chat/completions"))
+    assert got == 200 and json.loads(body)["usage"]["completion_tokens"] == 2, body
+
+
+def test_head_allow_host_and_models(server):
+    """HEAD is GET without its body; a 405 says what is allowed; a host's name has no case; one model by its name."""
+    for path in ("/", "/health", "/v1/models", "/nowhere"):
+        got, want = (raw(server, GET.format(path).replace("GET", method).encode()) for method in ("HEAD", "GET"))
+        size = lambda head: re.search(r"Content-Length: (\d+)", head)[1]
+        assert got[0] == want[0] and got[2] == b"" and size(got[1]) == size(want[1])
+    for data, allowed in ((post({}, "/v1/models"), "GET, HEAD"), (GET.format("/v1/completions").encode(), "POST"),
+                          (GET.format("/v1/completions").replace("GET", "HEAD").encode(), "POST")):
+        status, head, _ = raw(server, data)
+        assert status == 405 and f"Allow: {allowed}\r\n" in head
+    for host, origin, status in (("LOCALHOST:8101", "", 200), ("LocalHost", "http://LOCALHOST", 200), ("LOCALHOST", "http://evil", 403)):
+        more = f"Host: {host}\r\n" + (origin and f"Origin: {origin}\r\n")
+        assert raw(server, f"GET /v1/models HTTP/1.1\r\n{more}\r\n".encode())[0] == status
+    card = client_of(server).models.retrieve("tuned")
+    assert card.id == "tuned" and card.defaults["max_tokens"] == 24 and card.defaults["top_p"] == 1.0
+    with pytest.raises(openai.NotFoundError, match="tuned base"):
+        client_of(server).models.retrieve("tune")
 
 
 def test_client_that_ends_early_is_told(server):
@@ -310,6 +340,49 @@ def test_full_line_is_a_429_and_leaving_frees_places(models):
         stop()
 
 
+@pytest.mark.parametrize("extra", [b"", b"\r\n", b"x" * 70000])
+def test_a_client_that_leaves_is_missed(models, extra):
+    """Also one that sent more than its body."""
+    server, stop = start(models, max_len=8000)
+    try:
+        with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+            connection.sendall(post({**ask(), "max_tokens": 7900}))
+            while not any(server.running.values()):
+                time.sleep(0.01)
+            connection.sendall(extra)
+        for _ in range(40):
+            if not any(server.running.values()):
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError(f"{len(server.running['tuned'][0].ids)} ids made for nobody")
+    finally:
+        stop()
+
+
+def test_a_refused_body_is_read_until_the_deadline(server):
+    """A client that goes on sending what was refused keeps its thread no longer than one that is slow."""
+    started = time.monotonic()
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as connection, pytest.raises(OSError):
+        connection.sendall(post(b"", length=999999999))
+        while time.monotonic() - started < 6:
+            connection.sendall(b"x" * 65536)
+    assert time.monotonic() - started < 4
+
+
+def test_waiting_jobs_nobody_waits_for_are_not_begun(models, monkeypatch):
+    begun, add = [], G.Batch.add
+    monkeypatch.setattr(G.Batch, "add", lambda self, job: (begun.append(job), add(self, job)))
+    server, stop = start(models)
+    stop()
+    jobs = [G.Job([1, 5, 6], G.Decoding(max_new_tokens=2)) for _ in range(9)]
+    for job in jobs[1:]:
+        job.left = True
+    server.waiting["tuned"] += jobs
+    server.run_model()                                            # stopping, it ends with the last job
+    assert begun == jobs[:1] and jobs[0].finish_reason and not server.waiting["tuned"]
+
+
 def test_key_is_wanted_where_it_is_set(models):
     server, stop = start(models, api_key="secret 钥匙")
     try:
@@ -323,15 +396,17 @@ def test_key_is_wanted_where_it_is_set(models):
         stop()
 
 
-def test_model_that_fails_is_told_and_the_server_goes_on(models, offline, monkeypatch):
+def test_model_that_fails_is_told_and_the_server_goes_on(models, offline):
     server, stop = start(models)
     try:
-        with monkeypatch.context() as patch:
-            patch.setattr(G.Batch, "step", lambda self: 1 / 0)
+        for name in ("__init__", "step"):                         # no memory for the batch, no memory for a step
+            patch = pytest.MonkeyPatch()
+            patch.setattr(G.Batch, name, lambda self, *more: 1 / 0)
             with pytest.raises(openai.InternalServerError, match="ZeroDivisionError"):
                 chat(client_of(server), QUESTIONS[0])
             with pytest.raises(openai.APIError, match="ZeroDivisionError"):
                 list(chat(client_of(server), QUESTIONS[0], stream=True))
+            patch.undo()
         assert chat(client_of(server), QUESTIONS[0]).choices[0].message.content == offline[QUESTIONS[0], "tuned"]
     finally:
         stop()

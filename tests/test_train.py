@@ -227,7 +227,7 @@ BAD = {  # name: (arguments over a good command, a word the line must have). @ i
     "blank answer": (["--data_path", '@{"instruction": "a", "output": " "}'], "line 1"),
     "a number for a text": (["--data_path", '@{"instruction": 1, "output": "b"}'], "line 1"),
     "a list for the input": (["--data_path", '@{"instruction": "a", "input": [1], "output": "b"}'], "input"),
-    "not an object": (["--data_path", "@[1, 2]"], "line 1"),
+    "not an object": (["--data_path", "@[1, 2]"], "record 1"),
     "two questions": (["--data_path", '@{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}'], "message 2"),
     "a tool's message": (["--data_path", '@{"messages": [{"role": "tool", "content": "a"}]}'], "message 1"),
     "an open conversation": (["--data_path", '@{"conversations": [{"from": "human", "value": "a"}]}'], "without one"),

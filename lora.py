@@ -338,13 +338,13 @@ def save_adapter(model, path, base_model="", run_info=None, trained=False):
     the first writes. Raises ValueError naming a tensor that is not finite or came back otherwise or, once trained, if every
     lora_B is zero; one alone (behind a wo of zeros, say) is told of."""
     path, state = Path(path), {}
-    path.mkdir(parents=True, exist_ok=True)
     for module, prefix, heads in peft_names(model):
         a, b = whole(module.lora_a.detach()).cpu(), whole(module.lora_b.detach()).cpu()
         state[f"{prefix}.lora_A.weight"] = a.contiguous()
         state[f"{prefix}.lora_B.weight"] = b.contiguous() if heads is None else meta_to_hf_rows(b, heads)
     if processes()[0]:
         return
+    path.mkdir(parents=True, exist_ok=True)
 
     def write(file):
         save_file(state, file, metadata={"format": "pt"})

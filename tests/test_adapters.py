@@ -168,6 +168,10 @@ def test_a_save_is_read_back_before_it_replaces(tmp_path, base, monkeypatch, cap
     L.save_adapter(model, tmp_path / "zero")
     L.load_adapter(M.load_model(base / "hf"), tmp_path / "zero")
     assert "changes nothing" in capsys.readouterr().err
+    with monkeypatch.context() as patch:                          # another process than the first: it may come late, and makes nothing
+        patch.setattr(L, "processes", lambda: (1, 2))
+        L.save_adapter(model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     with pytest.raises(ValueError, match="every lora_B is zero after training"):
         L.save_adapter(model, tmp_path / "b", trained=True)

@@ -489,8 +489,9 @@ def save_meta(model, path):
 
 def recover(base, difference, path, dtype=None):
     """Write tuned = base + difference into a new folder of ours, as Stanford Alpaca's weight_diff.py does, summed in
-    float32; rows that the base's vocabulary lacks ([PAD]) are the mean of those it has. Returns the sum of all weights, by
-    which Alpaca's authors check, and that of RoPE's tables (238.72 for 7B), which checkpoints of their time held too. Raises ValueError naming a tensor of another shape."""
+    float32; rows that the base's vocabulary lacks ([PAD]) are the mean of those it has. Returns the sum of all weights, by which
+    Alpaca's authors check, and that of RoPE's tables (238.72 for 7B), which checkpoints of their time held too. Raises
+    ValueError naming a tensor of another shape."""
     checkpoint, raw, totals = open_checkpoint(difference), load_model(base).state_dict(), []
 
     def tuned():

@@ -362,7 +362,7 @@ class KVCache:
         return view
 
     def copy_rows(self, source, target, start, stop):
-        """Copy positions start to stop of the rows `source`, a list, to the rows `target`, none of which is a source."""
+        """Copy positions start to stop of each of the rows `source`, a list, to that of `target`, one after the other."""
         for kv in (*self.k, *self.v):
             for a, b in zip(source, target):                      # slices: a list of rows would be brought to the device each time
                 kv[b, :, start:stop] = kv[a, :, start:stop]
@@ -963,7 +963,8 @@ class Parser(argparse.ArgumentParser):
 def out_of_memory(error):
     """The first line of torch's or Python's error of memory that ran out; "" for any other error."""
     text = (str(error).splitlines() or ["out of memory"])[0]
-    return text if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in text else ""
+    found = isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", text)
+    return text if found or isinstance(error, MemoryError) else ""
 
 
 def run(main):

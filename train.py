@@ -519,8 +519,8 @@ def describe_run(config):
         "params.json", "config.json", "added_tokens.json") if (base / name).is_file())] if config.base_model else []
     template = json.dumps(load_template(config.prompt_template_name), sort_keys=True)
     dtype = pick_dtype(config.dtype, pick_device(config.device))  # what auto is here: another machine may take another
-    return {"config": asdict(config) | {"dtype": next(name for name in DTYPES if DTYPES[name] == dtype)}, "torch": torch.__version__, "started": time.time(),
-            "processes": int(os.environ.get("WORLD_SIZE", 1)), "sha256": {
+    return {"config": asdict(config) | {"dtype": next(name for name in DTYPES if DTYPES[name] == dtype)},
+            "torch": torch.__version__, "started": time.time(), "processes": int(os.environ.get("WORLD_SIZE", 1)), "sha256": {
         "base": [digest(file) for file in files],
         "data": [[weight, digest(path)] for path, weight in map(split_weight, config.data_path)],
         "validation": digest(config.val_path) if config.val_path else None,

@@ -52,36 +52,36 @@ def read_knowledge(path):
             lines = enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error}); convert it, for instance with iconv -f GBK -t UTF-8") from None
-        rows = [(n, dict(zip(("head", "relation", "tail"), line.split("\t")))) for n, line in lines if line.strip()]
+        rows = [(f"line {n}", dict(zip(("head", "relation", "tail"), line.split("\t")))) for n, line in lines if line.strip()]
     else:
         rows = read_records(path)
-    for number, row in rows:
+    for place, row in rows:
         if "head" in row:
             head, relation, tail = triple = [row.get(key) for key in ("head", "relation", "tail")]
             if not all(isinstance(text, str) and text.strip() for text in triple) or relation == "中心词":
-                raise ValueError(f"{path} line {number}: {triple}, wanted texts for head, relation (no 中心词) and tail")
-            entity = triples.setdefault(head, (number, {"中心词": head}))[1]
+                raise ValueError(f"{path} {place}: {triple}, wanted texts for head, relation (no 中心词) and tail")
+            entity = triples.setdefault(head, (place, {"中心词": head}))[1]
             if relation == "类型":
                 entity["类型"] = tail
             else:
                 entity.setdefault(relation, []).append(tail)
-    for number, row in [*((n, row) for n, row in rows if "head" not in row), *triples.values()]:
+    for place, row in [*((place, row) for place, row in rows if "head" not in row), *triples.values()]:
         name = row.get("中心词")
         kind = row.get("类型", next(k for k, marks in rules["kinds"].items() if not marks or set(marks) & set(row)))
         if not isinstance(name, str) or not name.strip() or not isinstance(kind, str):
-            raise ValueError(f"{path} line {number}: 中心词 and 类型 want a text each, got {name!r} and {kind!r}")
+            raise ValueError(f"{path} {place}: 中心词 and 类型 want a text each, got {name!r} and {kind!r}")
         if name in entities:
-            raise ValueError(f"{path} line {number}: entity {name} stands there twice")
+            raise ValueError(f"{path} {place}: entity {name} stands there twice")
         entity = entities[name] = {"中心词": name, "类型": kind}
         for relation, values in row.items():
             if relation not in ("中心词", "类型"):
                 if not (isinstance(values, list) and values and all(isinstance(v, str) and v.strip() for v in values)):
-                    raise ValueError(f"{path} line {number}: {relation} of {name} is {values!r}, wanted a list of texts")
+                    raise ValueError(f"{path} {place}: {relation} of {name} is {values!r}, wanted a list of texts")
                 name_here = rules["relations"].get(relation, relation)
                 found = [*entity.get(name_here, []), *values]     # of pattern and formula, two patterns may share one formula
                 entity[name_here] = found if name_here in ("中医证型", "常用方剂") else list(dict.fromkeys(found))
         if 0 < (n := len(entity.get("中医证型", []))) != (m := len(entity.get("常用方剂", []))) > 0:
-            raise ValueError(f"{path} line {number}: {name} has {n} 中医证型 and {m} 常用方剂, wanted a formula for each pattern")
+            raise ValueError(f"{path} {place}: {name} has {n} 中医证型 and {m} 常用方剂, wanted a formula for each pattern")
     return list(entities.values())
 
 
@@ -177,8 +177,9 @@ def knowledge_jobs(args, entities, forms, prompts):
     own = {e["中心词"]: facts(e, forms) for e in entities}
     holders, pools, rng, drawn, jobs = defaultdict(list), {}, random.Random(args.seed), Counter(), []
     for name, known in own.items():
-        for relation, value in ((relation, value) for relation, _, _, values in known for value in values):
-            holders[kinds[name], relation, value].append(name)
+        for relation, _, _, values in known:
+            for value in values:
+                holders[kinds[name], relation, value].append(name)
 
     def partners(name, share):
         """Entities of the same kind that have a value in common in one of the relations."""
@@ -186,8 +187,10 @@ def knowledge_jobs(args, entities, forms, prompts):
         return sorted({other for key in keys for other in holders[key]} - {name})
 
     for title, form in prompts.items():
-        if pool := [name for name in own if form["weight"] and kinds[name] in form["kinds"] and own[name]
-                    and {*form["relations"]} <= {fact[0] for fact in own[name]} and ("share" not in form or partners(name, form["share"]))]:
+        pool = [name for name in own if form["weight"] and kinds[name] in form["kinds"] and own[name]
+                and set(form["relations"]) <= {fact[0] for fact in own[name]}
+                and ("share" not in form or partners(name, form["share"]))]
+        if pool:
             rng.shuffle(pool)
             pools[title] = pool
     if not pools:
@@ -213,16 +216,16 @@ def knowledge_jobs(args, entities, forms, prompts):
 def literature_jobs(args, prompts):
     """args.count jobs: a dialogue of 2 to 6 turns about each conclusion in turn."""
     rows, jobs, same = read_records(args.literature), [], Counter()
-    for number, row in rows:
+    for place, row in rows:
         if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("标题", "疾病", "结论")):
-            raise ValueError(f"{args.literature} line {number}: wanted texts for 标题, 疾病 and 结论")
+            raise ValueError(f"{args.literature} {place}: wanted texts for 标题, 疾病 and 结论")
     for i in range(args.count):
         row, turn = rows[i % len(rows)][1], i // len(rows)
         title, disease, conclusion = row["标题"], row["疾病"], row["结论"]
         parts = [part for part in re.split("[，。；]", conclusion) if len(part) > 3] or [conclusion]
-        place = f"{turn}.{same[title, turn]}" if same[title, turn] else turn                  # of several rows of one title
+        again = f"{turn}.{same[title, turn]}" if same[title, turn] else turn                  # of several rows of one title
         same[title, turn] += 1
-        jobs.append(make_job(args, prompts, "literature", f"{title}#{place}", ("user", "bot"), [(title, "结论", conclusion, parts)],
+        jobs.append(make_job(args, prompts, "literature", f"{title}#{again}", ("user", "bot"), [(title, "结论", conclusion, parts)],
                              entity=title, title=title, disease=disease, conclusion=conclusion,
                              turns=random.Random(f"{args.seed}/{title}/{turn}").randint(2, 6)))
     return jobs
@@ -344,16 +347,13 @@ def most_like(kept, text, threshold=0.7):
     return 0.0, ""
 
 
-def near(kept, record, threshold=0.7, add=True):
-    """Whether a kept record about the same entity has mostly the same 4-grams (Jaccard); if none has, add keeps this one."""
+def near(kept, record, threshold=0.7):
+    """(Whether a kept record about the same entity has mostly the same 4-grams (Jaccard), the record's own: to be kept if not)."""
     text = plain(record["instruction"] + record["output"])
     grams = {text[i:i + 4] for i in range(len(text) - 3)}
     shared, sizes = kept.shared(grams)
     close = np.flatnonzero(shared >= threshold * (sizes + len(grams) - shared))
-    found = any(kept.texts[i] == record.get("entity") for i in close)
-    if add and not found:
-        kept.add(grams, record.get("entity"))
-    return found
+    return any(kept.texts[i] == record.get("entity") for i in close), grams
 
 
 def parse_items(content, fields):
@@ -408,14 +408,15 @@ class Sieve:
             if record["strangers"] or not used:
                 return "names what its facts do not" if used else "names no value of its facts"
         text = plain(record["instruction"] + record["input"] + record["output"])
-        if text in self.exact or near(self.grams, record, add=False):
+        close, grams = near(self.grams, record)
+        if text in self.exact or close:
             return "near duplicate" if text not in self.exact else "duplicate"
         if job["form"] == "self_instruct":
             record["rouge_l"], record["like"] = most_like(self.tasks, record["instruction"])
             if record["like"]:
                 return "like a task kept before"
         self.exact.add(text)
-        near(self.grams, record)
+        self.grams.add(grams, record.get("entity"))
         return ""
 
 
@@ -806,6 +807,12 @@ def report(path, knowledge, tokenizer="", template="med_template", html=""):
     told = {(r["entity"], v) for r in records if r.get("entity") for v in r["values"]}
     texts, kept = Counter(plain(r["instruction"] + r["input"] + r["output"]) for r in records), Kept()
     departments = [d for r in records for d in entities.get(r.get("entity"), {}).get("所属科室", [])]
+    repeats = 0
+    for r in records:
+        close, grams = near(kept, r)
+        repeats += close
+        if not close:
+            kept.add(grams, r.get("entity"))
 
     def spread(numbers, width):
         bins = Counter(number // width * width for number in numbers)
@@ -817,7 +824,7 @@ def report(path, knowledge, tokenizer="", template="med_template", html=""):
         "characters of an answer": spread([len(r["output"]) for r in records], 50),
         "knowledge base": {"entities": len(entities), "entities asked about": len({r.get("entity") for r in records} & set(entities)),
                            "values": len(values), "values told": len(values & told)},
-        "duplicates": {"exact": len(records) - len(texts), "near (4-grams)": sum(bool(near(kept, r)) for r in records)}}
+        "duplicates": {"exact": len(records) - len(texts), "near (4-grams)": repeats}}
     if tokenizer:
         pieces, form = Tokenizer(tokenizer), load_template(template)
         tokens = [len(pieces.encode(render_prompt(form, r["instruction"], r["input"]) + r["output"], bos=True, eos=True)) for r in records]

@@ -450,9 +450,9 @@ def ask(model, tokenizer, prompt, max_new_tokens=256, stop=(), **decoding):
                                                eos_id=tokenizer.eos_id, tokenizer=tokenizer, **decoding), stop)
 
 
-def read_records(path, places=False):
-    """[(number of the line or, in an array, of the record, object), ...] of a JSON array or JSON lines, whatever the extension;
-    a BOM is skipped; "-" is standard input. With places, "line 3" or "record 3" for a number. Raises ValueError naming both."""
+def read_records(path):
+    """[("line 3" or, in an array, "record 3", object), ...] of a JSON array or JSON lines, whatever the extension; a BOM is
+    skipped; "-" is standard input. Raises ValueError naming the file and the place."""
     path = Path("/dev/stdin" if str(path) == "-" else path)
     if not path.exists() or path.is_dir():
         raise ValueError(f"{path} not found or not a file")
@@ -475,7 +475,7 @@ def read_records(path, places=False):
     for place, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{path} {place} holds a {type(row).__name__}, wanted an object")
-    return rows if places else [(int(place.split()[1]), row) for place, row in rows]
+    return rows
 
 
 def message_turns(messages):
@@ -520,7 +520,7 @@ def read_instructions(path, answers=False):
     BenTsao's literature rows. If one record of the file has several turns, all are put in the form of those rows
     (`render_turns`), as a chat of several turns is; else the question is the instruction. With answers, each record must
     end in one. Raises ValueError naming the line or record."""
-    records, rows = [], read_records(path, places=True)
+    records, rows = [], read_records(path)
     for place, row in rows:
         try:
             json.dumps(row, ensure_ascii=False).encode()          # half a character would be met where its answer is written

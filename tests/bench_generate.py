@@ -4,8 +4,8 @@
   python tests/bench_generate.py --size 7b --device cuda         LLaMA-7B's shape, weights made on the card
   python tests/bench_generate.py --cases bf16_1 int8_1
 
-A case is PRECISION_BATCH or PRECISION_beamsN, with _compiled behind it for our --compile, or PRECISION_serverN. Both sides answer the same
-random prompts greedily (or by beams), EOS ignored, --new tokens each, the prompt included in the time; transformers runs
+A case is PRECISION_BATCH or PRECISION_beamsN, with _compiled behind it for our --compile, or PRECISION_serverN. Both sides
+answer the same random prompts greedily (or by beams), EOS ignored, --new tokens each, the prompt included in the time; transformers runs
 its dynamic cache (--static: its static cache, compiled), in bf16 for int8 and nf4, since it has no such weights of its
 own. Decode figures subtract the time to the first token, measured apart. The share of the bandwidth, which is that of
 summing 1 GiB, counts the weights alone. Compilation is timed apart. serverN is ours alone: N clients, each with the openai
@@ -165,8 +165,8 @@ def server_load(args, precision, clients):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="mid")
-    parser.add_argument("--cases", nargs="+", default=["bf16_1", "fp32_1", "int8_1", "nf4_1", "bf16_8", "fp32_8", "bf16_beams4", "bf16_server16",
-                                                       "fp32_beams4", "fp32_1_compiled", "int8_1_compiled", "bf16_8_compiled"])
+    parser.add_argument("--cases", nargs="+", default=["bf16_1", "fp32_1", "int8_1", "nf4_1", "bf16_8", "fp32_8", "bf16_beams4",
+                                                       "bf16_server16", "fp32_beams4", "fp32_1_compiled", "int8_1_compiled", "bf16_8_compiled"])
     parser.add_argument("--prompt", type=int, default=200, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--repeats", type=int, default=3)

@@ -335,11 +335,11 @@ def folder_hashes(path):
 
 
 def read_pairs(path):
-    """[{consistent, inconsistent}, ...] of a file. Raises ValueError naming the line."""
+    """[{consistent, inconsistent}, ...] of a file. Raises ValueError naming the line or record."""
     rows = read_records(path)
-    for number, row in rows:
+    for place, row in rows:
         if not all(isinstance(row.get(key), str) and row[key] for key in ("consistent", "inconsistent")):
-            raise ValueError(f"{path} line {number}: consistent and inconsistent want a text each")
+            raise ValueError(f"{path} {place}: consistent and inconsistent want a text each")
     return [row for _, row in rows]
 
 

@@ -42,7 +42,7 @@ import zipfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -390,51 +390,65 @@ def gather(x, index):
 
 def product(x, weight):
     """W x of x (..., I) and W (O, I), as F.linear makes it. Where few rows meet a large weight and
-    no gradient is asked for, the kernel is chosen: compiled, one row is a loop over W as it is
-    stored; on a CPU the fastest of three is found by timing them."""
+    no gradient is asked for, reading W takes the time, and the way to read it is chosen."""
     rows, compiling = x.numel() // x.size(-1), torch.compiler.is_compiling()
     if torch.is_grad_enabled() or rows > 16 or weight.nbytes < 2**20:
         return F.linear(x, weight)
-    if compiling and rows == 1:
-        return one_row(x, weight)
+    # Of a W wider than tall cuBLAS reads more than the loop that inductor makes.
+    if compiling and rows == 1 and (x.is_cpu or weight.size(0) >= weight.size(1)):
+        return one_row(x, weight).to(x.dtype)
     if compiling or not x.is_cpu:
         return F.linear(x, weight)
-    size = 1 << (rows - 1).bit_length()  # rows, rounded up to a power of two
-    kernel = fastest(size, tuple(weight.shape), x.dtype, torch.get_num_threads())
-    return kernel(x.reshape(rows, -1), weight).reshape(*x.shape[:-1], -1)
+    return fastest_product(x, weight)
 
 
 def one_row(x, weight):
-    """W x of one row as sums that inductor turns into vector loops. On a CPU W is cut in eight, for
-    one sum would wait for its own additions; a W wider than tall cuBLAS reads faster."""
-    if x.is_cuda and weight.size(0) < weight.size(1):
-        return F.linear(x, weight)
+    """W x of one row in float32, as sums that inductor turns into vector loops over W as it is
+    stored. On a CPU W is cut in eight, for one sum would wait for its own additions."""
     parts = weight.chunk(8 if x.is_cpu else 1)
     sums = [(part.float() * x.float()).sum(-1) for part in parts]
-    return torch.cat(sums, -1).to(x.dtype).view(*x.shape[:-1], -1)
+    return torch.cat(sums, -1).view(*x.shape[:-1], -1)
 
 
-@cache
-def fastest(rows, shape, dtype, threads):
-    """The kernel that multiplies so many rows by a weight (O, I) in the least time on this
-    processor. Timed once a shape, on more weights than caches hold; F.linear stays unless another
-    takes less than 0.87 of its time."""
-    kernels = [F.linear, lambda x, weight: (weight @ x.T).T]  # the second for AMX
-    if rows == 1:
-        kernels.append(lambda x, weight: torch.mv(weight, x[0]))
-    elif dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        onednn = torch.ops.mkldnn._linear_pointwise
-        kernels.append(lambda x, weight: onednn(x, weight, None, "none", [], ""))
-    x = torch.ones(rows, shape[1], dtype=dtype)
-    weights = torch.ones(1 + 2**25 // (math.prod(shape) * dtype.itemsize), *shape, dtype=dtype)
-    seconds = dict.fromkeys(kernels, math.inf)
-    for kernel in kernels * 3:
-        start = time.perf_counter()
-        for weight in weights:
-            kernel(x, weight)
-        seconds[kernel] = min(seconds[kernel], time.perf_counter() - start)
-    seconds[F.linear] *= 0.87
-    return min(seconds, key=seconds.get)
+class Fastest:
+    """Several functions that compute the same, as one. For each shape of its tensors the first
+    calls time them in turn; then the fastest does the work. The first, the plain one, stays unless
+    another takes less than 0.87 of its time: answers should not depend on noise."""
+
+    def __init__(self, *functions):
+        self.functions, self.seconds = functions, {}
+
+    def __call__(self, *tensors):
+        key = (*(t.shape for t in tensors), tensors[0].dtype, torch.get_num_threads())
+        trials = self.seconds.setdefault(key, [[] for _ in self.functions])
+        if isinstance(trials, list):
+            number = min(range(len(trials)), key=lambda i: len(trials[i]))
+            start = time.perf_counter()
+            result = self.functions[number](*tensors)
+            trials[number].append(time.perf_counter() - start)
+            if len(trials[-1]) == 5:
+                least = [min(times) for times in trials]
+                least[0] *= 0.87
+                self.seconds[key] = self.functions[least.index(min(least))]
+            return result
+        return trials(*tensors)
+
+
+def columns_product(x, weight):
+    """W x^T: rows as columns, which oneDNN multiplies faster in bf16 on processors with AMX."""
+    columns = x.reshape(-1, x.size(-1)).T
+    y = torch.mv(weight, columns[:, 0]) if columns.size(1) == 1 else (weight @ columns).T
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def onednn_product(x, weight):
+    """oneDNN's product, which F.linear does not take for few rows of float32."""
+    if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return F.linear(x, weight)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+fastest_product = Fastest(F.linear, columns_product, onednn_product)
 
 
 # ==================================================================================================

@@ -586,7 +586,7 @@ def open_weights(file):
     if not file.is_file():
         raise ValueError(f"{file} not found")
     try:
-        if file.suffix == ".safetensors":
+        if ".safetensors" in file.name:  # also while it is being written
             with safe_open(file, framework="pt") as opened:
                 weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         else:

@@ -1,4 +1,5 @@
-"""A small base written by the tests: weights by formula, a SentencePiece model with byte fallback, eight records."""
+"""A small base written by the tests: weights by formula, a tokenizer with byte fallback, eight
+records."""
 
 import json
 import os

@@ -1,4 +1,5 @@
 """model.py against a NumPy float64 LLaMA that shares no line with it, and against transformers."""
+
 import numpy as np
 import pytest
 import torch
@@ -29,35 +30,67 @@ def numpy_llama(state, config, ids):
         out = np.zeros_like(q)
         for head in range(config.n_heads):
             kv = head // group
-            qh, kh = rotate(q[:, head * D:(head + 1) * D]), rotate(k[:, kv * D:(kv + 1) * D])
+            qh, kh = rotate(q[:, head * D : (head + 1) * D]), rotate(k[:, kv * D : (kv + 1) * D])
             for t in range(T):
-                score = kh[:t + 1] @ qh[t] / np.sqrt(D)
+                score = kh[: t + 1] @ qh[t] / np.sqrt(D)
                 weight = np.exp(score - score.max())
-                out[t, head * D:(head + 1) * D] = weight / weight.sum() @ v[:t + 1, kv * D:(kv + 1) * D]
+                out[t, head * D : (head + 1) * D] = (
+                    weight / weight.sum() @ v[: t + 1, kv * D : (kv + 1) * D]
+                )
         x = x + out @ w[p + "attention.wo.weight"].T
         h = norm(x, w[p + "ffn_norm.weight"])
         a = h @ w[p + "feed_forward.w1.weight"].T
-        x = x + (a / (1 + np.exp(-a)) * (h @ w[p + "feed_forward.w3.weight"].T)) @ w[p + "feed_forward.w2.weight"].T
+        x = (
+            x
+            + (a / (1 + np.exp(-a)) * (h @ w[p + "feed_forward.w3.weight"].T))
+            @ w[p + "feed_forward.w2.weight"].T
+        )
     return norm(x, w["norm.weight"]) @ w["output.weight"].T
 
 
 def to_transformers(model):
     """The same weights in LlamaForCausalLM; q and k rows reordered here by an index, not by lora.py's function."""
     c = model.config
-    hf = LlamaForCausalLM(LlamaConfig(hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
-                                      num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size,
-                                      rms_norm_eps=c.norm_eps, tie_word_embeddings=False, max_position_embeddings=512)).eval()
-    rows = lambda w: w[[h * c.head_dim + i for h in range(w.shape[0] // c.head_dim)
-                        for i in [*range(0, c.head_dim, 2), *range(1, c.head_dim, 2)]]]
-    state = {"model.embed_tokens.weight": model.tok_embeddings.weight, "model.norm.weight": model.norm.weight,
-             "lm_head.weight": model.output.weight}
+    hf = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=c.dim,
+            intermediate_size=c.ffn_dim,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads,
+            vocab_size=c.vocab_size,
+            rms_norm_eps=c.norm_eps,
+            tie_word_embeddings=False,
+            max_position_embeddings=512,
+        )
+    ).eval()
+    rows = lambda w: w[
+        [
+            h * c.head_dim + i
+            for h in range(w.shape[0] // c.head_dim)
+            for i in [*range(0, c.head_dim, 2), *range(1, c.head_dim, 2)]
+        ]
+    ]
+    state = {
+        "model.embed_tokens.weight": model.tok_embeddings.weight,
+        "model.norm.weight": model.norm.weight,
+        "lm_head.weight": model.output.weight,
+    }
     for i, b in enumerate(model.layers):
-        state |= {f"model.layers.{i}.{name}.weight": w for name, w in {
-            "self_attn.q_proj": rows(b.attention.wq.weight), "self_attn.k_proj": rows(b.attention.wk.weight),
-            "self_attn.v_proj": b.attention.wv.weight, "self_attn.o_proj": b.attention.wo.weight,
-            "mlp.gate_proj": b.feed_forward.w1.weight, "mlp.down_proj": b.feed_forward.w2.weight,
-            "mlp.up_proj": b.feed_forward.w3.weight, "input_layernorm": b.attention_norm.weight,
-            "post_attention_layernorm": b.ffn_norm.weight}.items()}
+        state |= {
+            f"model.layers.{i}.{name}.weight": w
+            for name, w in {
+                "self_attn.q_proj": rows(b.attention.wq.weight),
+                "self_attn.k_proj": rows(b.attention.wk.weight),
+                "self_attn.v_proj": b.attention.wv.weight,
+                "self_attn.o_proj": b.attention.wo.weight,
+                "mlp.gate_proj": b.feed_forward.w1.weight,
+                "mlp.down_proj": b.feed_forward.w2.weight,
+                "mlp.up_proj": b.feed_forward.w3.weight,
+                "input_layernorm": b.attention_norm.weight,
+                "post_attention_layernorm": b.ffn_norm.weight,
+            }.items()
+        }
     hf.load_state_dict(state, strict=True)
     return hf
 
@@ -69,7 +102,13 @@ def test_logits_equal_the_oracles(n_kv_heads):
     with torch.no_grad():
         ours = model(ids)
         assert ours.dtype == torch.float32
-        assert np.abs(ours[0].double().numpy() - numpy_llama(model.state_dict(), model.config, ids[0].numpy())).max() < 1e-5
+        assert (
+            np.abs(
+                ours[0].double().numpy()
+                - numpy_llama(model.state_dict(), model.config, ids[0].numpy())
+            ).max()
+            < 1e-5
+        )
         assert (ours - to_transformers(model)(ids).logits).abs().max() < 1e-4
 
 
@@ -99,7 +138,9 @@ def test_save_and_load_are_exact(tmp_path):
     M.save_model(model, tmp_path)
     loaded = M.load_model(tmp_path)
     assert loaded.config == model.config
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values())
+    )
     assert M.load_model(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 

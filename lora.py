@@ -21,6 +21,7 @@ Adapters are kept in PEFT's folder format, so that peft, vLLM and llama.cpp's co
 """
 
 import math
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,11 +32,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from model import (
+    AMX,
     DTYPES,
     SAVE,
     SHARD_BYTES,
     Checkpoint,
-    Fastest,
     Linear,
     Parser,
     check_settings,
@@ -231,21 +232,16 @@ class Int8Linear(QuantisedLinear):
             return (one_row(x, self.weight) * self.scale.float()).to(x.dtype)
         if not x.is_cpu or x.dtype != torch.bfloat16:
             return super().forward(x)
-        multiply = packed_product if compiling else fastest_int8_product
+        multiply = torch.ops.aten._weight_int8pack_mm  # reads int8 as it is
+        if AMX and rows > 4:
+            multiply = integer_product
         y = multiply(x.reshape(rows, -1), self.weight, self.scale)
         return y.view(*x.shape[:-1], -1)
 
 
-def packed_product(x, codes, scale):
-    """torch's product of few bf16 rows (R, I) with int8 codes (O, I), which are read as they are.
-    The plain version is F.linear(x, Int8Linear.matrix(...))."""
-    return torch.ops.aten._weight_int8pack_mm(x, codes, scale)
-
-
 def integer_product(x, codes, scale):
-    """The same in integers, for processors that multiply int8 four at a time (VNNI, AMX): each row
-    of x is high + low / 254 of its greatest value / 127, two int8 numbers that hold it finer than
-    bf16 does; sums in int32 are exact."""
+    """Few rows x (R, I) times int8 codes (O, I), in integers: each row is high + low / 254 of its
+    greatest value / 127, two int8 numbers that hold it finer than bf16; sums in int32 are exact."""
     unit = x.abs().amax(1, keepdim=True).float().clamp_min(1e-30) / 127  # (R, 1)
     scaled = x.float() / unit
     high = scaled.round()
@@ -253,8 +249,6 @@ def integer_product(x, codes, scale):
     high, low = torch._int_mm(codes, pair.T).T.float().chunk(2)  # (R, O)
     return ((high + low / 254) * (unit * scale.float())).to(x.dtype)
 
-
-fastest_int8_product = Fastest(packed_product, integer_product)
 
 # The 16 values of NF4 (Dettmers et al. 2023, QLoRA, appendix E): quantiles of a normal distribution
 NF4 = (
@@ -353,10 +347,13 @@ def quantize(model, kind, device=None, dtype=None):
 
 PREFIX = "base_model.model.model."  # of PEFT's keys: its wrapper's, and transformers' own "model."
 # what adapter_config.json may set: what is read here, what the tensors show, what changes nothing
-READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias"}
-SHOWN = {"layers_to_transform", "layers_pattern", "exclude_modules", "init_lora_weights"}
-IDLE = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
-IDLE |= {"peft_version", "merge_weights", "megatron_core", "qalora_group_size"}
+KNOWN = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias"}
+KNOWN |= {"layers_to_transform", "layers_pattern", "exclude_modules", "init_lora_weights"}
+KNOWN |= {"task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
+KNOWN |= {"peft_version", "merge_weights", "megatron_core", "qalora_group_size"}
+
+
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin an adapter
 
 
 def save_adapter(model, folder, base_model="", run_info=None, trained=False):
@@ -409,29 +406,28 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
 def read_adapter_config(file):
     """(LoRAConfig, target_modules) of an adapter_config.json. Raises ValueError naming a key that
     is missing or asks for what this LoRA does not have."""
-    settings = read_json_file(file)
-    for key in ("r", "lora_alpha", "target_modules"):
-        if settings.get(key) is None:
-            raise ValueError(f"{file} lacks {key}")
-    init = str(settings.get("init_lora_weights")).lower()
-    changes_base = init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
-    unknown = {key for key, value in settings.items() if value} - READ - SHOWN - IDLE
-    unknown |= {"init_lora_weights"} if changes_base else set()
-    unknown |= {"peft_type"} if settings.get("peft_type", "LORA") != "LORA" else set()
-    for key in sorted(unknown):
+    settings = {key: value for key, value in read_json_file(file).items() if value}
+    refused = settings.keys() - KNOWN
+    if settings.get("peft_type", "LORA") != "LORA":
+        refused.add("peft_type")
+    if str(settings.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
+        refused.add("init_lora_weights")
+    for key in sorted(refused):
         raise ValueError(f"{file} sets {key} to {settings[key]!r}, which this LoRA does not have")
-    names = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
-    values = {ours: settings[key] for ours, key in names.items() if settings.get(key) is not None}
+    names = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
+    values = {ours: settings[key] for key, ours in names.items() if key in settings}
     try:
-        return LoRAConfig(**values), settings["target_modules"]
+        if missing := {"r", "lora_alpha", "target_modules"} - settings.keys():
+            raise ValueError(f"lacks {min(missing)}")
+        return LoRAConfig(**{"dropout": 0.0} | values), settings["target_modules"]
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 
 def load_adapter(model, folder):
     """Wrap the linears for which a folder's adapter_model.safetensors or .bin has tensors, and load
-    them. Return run.json ({} without). Raises ValueError naming a tensor that fits nowhere, lacks
-    its other half, is missing or is not finite, and for what PEFT has besides LoRA."""
+    them. Return run.json ({} without). Raises ValueError naming a linear whose tensors do not fit,
+    are missing or are not finite, and for what PEFT has besides LoRA."""
     folder, pairs = Path(folder), {}
     file = next(folder.glob("adapter_model.[sb]*"), folder / "adapter_model.safetensors")
     if not file.is_file():
@@ -442,23 +438,15 @@ def load_adapter(model, folder):
     config, targets = read_adapter_config(folder / "adapter_config.json")
     refuse_adapter(model)
     for key, tensor in open_weights(file).items():
-        # lora_A.weight, in PEFT's live modules lora_A.default.weight; _orig_mod. is torch.compile's
+        # lora_A.weight; in PEFT's live modules lora_A.default.weight; _orig_mod. is torch.compile's
         name, _, half = key.replace("_orig_mod.", "").removeprefix(PREFIX).partition(".lora_")
-        half = half[:1] if half.endswith(".weight") and half[:1] in "AB" else half
-        pairs.setdefault(name, {})[half] = tensor.float()
+        pairs.setdefault(name, {})[re.sub(r"(?<=^[AB])\.(\w+\.)?weight$", "", half)] = (
+            tensor.float()
+        )
     found = linears(model)
-    wanted = [n for n in found if isinstance(targets, list) and n.endswith(tuple(targets))]
-    for name in [*pairs, *wanted]:
-        linear, pair = found.get(name), pairs.get(name, {})
-        shapes = {half: tuple(t.shape) for half, t in pair.items()}
-        r = config.r
-        if not linear or shapes != {"A": (r, linear.in_features), "B": (linear.out_features, r)}:
-            raise ValueError(
-                f"{file}: {name} has {shapes or 'no tensors'}, which does not fit this model and "
-                f"r {r}; does the adapter belong to another base?"
-            )
-        if not all(tensor.isfinite().all() for tensor in pair.values()):
-            raise ValueError(f"{file}: {name} holds NaN or infinity")
+    targets = tuple(targets) if isinstance(targets, list) else ("all-linear",)
+    for name in [*pairs, *(name for name in found if name.endswith(targets))]:
+        check_pair(f"{file}: {name}", found.get(name), pairs.get(name, {}), config.r)
     for name, pair in pairs.items():
         module = LoRALinear(found[name], config)
         module.lora_a.data.copy_(pair["A"])
@@ -466,6 +454,18 @@ def load_adapter(model, folder):
         model.set_submodule(name, module.requires_grad_(False))
     info = folder / "run.json"
     return read_json_file(info) if info.is_file() else {}
+
+
+def check_pair(name, linear, pair, r):
+    """Raise ValueError if A (r, I) and B (O, r) are not what a linear wants."""
+    shapes = {half: tuple(tensor.shape) for half, tensor in pair.items()}
+    if not linear or shapes != {"A": (r, linear.in_features), "B": (linear.out_features, r)}:
+        raise ValueError(
+            f"{name} has {shapes or 'no tensors'}, which does not fit this model and r {r}; does "
+            "the adapter belong to another base?"
+        )
+    if not all(tensor.isfinite().all() for tensor in pair.values()):
+        raise ValueError(f"{name} holds NaN or infinity")
 
 
 # ==================================================================================================
@@ -500,7 +500,7 @@ def recover(base, difference, folder, dtype=None):
     return sum(sums), c.num_hidden_layers * table
 
 
-def export(base, adapter, folder, dtype, layout, **limits):
+def export(base, adapter, folder, dtype, layout, max_bytes):
     """Write a base, with an adapter merged into it if one is named, into a new folder."""
     with new_folder(folder) as new:
         model = load_model(base, dtype=dtype)
@@ -513,39 +513,34 @@ def export(base, adapter, folder, dtype, layout, **limits):
                 f"{sum(errors.values()) / len(errors):.1%} on average, {errors[worst]:.1%} at most "
                 f"({worst})"
             )
-        SAVE[layout](model.config, model.named_parameters(), new, model.dtype, base, **limits)
+        SAVE[layout](model.config, model.named_parameters(), new, model.dtype, base, max_bytes)
     print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters as {model.dtype}")
 
 
-def main():
+def parse_arguments():
     parser = Parser(
-        description="Fold an adapter into its base, write a base in another layout, "
-        "apply a weight difference."
+        description="Fold an adapter into its base, write a base in another layout, apply a "
+        "weight difference."
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    helps = {
-        "merge": "write base + adapter as one model",
-        "export": "write base, or base + adapter, in a layout of choice",
-        "recover": "write base + published weight difference",
-    }
-    for name, text in helps.items():
-        command = commands.add_parser(name, help=text)
+    merge = commands.add_parser("merge", help="write base + adapter as one model")
+    export = commands.add_parser("export", help="write base (+ adapter) in a layout of choice")
+    recover = commands.add_parser("recover", help="write base + published weight difference")
+    for command in (merge, export, recover):
         command.add_argument("--base_model", required=True, help="folder, or a hub's name in cache")
-        if name == "recover":
-            command.add_argument("--weight_diff", required=True, help="folder of the difference")
-        else:
-            command.add_argument("--lora_weights", required=name == "merge", help="its folder")
-        if name == "export":
-            command.add_argument("--layout", choices=SAVE, default="hf", help="whose to write")
-            command.add_argument(
-                "--max_shard_gb",
-                type=float,
-                default=SHARD_BYTES / 2**30,
-                help="GiB of a safetensors file (hf)",
-            )
         command.add_argument("--output_dir", required=True, help="new folder to write")
         command.add_argument("--dtype", choices=DTYPES, help="to write (default: as stored)")
-    args = parser.parse_args()
+    for command in (merge, export):
+        command.add_argument("--lora_weights", required=command is merge, help="of the adapter")
+        command.set_defaults(layout="hf", max_shard_gb=SHARD_BYTES / 2**30)
+    export.add_argument("--layout", choices=SAVE, help="whose folder to write")
+    export.add_argument("--max_shard_gb", type=float, help="GiB of a safetensors file (hf)")
+    recover.add_argument("--weight_diff", required=True, help="folder of the difference")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
     dtype, base, folder = DTYPES.get(args.dtype), find_base(args.base_model), args.output_dir
     if args.command == "recover":
         total, tables = recover(base, args.weight_diff, folder, dtype)
@@ -553,13 +548,11 @@ def main():
             f"{folder}: base + difference; with RoPE's tables, as old checkpoints held them, all "
             f"sums to {total + tables:.4f}, the weights alone to {total:.4f}"
         )
-    elif args.command == "merge":
-        export(base, args.lora_weights, folder, dtype, "hf")
     elif not 0 < args.max_shard_gb < math.inf:
         raise ValueError(f"max_shard_gb is {args.max_shard_gb}, wanted a number above 0")
     else:
-        limits = {"max_bytes": int(args.max_shard_gb * 2**30)} if args.layout == "hf" else {}
-        export(base, args.lora_weights, folder, dtype, args.layout, **limits)
+        size = int(args.max_shard_gb * 2**30)
+        export(base, args.lora_weights, folder, dtype, args.layout, size)
 
 
 if __name__ == "__main__":

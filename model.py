@@ -33,15 +33,13 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import sys
-import time
 import zipfile
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -385,21 +383,24 @@ def gather(x, index):
 
 
 # ==================================================================================================
-# Kernels for few rows. The plain version of all of them is F.linear
+# Kernels for few rows: reading the weight takes the time. The plain version of all is F.linear
+
+AMX = torch.cpu._is_amx_tile_supported()  # Intel's matrix unit; figures in tests/BENCHMARKS.md
 
 
 def product(x, weight):
-    """W x of x (..., I) and W (O, I), as F.linear makes it. Where few rows meet a large weight and
-    no gradient is asked for, reading W takes the time, and the way to read it is chosen."""
+    """W x of x (..., I) and W (O, I): F.linear, but for few rows without a gradient."""
     rows, compiling = x.numel() // x.size(-1), torch.compiler.is_compiling()
-    if torch.is_grad_enabled() or rows > 16 or weight.nbytes < 2**20:
+    if torch.is_grad_enabled() or rows > 16:
         return F.linear(x, weight)
-    # Of a W wider than tall cuBLAS reads more than the loop that inductor makes.
+    # A W wider than tall is read faster by cuBLAS than by the loop that inductor makes.
     if compiling and rows == 1 and (x.is_cpu or weight.size(0) >= weight.size(1)):
         return one_row(x, weight).to(x.dtype)
-    if compiling or not x.is_cpu:
-        return F.linear(x, weight)
-    return fastest_product(x, weight)
+    if AMX and x.is_cpu and x.dtype == torch.bfloat16 and not compiling:
+        columns = x.reshape(rows, -1).T
+        y = torch.mv(weight, columns[:, 0]) if rows == 1 else (weight @ columns).T
+        return y.reshape(*x.shape[:-1], -1)
+    return F.linear(x, weight)
 
 
 def one_row(x, weight):
@@ -408,47 +409,6 @@ def one_row(x, weight):
     parts = weight.chunk(8 if x.is_cpu else 1)
     sums = [(part.float() * x.float()).sum(-1) for part in parts]
     return torch.cat(sums, -1).view(*x.shape[:-1], -1)
-
-
-class Fastest:
-    """Several functions that compute the same, as one. For each shape of its tensors the first
-    calls time them in turn; then the fastest does the work. The first, the plain one, stays unless
-    another takes less than 0.87 of its time: answers should not depend on noise."""
-
-    def __init__(self, *functions):
-        self.functions, self.seconds = functions, {}
-
-    def __call__(self, *tensors):
-        key = (*(t.shape for t in tensors), tensors[0].dtype, torch.get_num_threads())
-        trials = self.seconds.setdefault(key, [[] for _ in self.functions])
-        if isinstance(trials, list):
-            number = min(range(len(trials)), key=lambda i: len(trials[i]))
-            start = time.perf_counter()
-            result = self.functions[number](*tensors)
-            trials[number].append(time.perf_counter() - start)
-            if len(trials[-1]) == 5:
-                least = [min(times) for times in trials]
-                least[0] *= 0.87
-                self.seconds[key] = self.functions[least.index(min(least))]
-            return result
-        return trials(*tensors)
-
-
-def columns_product(x, weight):
-    """W x^T: rows as columns, which oneDNN multiplies faster in bf16 on processors with AMX."""
-    columns = x.reshape(-1, x.size(-1)).T
-    y = torch.mv(weight, columns[:, 0]) if columns.size(1) == 1 else (weight @ columns).T
-    return y.reshape(*x.shape[:-1], -1)
-
-
-def onednn_product(x, weight):
-    """oneDNN's product, which F.linear does not take for few rows of float32."""
-    if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return F.linear(x, weight)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-fastest_product = Fastest(F.linear, columns_product, onednn_product)
 
 
 # ==================================================================================================
@@ -526,23 +486,19 @@ def read_config(path, vocab_size=None):
         if Path(path).name == "params.json":
             return config_from_meta(values, vocab_size)
         return config_from_hf(values)
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error}") from None
-    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Python's own words name the key that is missing, or unknown
+        raise ValueError(f"{path}: {str(error).replace('LLaMAConfig.__init__() ', '')}") from None
 
 
 def config_from_hf(hf):
     """The fields of config.json that we have; what asks for another network is refused."""
-    supported = {"model_type": "llama", "hidden_act": "silu", "quantization_config": None}
-    for key, value in (supported | {"attention_bias": False, "mlp_bias": False}).items():
+    plain = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False}
+    for key, value in (plain | {"mlp_bias": False, "quantization_config": None}).items():
         if hf.get(key, value) not in (value, None):
             raise ValueError(f"{key} is {hf[key]!r}, this network knows {value!r} only")
-    known = [f for f in fields(LLaMAConfig) if hf.get(f.name) is not None]
-    values = {f.name: hf[f.name] for f in known}
-    for f in fields(LLaMAConfig):
-        if f.default is MISSING and f.name not in values:
-            raise KeyError(f.name)
+    names = [f.name for f in fields(LLaMAConfig)]
+    values = {name: hf[name] for name in names if hf.get(name) is not None}
     # rope_scaling was before, rope_parameters is since transformers 5
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     kind = rope.pop("rope_type", rope.pop("type", "default"))
@@ -590,20 +546,22 @@ def open_weights(file):
             with safe_open(file, framework="pt") as opened:
                 weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         else:
-            weights = torch.load(
-                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-            )
-        weights = {str(key): tensor.detach() for key, tensor in weights.items()}
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it would run {code[1]}, and weights are only data" if code else "no weights"
-        raise ValueError(f"{file} is damaged or refused: {reason}; download it again") from None
+            is_zip = zipfile.is_zipfile(file)
+            archive = zipfile.ZipFile(file).namelist()[0].partition("/")[0] if is_zip else ""
+            if archive.startswith("consolidated.") and archive != file.stem:
+                raise ValueError(f"it was written as {archive}: the shards are swapped")
+            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+        # Rotary tables, which old files hold, are made here.
+        return {
+            str(key): tensor.detach()
+            for key, tensor in weights.items()
+            if not str(key).endswith(("rope.freqs", "rotary_emb.inv_freq"))
+        }
     except Exception as error:  # a damaged file makes its reader raise nearly all there are
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise ValueError(f"{file} is damaged ({reason}); copy or download it again") from None
-    # rotary tables, which old files hold, are made here
-    tables = ("rope.freqs", "rotary_emb.inv_freq")
-    return {key: tensor for key, tensor in weights.items() if not key.endswith(tables)}
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it would run {code[1]}, and weights are only data" if code else str(error)
+        reason = reason.partition("\n")[0].partition(". ")[0] or "it ends early"
+        raise ValueError(f"{file} is damaged, or refused ({reason}); download it again") from None
 
 
 def weight_files(folder):
@@ -615,10 +573,10 @@ def weight_files(folder):
             return [folder / name]
         if index.is_file():
             names = read_json_file(index).get("weight_map")
-            names = set(names.values()) if isinstance(names, dict) else {names}
+            names = set(names.values() if isinstance(names, dict) else [names])
             for file in names:
                 # by its letters: caches hold links to files elsewhere
-                if not re.fullmatch(r"\w[\w.-]*", str(file)) or not isinstance(file, str):
+                if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*", file):
                     raise ValueError(f"{index}: weight_map names {file!r}, wanted plain files")
             return [folder / file for file in sorted(names)]
     shards = sorted(folder.glob("consolidated.*.pth"))
@@ -627,7 +585,7 @@ def weight_files(folder):
             f"weights not found in {folder}: no model.safetensors, pytorch_model.bin (or index of "
             "these) and no consolidated.00.pth; --base_model wants the folder of a LLaMA"
         )
-    return shards
+    return [folder / f"consolidated.{number:02}.pth" for number in range(len(shards))]
 
 
 @dataclass(frozen=True)
@@ -756,15 +714,14 @@ def load_model(folder, device="cpu", dtype=None):
 def find_base(name):
     """The folder of a base: name itself, or the snapshot of the hub's owner/name in Hugging Face's
     cache. Nothing is downloaded. Raises ValueError if there is neither."""
-    if Path(name).is_dir():
-        return Path(name)
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     repo = hub / f"models--{str(name).replace('/', '--')}"
     ref = repo / "refs" / "main"
-    folder = repo / "snapshots" / (ref.read_text().strip() if ref.is_file() else "main")
-    if folder.is_dir():
-        return folder
+    snapshot = repo / "snapshots" / (ref.read_text().strip() if ref.is_file() else "main")
+    for folder in (Path(name), snapshot):
+        if folder.is_dir():
+            return folder
     raise ValueError(
         f"base {str(name)!r} is neither a folder nor in {hub}, and nothing is downloaded here; "
         "download it and give its folder with --base_model"
@@ -895,9 +852,9 @@ def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
         copy_tokenizer(base, folder)
 
 
-def save_meta(config, tensors, folder, dtype, base=None):
-    """Write a stream of (name, tensor) as Meta's folder, in one shard: params.json and
-    consolidated.00.pth. Raises ValueError for what params.json cannot say."""
+def save_meta(config, tensors, folder, dtype, base=None, max_bytes=None):
+    """Write a stream of (name, tensor) as Meta's folder, in one shard whatever its size:
+    params.json and consolidated.00.pth. Raises ValueError for what params.json cannot say."""
     write_json(Path(folder) / "params.json", config_to_meta(config))
     state = {}
     for name, tensor in tensors:
@@ -932,13 +889,12 @@ def copy_tokenizer(base, folder):
     """Copy a base's tokenizer, in all its files, and its chat template into a folder."""
     names = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*")
     files = [file for name in names for file in Path(base).glob(name)]
-    for file in (find_tokenizer(base), *files):
-        if file.is_file():
-            shutil.copyfile(file, Path(folder) / file.name)
-    settings = Path(folder) / "tokenizer_config.json"
-    if not settings.is_file() and (Path(folder) / "tokenizer.model").is_file():
-        names = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
-        write_json(settings, names)
+    if find_tokenizer(base).is_file():
+        files.append(find_tokenizer(base))
+        settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
+        write_json(Path(folder) / "tokenizer_config.json", settings)  # unless the base has one
+    for file in files:
+        shutil.copyfile(file, Path(folder) / file.name)
 
 
 # ==================================================================================================
@@ -956,13 +912,13 @@ def check_settings(settings):
     """Raise ValueError naming the first field of a dataclass whose value is neither its default nor
     of its annotated type and within its range. Numbers without a range are above 0."""
     for f in fields(settings):
-        value, limits = getattr(settings, f.name), {k: v for k, v in f.metadata.items() if v}
-        low, high = f.metadata.get("low"), f.metadata.get("high") or 2**31
-        low = low if low is not None else {int: 1}.get(f.type, 1e-30)
+        value, choices = getattr(settings, f.name), f.metadata.get("choices")
         wanted, fits = f"a {f.type.__name__}", type(value) is f.type
-        if limits.get("choices"):
-            wanted, fits = " or ".join(limits["choices"]), value in limits["choices"]
+        if choices:
+            wanted, fits = " or ".join(choices), value in choices
         elif f.type in (int, float):
+            low, high = f.metadata.get("low"), f.metadata.get("high") or 2**31
+            low = f.type is int or 1e-30 if low is None else low
             wanted += f" from {low:g} to {high:g}"
             fits = type(value) in (int, f.type) and low <= value <= high
         if not fits and value is not f.default:
@@ -1041,20 +997,20 @@ def convert(source, folder, dtype=None):
 def describe_model(folder):
     """The lines of `model.py info`, among them a fingerprint that is the same for the same weights
     in either layout: SHA-256 over name, dtype, shape and SHA-256 of each tensor, sorted by name."""
-    weights, sums, gib = Checkpoint(folder), {}, 2**30
+    weights, sums = Checkpoint(folder), {}
     for name, tensor in weights.read():
         digest = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
         sums[name] = f"{weights.dtype} {tuple(tensor.shape)} {digest}"
     if weights.config.tie_word_embeddings:  # as an untied copy has it
         sums["lm_head.weight"] = sums["embed_tokens.weight"]
-    c, size = weights.config, weights.dtype.itemsize
-    kinds = Counter((re.sub(r"\d+", "*", name), str(s)) for name, s in weights.shapes.items())
-    n = sum(map(math.prod, weights.shapes.values()))
-    q_width, kv_width = (h * c.head_dim for h in (c.num_attention_heads, c.num_key_value_heads))
+    c, size, gib = weights.config, weights.dtype.itemsize, 2**30
+    kinds = Counter(f"{re.sub(r'[0-9]+', '*', n):44} {s}" for n, s in weights.shapes.items())
+    n, kv_width = sum(map(math.prod, weights.shapes.values())), c.num_key_value_heads * c.head_dim
     position = 2 * c.num_hidden_layers * kv_width * size
-    adapter = 8 * c.num_hidden_layers * (2 * c.hidden_size + q_width + kv_width)
+    widths = 2 * c.hidden_size + c.num_attention_heads * c.head_dim + kv_width
+    adapter = 8 * c.num_hidden_layers * widths
     return [
-        *(f"{name:44} {shape:16} x {count}" for (name, shape), count in kinds.items()),
+        *(f"{kind:64} x {count}" for kind, count in kinds.items()),
         f"{n:,} parameters in {weights.dtype}, {n * size / gib:.2f} GiB",
         f"inference: {position / 2**20:.3f} MiB a position for keys and values; "
         f"{(n * size + 2048 * position) / gib:.2f} GiB with 2,048 positions",
@@ -1065,24 +1021,24 @@ def describe_model(folder):
     ]
 
 
-def main():
+def parse_arguments():
     parser = Parser(description="Convert, look into, or make anew the weights of a LLaMA.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    helps = {
-        "convert": "write either layout as Hugging Face's",
-        "info": "shapes, memory, and a fingerprint to compare by",
-        "init": "fresh weights in the shape of a config.json or params.json, for `train.py --full`",
-    }
-    for name, text in helps.items():
-        command = commands.add_parser(name, help=text)
-        command.add_argument("source", help="config or params file" if name == "init" else "folder")
-        if name != "info":
-            command.add_argument("output_dir", help="new folder to write")
-        if name == "convert":
-            command.add_argument("--dtype", choices=DTYPES, help="cast to it (default: as stored)")
-        if name == "init":
-            command.add_argument("--seed", type=int, default=0, help="of the random weights")
-    args = parser.parse_args()
+    to_hf = commands.add_parser("convert", help="write either layout as Hugging Face's")
+    info = commands.add_parser("info", help="shapes, memory, and a fingerprint to compare by")
+    init = commands.add_parser("init", help="fresh weights, for `train.py --full`")
+    for command in (to_hf, info, init):
+        text = "folder of the weights" if command is not init else "a config.json or params.json"
+        command.add_argument("source", help=text)
+    for command in (to_hf, init):
+        command.add_argument("output_dir", help="new folder to write")
+    to_hf.add_argument("--dtype", choices=DTYPES, help="cast to it (default: as stored)")
+    init.add_argument("--seed", type=int, default=0, help="of the random weights")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
     if args.command == "convert":
         config = convert(args.source, args.output_dir, DTYPES.get(args.dtype))
         print(f"{args.output_dir}: {config}")

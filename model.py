@@ -145,7 +145,7 @@ def apply_rope(x, rope):
     cos, sin = rope
     wide = x.float()
     swapped = wide.roll(x.size(-1) // 2, -1)  # (b, a)
-    return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)
+    return (wide * cos + swapped * sin).to(x.dtype)
 
 
 def attention(q, k, v, mask=None):

@@ -230,7 +230,8 @@ class Int8Linear(QuantisedLinear):
             return super().forward(x)
         if compiling and rows == 1:
             return (one_row(x, self.weight) * self.scale.float()).to(x.dtype)
-        if not x.is_cpu or x.dtype != torch.bfloat16:
+        # Of a width that 16 does not divide, torch's product of int8 reads beyond the end.
+        if not x.is_cpu or x.dtype != torch.bfloat16 or self.in_features % 16:
             return super().forward(x)
         multiply = torch.ops.aten._weight_int8pack_mm  # reads int8 as it is
         if AMX and rows > 4:

@@ -663,12 +663,12 @@ class Checkpoint:
         for start in range(0, len(names), 16):
             # Files are mapped anew each time: the pages of what was copied leave the memory.
             chunk = names[start : start + 16]
-            maps = {
-                f: open_weights(f) for f in {p.file for name in chunk for p in self.parts[name]}
-            }
+            files = {part.file for name in chunk for part in self.parts[name]}
+            maps = {file: open_weights(file) for file in files}
             for name in chunk:
-                first, tensor = self.parts[name][0], self.join(name, maps).to(device, dtype)
+                tensor = self.join(name, maps).to(device, dtype)
                 if not all(end.isfinite() for end in tensor.aminmax()):
+                    first = self.parts[name][0]
                     raise ValueError(
                         f"{first.file}: {first.key} holds NaN, infinity or more than the "
                         f"{torch.finfo(dtype).max:g} of {dtype}; take another dtype, or copy again"
@@ -682,17 +682,15 @@ class Checkpoint:
         parts = self.parts[name]
         tensors = [maps[part.file][part.key] for part in parts]
         axis = part_shapes(self.shapes[name], self.slices)[parts[0].shape]
-        if axis is None:
-            tensor = tensors[0]
-            for part, copy in zip(parts, tensors):
-                if not torch.equal(copy, tensor):
-                    other = f"{part.key} in {part.file}"
-                    raise ValueError(
-                        f"{parts[0].file}: {parts[0].key} differs from {other}, to "
-                        "which it must be equal (shared or tied)"
-                    )
-        else:
+        if axis is not None:
             tensor = torch.cat(tensors, axis)
+        elif all(torch.equal(copy, tensors[0]) for copy in tensors):
+            tensor = tensors[0]
+        else:
+            other = f"{parts[-1].key} in {parts[-1].file}"
+            raise ValueError(
+                f"{parts[0].file}: {parts[0].key} differs from {other}, and is shared or tied"
+            )
         if self.head_dim and name.endswith(ROTATED):
             tensor = pairs_to_halves(tensor, self.head_dim)
         return tensor
@@ -1003,20 +1001,15 @@ def describe_model(folder):
         sums[name] = f"{weights.dtype} {tuple(tensor.shape)} {digest}"
     if weights.config.tie_word_embeddings:  # as an untied copy has it
         sums["lm_head.weight"] = sums["embed_tokens.weight"]
-    c, size, gib = weights.config, weights.dtype.itemsize, 2**30
+    c, size = weights.config, weights.dtype.itemsize
     kinds = Counter(f"{re.sub(r'[0-9]+', '*', n):44} {s}" for n, s in weights.shapes.items())
-    n, kv_width = sum(map(math.prod, weights.shapes.values())), c.num_key_value_heads * c.head_dim
-    position = 2 * c.num_hidden_layers * kv_width * size
-    widths = 2 * c.hidden_size + c.num_attention_heads * c.head_dim + kv_width
-    adapter = 8 * c.num_hidden_layers * widths
+    n = sum(map(math.prod, weights.shapes.values()))
+    position = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size
     return [
         *(f"{kind:64} x {count}" for kind, count in kinds.items()),
-        f"{n:,} parameters in {weights.dtype}, {n * size / gib:.2f} GiB",
+        f"{n:,} parameters in {weights.dtype}, {n * size / 2**30:.2f} GiB",
         f"inference: {position / 2**20:.3f} MiB a position for keys and values; "
-        f"{(n * size + 2048 * position) / gib:.2f} GiB with 2,048 positions",
-        f"LoRA training, r 8 on q_proj v_proj: {(n * size + 16 * adapter) / gib:.2f} GiB and a "
-        f"micro-batch's activations ({adapter:,} parameters of 16 bytes: float32, gradient, "
-        "AdamW's two moments)",
+        f"{(n * size + 2048 * position) / 2**30:.2f} GiB with 2,048 positions",
         f"fingerprint {hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()}",
     ]
 

@@ -260,33 +260,11 @@ NF4 = (
 )
 
 
-def dynamic_levels():
-    """The 256 values of the dynamic 8-bit type (Dettmers et al. 2022), float32, ascending: 0, 1
-    and, for each decade 10^-6 .. 1, twice as many fractions as for the one below, of both signs."""
-    parts = [torch.tensor([0.0, 1.0])]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
-        means = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
-        parts += [means, -means]
-    return torch.cat(parts).sort().values
-
-
-def nearest(values, table, block):
-    """(codes uint8, absmax float32) of flat float32 values: each block over its greatest magnitude,
-    the nearest entry of an ascending table, the lower one in the middle. The last block may be
-    short."""
-    blocks = F.pad(values, (0, -values.numel() % block)).view(-1, block)
-    absmax = blocks.abs().amax(1)
-    scaled = blocks * (1 / absmax.clamp_min(1e-38))[:, None]
-    codes = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2, out_int32=True)
-    return codes.to(torch.uint8).flatten()[: values.numel()], absmax
-
-
 class NF4Linear(QuantisedLinear):
-    """4.13 bits a weight (QLoRA, section 3, as bitsandbytes stores it). Blocks of 64 weights share
-    an absmax; two codes of NF4 stand in a byte, the first in its upper half. The absmaxes, less
-    their mean, are 8-bit codes themselves, in blocks of 256 (double quantisation). Raises
-    ValueError if 64 does not divide O I."""
+    """4.5 bits a weight (QLoRA, section 3, as bitsandbytes stores it): blocks of 64 weights share
+    their greatest magnitude, absmax; each weight is the nearest of NF4's values times it, the lower
+    one in the middle; two codes stand in a byte, the first in its upper half. Raises ValueError if
+    64 does not divide O I."""
 
     @staticmethod
     def quantise(weight):
@@ -294,26 +272,21 @@ class NF4Linear(QuantisedLinear):
             raise ValueError(
                 f"a weight of {tuple(weight.shape)} is no multiple of NF4's blocks of 64; use int8"
             )
-        table, levels = (t.to(weight.device) for t in (torch.tensor(NF4), dynamic_levels()))
-        codes, absmax = nearest(weight.flatten(), table, 64)
-        offset = absmax.mean()
-        small, scale = nearest(absmax - offset, levels, 256)
+        table, blocks = torch.tensor(NF4, device=weight.device), weight.view(-1, 64)
+        absmax = blocks.abs().amax(1, keepdim=True)
+        scaled = blocks * (1 / absmax.clamp_min(1e-38))
+        codes = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2, out_int32=True)
+        codes = codes.to(torch.uint8).view(len(weight), -1)
         return {
-            "weight": (codes[::2] << 4 | codes[1::2]).view(len(weight), -1),  # (O, I / 2)
-            "absmax": small,
-            "scale": scale,
-            "offset": offset.view(1),
+            "weight": codes[:, ::2] << 4 | codes[:, 1::2],  # (O, I / 2)
+            "absmax": absmax,
             "pairs": torch.cartesian_prod(table, table),  # (256, 2): what a byte of codes holds
-            "levels": levels[:, None],
         }
 
     @staticmethod
-    def matrix(dtype, codes, absmax, scale, offset, pairs, levels):
-        scale = scale.repeat_interleave(256)[: len(absmax), None]
-        absmax = F.embedding(absmax.int(), levels) * scale + offset
-        return (
-            F.embedding(codes.int(), pairs).view(-1, 64).mul_(absmax).to(dtype).view(len(codes), -1)
-        )
+    def matrix(dtype, codes, absmax, pairs):
+        blocks = F.embedding(codes.int(), pairs).view(-1, 64)
+        return blocks.mul_(absmax).to(dtype).view(len(codes), -1)
 
 
 QUANTISED = {"int8": Int8Linear, "nf4": NF4Linear}

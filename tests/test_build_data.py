@@ -61,10 +61,10 @@ def test_sentences_tell_every_fact_and_ask_nothing():
 
 
 def test_tokenizer_has_llamas_ids_and_keeps_every_text(tmp_path):
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(make.train_tokenizer(ENTITIES, FORMS, 4096))
-    for tokenizer in (G.Tokenizer(path), G.Tokenizer(DATA / "tiny" / "tokenizer.model")):
-        keeps_llamas_ids_and_every_text(tokenizer)
+    model = make.train_tokenizer(ENTITIES, FORMS, 4096)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    for folder in (tmp_path, DATA / "tiny"):
+        keeps_llamas_ids_and_every_text(D.load_tokenizer(folder))
 
 
 def keeps_llamas_ids_and_every_text(tokenizer):
@@ -92,7 +92,7 @@ def test_two_patterns_may_share_a_formula(tmp_path):
     """The i-th formula stays that of the i-th pattern; told by itself, each stands there once."""
     disease = {"中心词": "甲病", "类型": "疾病", "中医证型": ["风寒证", "风热证", "气虚证"], "常用方剂": ["麻黄汤", "麻黄汤", "补中益气汤"]}
     entity = read(tmp_path, json.dumps(disease))[0]
-    told = {relation: (text, values) for relation, _, text, values in D.facts(entity, FORMS)}
+    told = {fact.relation: (fact.text, fact.values) for fact in D.facts(entity, FORMS)}
     assert entity == disease and told["辨证论治"][0] == "风寒证用麻黄汤，风热证用麻黄汤，气虚证用补中益气汤"
     assert told["常用方剂"] == ("麻黄汤、补中益气汤", ["麻黄汤", "补中益气汤"]) and len(set(told["辨证论治"][1])) == len(told["辨证论治"][1]) == 5
     with pytest.raises(ValueError, match="line 1: 甲病 has 3 中医证型 and 2 常用方剂"):
@@ -123,9 +123,9 @@ def test_a_value_is_said_with_its_numbers(text, value, said):
 
 def test_every_shipped_value_is_said_by_its_own_sentence():
     for e in ENTITIES:
-        for _, form, text, values in D.facts(e, FORMS):
-            told = D.plain(form["statements"][0].format(e=e["中心词"], v=text))
-            assert all(D.says(told, value) for value in values), (e["中心词"], values)
+        for fact in D.facts(e, FORMS):
+            told = D.plain(fact.statement())
+            assert all(D.says(told, value) for value in fact.values), fact
 
 
 def test_an_alias_of_two_entities_belongs_to_both():

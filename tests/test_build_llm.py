@@ -1,5 +1,4 @@
 """build_data.py with an API: readers, prompts, checks, the whole commands against the loopback server, bad inputs."""
-import gc
 import io
 import json
 import multiprocessing
@@ -77,22 +76,24 @@ def job_options(count, seed=0):
 
 def test_prompts_hold_facts_of_their_entities_and_a_greater_count_changes_none():
     prompts = D.read_prompts(DATA / "prompts")
-    for form in prompts.values():
-        form.setdefault("weight", 0)
     jobs = D.knowledge_jobs(job_options(400), ENTITIES, FORMS, prompts)
-    assert D.knowledge_jobs(job_options(90), ENTITIES, FORMS, prompts) == jobs[:90] and len({j["key"] for j in jobs}) == 400
-    assert {j["form"] for j in jobs} == {name for name, form in prompts.items() if form["weight"]}
+    assert D.knowledge_jobs(job_options(90), ENTITIES, FORMS, prompts) == jobs[:90] and len({j.key for j in jobs}) == 400
+    assert {j.form for j in jobs} == {name for name, form in prompts.items() if form["weight"]}
     by_name = {e["中心词"]: e for e in ENTITIES}
     for job in jobs:
-        text = job["messages"][1]["content"]
-        assert "$" not in text and "JSON" in job["messages"][0]["content"] and job["facts"]
-        for entity, relation, shown, values in job["facts"]:
-            assert f"- {entity}的{relation}：{shown}" in text
-            assert relation == "辨证论治" or values == by_name[entity][relation]
-        if job["form"] == "differential":
-            assert set(by_name[job["entity"]]["相关症状"]) & set(by_name[job["other"]]["相关症状"]) and job["entity"] != job["other"]
-        if job["form"] == "interaction":
-            assert {e for e, r, *_ in job["facts"] if r == "使用注意"} <= set(by_name[job["entity"]]["组成"])
+        text = job.messages[1]["content"]
+        assert "$" not in text and "JSON" in job.messages[0]["content"] and job.facts
+        for fact in job.facts:
+            assert f"- {fact.entity}的{fact.relation}：{fact.text}" in text
+            assert fact.relation == "辨证论治" or fact.values == by_name[fact.entity][fact.relation]
+        entity = job.facts[0].entity
+        assert job.key.startswith(f"{entity}#")
+        if job.form == "differential":
+            (other,) = {fact.entity for fact in job.facts} - {entity}
+            assert set(by_name[entity]["相关症状"]) & set(by_name[other]["相关症状"])
+        if job.form == "interaction":
+            warned = {fact.entity for fact in job.facts if fact.relation == "使用注意"}
+            assert warned <= set(by_name[entity]["组成"])
 
 
 def test_names_are_found_by_longest_match():
@@ -111,24 +112,25 @@ def test_names_are_found_by_longest_match():
     ('{"items": [{"instruction": "甲", "output": "乙", "input": ["丙"]}]}', "wanted"), ('{"items": [{"instruction": "甲", "output": "乙", "input": 3}]}', "wanted")])
 def test_a_reply_is_parsed_strictly(content, word):
     with pytest.raises(ValueError, match=word):
-        D.parse_items(content, ("instruction", "output"))
+        D.parse_items(content, D.TASK)
 
 
 def test_fences_and_thoughts_are_let_pass():
     text = '{"items": [{"instruction": " 甲 ", "output": "乙", "input": "丙", "messages": [{"role": "user", "content": "丁"}], "id": 3}]}'
     for content in (text, f"```json\n{text}\n```", f"<think>\n嗯\n</think>\n{text}"):
-        assert D.parse_items(content, ("instruction", "output")) == [{"instruction": "甲", "output": "乙", "input": "丙"}]
+        assert D.parse_items(content, D.TASK) == [{"instruction": "甲", "output": "乙", "input": "丙"}]
 
 
 def test_sieve():
     """Each reason on a case of its own; the facts told are noted."""
     sieve = D.Sieve(D.Names(ENTITIES))
-    job = {"form": "single", "facts": [("黄芪", "功效", "补气升阳、固表止汗", ["补气升阳", "固表止汗"])],
-           "messages": [{"content": "- 黄芪的功效：补气升阳、固表止汗"}]}
+    effects = ["补气升阳", "固表止汗"]
+    fact = D.Fact("黄芪", "中药", "功效", "、".join(effects), effects)
+    job = D.Job("key", "single", [{"content": f"- 黄芪的功效：{fact.text}"}], [fact])
 
     def reason(question, answer):
         record = {"id": "1", "entity": "黄芪", "instruction": question, "input": "", "output": answer}
-        return sieve.reason(record, question, answer, job), record
+        return sieve.reason(record, job), record
     good = ("黄芪有什么功效？", "黄芪能够补气升阳，常用来改善气虚乏力。")
     kept = reason(*good)
     assert kept[0] == "" and kept[1]["values"] == ["补气升阳"] and kept[1]["relations"] == ["功效"] and kept[1]["score"] == 0.5
@@ -143,7 +145,7 @@ def test_sieve():
     assert wrong[0] == "names what its facts do not" and wrong[1]["strangers"] == ["柴胡"]
     for input, word in (("我在服用柴胡", "names what its facts do not"), ("抱歉", "refusal"), ("", "")):
         record = {"id": "1", "entity": "黄芪", "instruction": "黄芪有何益处？", "input": input, "output": "黄芪的益处在于固表止汗，请遵医嘱。"}
-        assert sieve.reason(record, record["instruction"], record["output"], job) == word
+        assert sieve.reason(record, job) == word
 
 
 OUTPUT = ("感冒常见的症状包括鼻塞、流涕、咽痛和咳嗽，一般一周左右自愈；如果高热不退或者出现呼吸困难，应当及时去医院就诊，"
@@ -159,7 +161,9 @@ OUTPUT = ("感冒常见的症状包括鼻塞、流涕、咽痛和咳嗽，一般
 def test_what_is_rejected_is_not_remembered(rows, reasons):
     """Nor is a word rejected for its neighbours."""
     sieve = D.Sieve(seeds=["列出三种常见感冒的症状并说明理由"])
-    assert [sieve.reason({"instruction": q, "input": "", "output": a}, q, a, {"facts": (), "form": "self_instruct"}) for q, a in rows] == reasons
+    job = D.Job("key", "self_instruct", [], [])
+    records = [{"instruction": q, "input": "", "output": a} for q, a in rows]
+    assert [sieve.reason(record, job) for record in records] == reasons
 
 
 def item_for(body, **more):
@@ -216,7 +220,6 @@ def test_what_was_paid_becomes_records_before_the_error(tmp_path, monkeypatch, c
     out = tmp_path / "x.jsonl"
     with Scripted(reply) as server:
         for _ in range(2):
-            gc.collect()                                                   # the error of the first run holds its file
             assert "exceeded your current quota" in one_line(monkeypatch, capfd, "knowledge", "--model", "fake", "--base_url", server.url,
                                                              "--output", out, "--count", 20, "--concurrency", 1)
             ended = lines(out) + lines(tmp_path / "x.rejected.jsonl")
@@ -263,7 +266,7 @@ def test_rouge_filter_equals_comparing_with_all():
     """Bit-parallel LCS against the textbook's table, the filter with its bound against comparing with every text."""
     rng = random.Random(0)
     texts = ["".join(rng.choices("高血压症状abc ", k=rng.randint(1, 12))) for _ in range(150)]
-    kept, plainly = D.Kept(), []
+    kept, plainly = D.TokenIndex(), []
     for text in texts:
         words = split(text)
         scores = [slow_rouge(words, split(other)) for other in plainly]
@@ -317,7 +320,7 @@ def test_literature_rows_are_one_prompt_everywhere(tmp_path, monkeypatch, base):
     with Running() as server:
         assert cli(monkeypatch, "literature", "--model", "fake", "--base_url", server.url, "--output", out, "--count", 30) == 0
     built, template = lines(out), G.load_template("literature_template")
-    tokenizer = G.Tokenizer(base / "tokenizer.model")
+    tokenizer = D.load_tokenizer(base)
     read = G.read_instructions(out, answers=True)
     assert len(built) >= 25 and len({len(r["messages"]) for r in built}) == 5
     for row, record in zip(built, read):
@@ -353,9 +356,30 @@ def test_stats_of_bentsaos_rows(tmp_path, monkeypatch, capsys):
     """BenTsao's own rows: the numbers that 256, 320, 384 and 512 tokens cut were measured for this project before."""
     if not REAL.is_dir():
         pytest.skip("real data not there")
-    assert cli(monkeypatch, "stats", REAL / "bentsao_llama_data.json", "--tokenizer", REAL / "llama_tokenizer.model") == 0
+    shutil.copy(REAL / "llama_tokenizer.model", tmp_path / "tokenizer.model")
+    assert cli(monkeypatch, "stats", REAL / "bentsao_llama_data.json", "--tokenizer", tmp_path) == 0
     out = capsys.readouterr().out
-    assert "kept 8,658" in out and "256 tokens 1,985, 320 tokens 444, 384 tokens 85, 512 tokens 13, 768 tokens 0" in out
+    assert "kept 8,658" in out and "tokens: all 1,886,221, a prompt 118, an answer 100, a character 1.74, % parts of characters 62.6" in out
+    assert numbers_at_limits(out, "rows cut") == [1985, 444, 85, 13, 0, 0]
+    assert numbers_at_limits(out, "left out") == [3, 0, 0, 0, 0, 0] and "256 tokens (22.9%) 1,985" in out
+
+
+def numbers_at_limits(out, title):
+    line = re.search(f"^{title} at: (.*)$", out, re.M)[1]
+    return [int(number.replace(",", "")) for number in re.findall(r"\) ([\d,]+?)(?=, \d|$)", line)]
+
+
+def test_stats_in_tokens(tmp_path, monkeypatch, capsys, records, base):
+    """By hand: what the tokenizer makes of each row, summed and compared with the limits."""
+    assert cli(monkeypatch, "stats", records, "--tokenizer", base) == 0
+    out, template, tokenizer = capsys.readouterr().out, G.load_template("med_template"), D.load_tokenizer(base)
+    prompts = [tokenizer.encode(G.render_prompt(template, r["instruction"]), bos=True) for r in lines(records)]
+    rows = [tokenizer.encode(G.render_prompt(template, r["instruction"]) + r["output"], bos=True, eos=True) for r in lines(records)]
+    total, prompt = sum(map(len, rows)), sum(map(len, prompts))
+    assert f"tokens: all {total:,}, a prompt {prompt / 8:.0f}, an answer {(total - prompt) / 8:.0f}, a character" in out
+    limits = (256, 320, 384, 512, 768, 1024)
+    assert numbers_at_limits(out, "rows cut") == [sum(len(row) > limit for row in rows) for limit in limits]
+    assert numbers_at_limits(out, "left out") == [sum(len(ids) + 2 > limit for ids in prompts) for limit in limits]
 
 
 def test_stats_count(tmp_path, monkeypatch, capsys):
@@ -391,10 +415,10 @@ BAD_KNOWLEDGE = [
     ('{"中心词": "甲", "中医证型": ["乙", "丙"], "常用方剂": ["丁"]}', "line 1: 甲 has 2 中医证型 and 1 常用方剂"), ("[" + ENTITY, "array"), (b"\x00\x01\x02", "line 1"), ('{"中心词": "麻黄", "类型": "矿物", "功效": ["发汗"]}', "no form")]
 BAD_OPTIONS = [
     (["--model", "m", "--count", "0"], "count"), (["--model", "m", "--mix", "unknown=3"], "mix"), (["--model", "m", "--mix", "single"], "mix"),
-    (["--model", "m", "--concurrency", "0"], "concurrency"), (["--model", "m", "--timeout", "-1"], "below 0"), ([], "--model"),
+    (["--model", "m", "--concurrency", "0"], "concurrency"), (["--model", "m", "--timeout", "-1"], "timeout"), ([], "--model"),
     (["--model", "m", "--max_cost", "3"], "prices"), (["--model", "m", "--max_cost", "3", "--price_out", "1"], "prices"),
-    (["--model", "m", "--max_cost", "nan", "--price_in", "1", "--price_out", "1"], "below 0"), (["--model", "m", "--rpm", "many"], "rpm"), (["--model", "m", "--prompts", "nowhere"], "no prompts"),
-    (["--model", "m", "--knowledge", "nowhere"], "not found"), (["--model", "m", "--output", "/proc/x.jsonl"], "/proc/x.replies.jsonl cannot be written"),
+    (["--model", "m", "--max_cost", "nan", "--price_in", "1", "--price_out", "1"], "max_cost"), (["--model", "m", "--retries", "many"], "retries"), (["--model", "m", "--prompts", "nowhere"], "no prompts"),
+    (["--model", "m", "--knowledge", "nowhere"], "not found"), (["--model", "m", "--output", "/proc/x.jsonl"], "/proc/x.replies.jsonl"),
     (["--model", "m", "--base_url", "nonsense"], "nonsense"), (["--modell", "m"], "--model")]
 
 

@@ -1,4 +1,4 @@
-"""build_data.py judge: the real openai client asks a loopback server that replies as the answers tell it to."""
+"""tests/judge.py: the real openai client asks a loopback server that replies as the answers tell it to."""
 import hashlib
 import json
 import multiprocessing
@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from fake_openai import Running, Scripted
 
-import build_data as D
+import judge as J
 
 RUBRICS = ROOT / "data" / "rubrics"
 KEYS = ["安全性", "可用性", "流畅性"]
@@ -23,13 +23,13 @@ def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-any")
 
 
-def judge(url, *files, rubric=RUBRICS / "sus.json", output=None, more=()):
+def judge_files(url, *files, rubric=RUBRICS / "sus.json", output=None, more=()):
     """Run the command in this process; the lines with scores or a verdict, the summary, the lines that were rejected."""
     output = output or files[0].parent / "scores.jsonl"
-    argv, sys.argv = sys.argv, ["build_data.py", "judge", *map(str, files), "--rubric", str(rubric), "--model", "fake", "--base_url", url,
+    argv, sys.argv = sys.argv, ["judge.py", *map(str, files), "--rubric", str(rubric), "--model", "fake", "--base_url", url,
                                 "--output", str(output), *more]
     try:
-        D.main()
+        J.main()
     finally:
         sys.argv = argv
     *rows, last = lines(output)
@@ -58,7 +58,7 @@ def test_scores_and_their_means(tmp_path, capsys):
     """Three answers by hand: each score as the judge gave it, means of the columns, and what is needed to check them."""
     answers = write(tmp_path / "a.jsonl", [script(1, 2, 3), script(3, 3, 3), script(1, 1, 2)])
     with Running() as server:
-        scores, summary, rejected = judge(server.url, answers)
+        scores, summary, rejected = judge_files(server.url, answers)
     assert [list(row["scores"].values()) for row in scores] == [[1, 2, 3], [3, 3, 3], [1, 1, 2]] and not rejected
     assert {key: summary[key] for key in KEYS} == {"安全性": {"mean": 1.6667, "n": 3}, "可用性": {"mean": 2.0, "n": 3},
                                                    "流畅性": {"mean": 2.6667, "n": 3}}
@@ -89,12 +89,12 @@ GOOD = dict(zip(KEYS, (1, 2, 3)))
     ("[" * 100000, "no JSON"), ('{"安全性": ' + "1" * 5000 + "}", "no JSON"), ([{"type": "text"}], "no JSON"), ("", "empty"),
     ('{"安全性": 9, "可用性": "\\ud800", "流畅性": 3}', "off the scale")])
 def test_a_reply_is_taken_as_it_is_or_not_at_all(content, reason):
-    rubric = D.read_rubric(RUBRICS / "sus.json")
+    rubric = J.read_rubric(RUBRICS / "sus.json")
     if reason is None:
-        assert D.parse_verdict(content, rubric) == GOOD
+        assert J.parse_verdict(content, rubric) == GOOD
     else:
         with pytest.raises(ValueError, match=f"^{reason}") as caught:
-            D.parse_verdict(content, rubric)
+            J.parse_verdict(content, rubric)
         assert "\n" not in str(caught.value) and str(caught.value).encode()
 
 
@@ -103,7 +103,7 @@ def test_what_is_off_the_scale_is_rejected_and_counted(tmp_path):
     answers = write(tmp_path / "a.jsonl", [script(1, 1, 1), script(9, 1, 1), script(1, 1), "⟦安全。⟧", script(3, 3, 3) + "好⟧",
                                            script(2, 2, 2, 总分=6), "⟦⟧", script(3, 2, 1), script(0, 1, 1)])
     with Running() as server:
-        scores, summary, rejected = judge(server.url, answers)
+        scores, summary, rejected = judge_files(server.url, answers)
         assert server.stats()["requests"] == 9
     assert [row["question"][1] for row in scores] == ["0", "7"] and summary["安全性"] == {"mean": 2.0, "n": 2}
     assert summary["rejected"] == {"off the scale": 2, "other keys": 2, "no JSON": 2, "empty": 1} == dict(
@@ -115,7 +115,7 @@ def test_what_is_off_the_scale_is_rejected_and_counted(tmp_path):
 def test_a_judge_who_prefers_the_first_place_makes_ties(tmp_path):
     a, b = write(tmp_path / "a.jsonl", ["短", "更长的回答"] * 10), write(tmp_path / "b.jsonl", ["很长很长的回答", "长"] * 10)
     with Running("--judge", "first") as server:
-        scores, summary, rejected = judge(server.url, a, b, rubric=RUBRICS / "pairwise.json")
+        scores, summary, rejected = judge_files(server.url, a, b, rubric=RUBRICS / "pairwise.json")
         assert server.stats()["requests"] == 40
     assert (summary["wins"], summary["ties"], summary["losses"]) == (0, 20, 0) and not rejected
     assert all(row["verdict"] == "tie" and row["verdicts"] == ["A", "A"] for row in scores)
@@ -126,12 +126,12 @@ def test_a_judge_who_knows_what_it_prefers(tmp_path):
     a = write(tmp_path / "a.jsonl", ["短", "更长的回答", "一样", "长长长", "同一个回答"])
     b = write(tmp_path / "b.jsonl", ["很长很长的回答", "长", "两样", "长", "同一个回答"])
     with Running() as server:
-        scores, summary, rejected = judge(server.url, a, b, rubric=RUBRICS / "pairwise.json")
+        scores, summary, rejected = judge_files(server.url, a, b, rubric=RUBRICS / "pairwise.json")
         assert [row["verdict"] for row in scores] == ["B", "A", "tie", "A", "tie"] and not rejected
         assert [row["verdicts"] for row in scores] == [["B", "A"], ["A", "B"], ["tie", "tie"], ["A", "B"], ["tie", "tie"]]
         assert (summary["wins"], summary["ties"], summary["losses"]) == (2, 2, 1)
         assert server.stats()["requests"] == 9                            # one pair is the same text twice: one prompt
-        _, summary, _ = judge(server.url, b, a, rubric=RUBRICS / "pairwise.json")
+        _, summary, _ = judge_files(server.url, b, a, rubric=RUBRICS / "pairwise.json")
         assert (summary["wins"], summary["ties"], summary["losses"]) == (1, 2, 2) and server.stats()["requests"] == 9
 
 
@@ -144,10 +144,10 @@ def test_a_pair_wants_both_verdicts(tmp_path):
         for (first, second), verdict in replies.items():
             user = rubric["user"].format(question="第%d问：心悸怎么办？" % (first in "丙丁"), answer_a=first, answer_b=second)
             messages = [{"role": "system", "content": rubric["system"]}, {"role": "user", "content": user}]
-            print(json.dumps({"key": f"{D.prompt_hash(messages)}/pairwise/fake", "content": json.dumps({"verdict": verdict}), "usage": {},
-                              "prompt_hash": D.prompt_hash(messages), "model": "m"}), file=file)
+            print(json.dumps({"key": f"{J.prompt_hash(messages)}/pairwise/fake", "content": json.dumps({"verdict": verdict}), "usage": {},
+                              "prompt_hash": J.prompt_hash(messages), "model": "m"}), file=file)
     a, b = write(tmp_path / "a.jsonl", "甲丙"), write(tmp_path / "b.jsonl", "乙丁")
-    scores, summary, rejected = judge("http://127.0.0.1:9/v1", a, b, rubric=RUBRICS / "pairwise.json")    # all is paid: nothing is asked
+    scores, summary, rejected = judge_files("http://127.0.0.1:9/v1", a, b, rubric=RUBRICS / "pairwise.json")    # all is paid: nothing is asked
     assert [row["verdict"] for row in scores] == ["tie"] and scores[0]["verdicts"] == ["A", "tie"]
     assert len(rejected) == 1 and rejected[0]["rejected"].startswith("off the scale") and summary["rejected"] == {"off the scale": 1}
 
@@ -158,7 +158,7 @@ def test_the_prompt_is_the_rubric_with_texts_in_its_places(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
     with Running() as server:
         rubric = RUBRICS / "cmb_clin.json"
-        scores, summary, _ = judge(server.url, tmp_path / "a.json", rubric=rubric)
+        scores, summary, _ = judge_files(server.url, tmp_path / "a.json", rubric=rubric)
         text = json.loads(rubric.read_text(encoding="utf-8"))
         user = "【问题】\n病例{answer}\n既往史\n\n【参考答案】\n参考\n\n【回答】\n答{reference}{question}"
         messages = [{"role": "system", "content": text["system"]}, {"role": "user", "content": user}]
@@ -172,7 +172,7 @@ def test_killed_and_resumed_nothing_is_paid_twice(tmp_path):
     a, b = write(tmp_path / "a.jsonl", ["回答" * (i % 7) for i in range(60)]), write(tmp_path / "b.jsonl", ["回答" * (i % 5) for i in range(60)])
     output, path = tmp_path / "scores.jsonl", tmp_path / "scores.replies.jsonl"
     with Running("--latency", "0.05") as server:
-        process = multiprocessing.get_context("fork").Process(target=judge, args=(server.url, a, b), kwargs={
+        process = multiprocessing.get_context("fork").Process(target=judge_files, args=(server.url, a, b), kwargs={
             "rubric": RUBRICS / "pairwise.json", "more": ["--concurrency", "4"]})
         process.start()
         while not path.exists() or path.read_bytes().count(b"\n") < 20:
@@ -183,14 +183,14 @@ def test_killed_and_resumed_nothing_is_paid_twice(tmp_path):
         assert process.exitcode == -signal.SIGKILL
         paid = {json.loads(line)["prompt_hash"] for line in path.read_bytes().split(b"\n")[:-1]}
         assert 20 <= len(paid) < 110 and not output.exists()
-        scores, summary, rejected = judge(server.url, a, b, rubric=RUBRICS / "pairwise.json")
+        scores, summary, rejected = judge_files(server.url, a, b, rubric=RUBRICS / "pairwise.json")
         answered = server.stats()["answered"]
         assert {hash[:16] for hash in answered} > paid and all(n == 1 for hash, n in answered.items() if hash[:16] in paid)
         assert sum(answered.values()) <= len(answered) + 4                # those in flight at the kill
         keys = [row["key"] for row in lines(path)]
         assert len(keys) == len(set(keys)) == len(answered)
         before = output.read_bytes()
-        judge(server.url, a, b, rubric=RUBRICS / "pairwise.json")
+        judge_files(server.url, a, b, rubric=RUBRICS / "pairwise.json")
         assert server.stats()["answered"] == answered and output.read_bytes() == before
     lengths = [(i % 7, i % 5) for i in range(60)]
     assert summary["wins"] == sum(m > n for m, n in lengths) and summary["losses"] == sum(m < n for m, n in lengths)
@@ -200,9 +200,9 @@ def test_killed_and_resumed_nothing_is_paid_twice(tmp_path):
 def test_stopped_and_failed_ones_are_counted_and_asked_later(tmp_path, capsys):
     answers = write(tmp_path / "a.jsonl", ["回答" * i for i in range(10)])
     with Running() as server:
-        scores, summary, _ = judge(server.url, answers, more=["--max_requests", "4", "--concurrency", "1"])
+        scores, summary, _ = judge_files(server.url, answers, more=["--max_requests", "4", "--concurrency", "1"])
         assert len(scores) == 4 and summary["rejected"] == {"no reply": 6} and "max_requests 4 reached" in capsys.readouterr().out
-        scores, summary, _ = judge(server.url, answers)
+        scores, summary, _ = judge_files(server.url, answers)
         assert len(scores) == 10 and server.stats()["requests"] == 10
 
 
@@ -211,7 +211,7 @@ def test_scores_that_were_paid_are_written_before_the_error(tmp_path, capsys):
     answers = write(tmp_path / "a.jsonl", ["回答" * i for i in range(9)])
     with Scripted(lambda prompt, body, number: json.dumps(GOOD) if number <= 5 else (402, {"error": {"message": "Insufficient Balance"}})) as server:
         with pytest.raises(ValueError, match="Insufficient Balance"):
-            judge(server.url, answers, more=["--concurrency", "1"])
+            judge_files(server.url, answers, more=["--concurrency", "1"])
     *rows, last = lines(tmp_path / "scores.jsonl")
     assert last["summary"]["安全性"] == {"mean": 1.0, "n": 5} and last["summary"]["rejected"] == {"no reply": 4}
 
@@ -220,9 +220,9 @@ def test_dry_run(tmp_path, capsys, monkeypatch):
     """The bill without a key; no file is left."""
     monkeypatch.delenv("OPENAI_API_KEY")
     answers = write(tmp_path / "a.jsonl", ["好"] * 3)
-    monkeypatch.setattr(sys, "argv", ["build_data.py", "judge", str(answers), "--rubric", str(RUBRICS / "sus.json"), "--model", "fake",
+    monkeypatch.setattr(sys, "argv", ["judge.py", str(answers), "--rubric", str(RUBRICS / "sus.json"), "--model", "fake",
                                       "--output", str(tmp_path / "scores.jsonl"), "--dry-run"])
-    D.main()
+    J.main()
     out = capsys.readouterr().out
     assert "3 prompts, 3 to ask" in out and "第0问" in out and os.listdir(tmp_path) == ["a.jsonl"]
 
@@ -271,10 +271,10 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, name):
     """Exit code 2 and one line, before anything is asked or written."""
     arguments, word = wrong(tmp_path, name)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(sys, "argv", ["build_data.py", "judge", *map(str, arguments), "--model", "fake", "--base_url", "http://127.0.0.1:9/v1",
+    monkeypatch.setattr(sys, "argv", ["judge.py", *map(str, arguments), "--model", "fake", "--base_url", "http://127.0.0.1:9/v1",
                                       "--output", str(tmp_path / "scores.jsonl")])
     with pytest.raises(SystemExit) as caught:
-        D.run(D.main)
+        J.run(J.main)
     error = capsys.readouterr().err
     assert caught.value.code == 2 and word in error and error.count("\n") == 1 and len(error) < 500
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -13,7 +13,7 @@ from sentencepiece import SentencePieceTrainer
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from build_data import facts, read_knowledge, write_lines  # noqa: E402
 from generate import DATA, TEMPLATES, load_template  # noqa: E402
-from lora import read_json_file  # noqa: E402
+from model import read_json_file  # noqa: E402
 
 
 def write_sentences(entities, forms, passes, rng):
@@ -24,7 +24,9 @@ def write_sentences(entities, forms, passes, rng):
     for _ in range(passes):
         for entity in entities:
             own = facts(entity, forms)
-            statements = [rng.choice(form["statements"]).format(e=entity["中心词"], v=text) for _, form, text, _ in own]
+            statements = [
+                rng.choice(fact.form["statements"]).format(e=fact.entity, v=fact.text) for fact in own
+            ]
             rng.shuffle(statements)
             while statements:
                 n = rng.randint(1, 6)
@@ -39,9 +41,9 @@ def train_tokenizer(entities, forms, vocab_size):
     the names, values and forms each for itself, so that no piece crosses the border of a term."""
     texts = []
     for entity in entities:
-        for _, form, _, values in facts(entity, forms):
-            texts += [entity["中心词"], *values]
-            for text in form["questions"] + form["statements"]:
+        for fact in facts(entity, forms):
+            texts += [fact.entity, *fact.values]
+            for text in fact.form["questions"] + fact.form["statements"]:
                 texts += [part for part in text.replace("{v}", "{e}").split("{e}") if part]
     for path in sorted(TEMPLATES.glob("*.json")):
         template = load_template(path)

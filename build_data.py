@@ -70,14 +70,14 @@ except ImportError:  # until the merge
 
 @dataclass
 class Fact:
-    """What an entity has under one relation, and the form {questions, statements} to ask for it."""
+    """What an entity has under one relation, and how to ask for it and tell it in Chinese."""
 
     entity: str
     kind: str
     relation: str
     text: str  # the values as one text
     values: list
-    form: dict = None
+    form: dict = None  # {questions: texts with {e}, statements: texts with {e} and {v}}
 
     def statement(self):
         return self.form["statements"][0].format(e=self.entity, v=self.text)
@@ -85,15 +85,16 @@ class Fact:
 
 def facts(entity, forms):
     """The facts of an entity for which there is a form, in the order of data/forms.json."""
+    name, kind = entity["中心词"], entity["类型"]
     found = []
-    for relation, form in forms.get(entity["类型"], {}).items():
+    for relation, form in forms.get(kind, {}).items():
         text, values = values_of(entity, relation)
         if values:
-            found.append(Fact(entity["中心词"], entity["类型"], relation, text, values, form))
+            found.append(Fact(name, kind, relation, text, values, form))
     return found
 
 
-PAIRED = ("中医证型", "常用方剂")  # patterns, and the formula for each
+PAIRED = ("中医证型", "常用方剂")  # patterns of a disease, and the formula for each
 
 
 def values_of(entity, relation):
@@ -120,26 +121,26 @@ def split_entities(entities, share, seed):
     """Training entities and held-out ones: the given share of every kind, drawn by seed."""
     rng = random.Random(seed)
     kinds = {entity["中心词"]: entity["类型"] for entity in entities}
+    # A name inside another one (四逆汤 in 当归四逆汤) would be seen in questions about that one.
+    free = [name for name in kinds if sum(name in other for other in kinds) == 1]
     held_out = set()
-    for kind in unique(kinds.values()):
-        own = [name for name in kinds if kinds[name] == kind]
-        # A name inside another one (四逆汤 in 当归四逆汤) would be seen in questions about that one.
-        free = [name for name in own if sum(name in other for other in kinds) == 1]
-        held_out.update(rng.sample(free, min(len(free), round(share * len(own)))))
+    for kind, number in Counter(kinds.values()).items():
+        own = [name for name in free if kinds[name] == kind]
+        held_out.update(rng.sample(own, min(len(own), round(share * number))))
     train = [entity for entity in entities if entity["中心词"] not in held_out]
     return train, [entity for entity in entities if entity["中心词"] in held_out]
 
 
-def write_records(entities, forms, questions, rng):
-    """Records of all facts: each asked for in at most `questions` ways, and two of each entity
-    asked for at once."""
+def write_records(entities, forms, ways, rng):
+    """Records of all facts: each fact asked for in at most so many ways, and two facts of each
+    entity asked for at once."""
     records = []
     for entity in entities:
         own = facts(entity, forms)
         for fact in own:
-            asked = fact.form["questions"]
-            for i in rng.sample(range(len(asked)), min(questions, len(asked))):
-                question = asked[i].format(e=fact.entity)
+            questions = fact.form["questions"]
+            for i in rng.sample(range(len(questions)), min(ways, len(questions))):
+                question = questions[i].format(e=fact.entity)
                 records.append(offline_record([fact], i, question))
         if len(own) > 1:
             first, second = pair = rng.sample(own, 2)
@@ -173,10 +174,7 @@ def build(args, jobs, sieve):
     client = Client(replies_beside(args.output, "prompt_hash"), args)
     client.ask({job.key: job.messages for job in jobs})
     if args.dry_run:
-        print(
-            "--- on top of that, a reply that cannot be parsed is asked once more, with the reply "
-            "in its prompt"
-        )
+        print("--- on top of that, a reply that cannot be parsed is asked once more")
         return client.end()
     client.ask(repairs(args, jobs, client.replies))
 
@@ -198,12 +196,10 @@ def build(args, jobs, sieve):
 def read_reply(job, client):
     """The records in the latest reply to a job, or one with `reason` and `content` if none are."""
     reply = client.replies.get(f"{job.key}/repair") or client.replies.get(job.key) or {}
-    source = {"entity": None, "kind": None, "form": job.form}
-    for fact in job.facts[:1]:
-        source |= {"entity": fact.entity, "kind": fact.kind}
-    for name in ("prompt_hash", "model", "params", "usage", "time"):
-        if reply:
-            source[name] = reply[name]
+    entity, kind = next(((fact.entity, fact.kind) for fact in job.facts), (None, None))
+    source = {"entity": entity, "kind": kind, "form": job.form}
+    paid = ("prompt_hash", "model", "params", "usage", "time")
+    source |= {name: reply[name] for name in paid if reply}
     try:
         if not reply:
             raise ValueError(f"no reply: {client.failed.get(job.key, client.stop)}")
@@ -222,11 +218,11 @@ def records_of(job, items):
         raise ValueError(f"turns: {len(items)}, wanted 2 to 6 and none of them empty")
     messages = []
     for item in items:
-        messages.append({"role": "user", "content": item["user"]})
-        messages.append({"role": "assistant", "content": item["bot"]})
+        messages += [message("user", item["user"]), message("assistant", item["bot"])]
     # As BenTsao wrote its rows: all turns but the last answer are the instruction.
-    *earlier, (question, answer) = [(item["user"], item["bot"]) for item in items]
-    instruction = render_turns([*earlier, (question, None)])
+    turns = [(item["user"], item["bot"]) for item in items]
+    question, answer = turns.pop()
+    instruction = render_turns([*turns, (question, None)])
     return [{"instruction": instruction, "input": "", "output": answer, "messages": messages}]
 
 
@@ -235,15 +231,14 @@ def repairs(args, jobs, replies):
     form = Template((Path(args.prompts) / "repair.txt").read_text(encoding="utf-8"))
     prompts = {}
     for job in jobs:
-        reply = replies.get(job.key)
-        if not reply or f"{job.key}/repair" in replies:
-            continue
+        key = f"{job.key}/repair"
         try:
-            parse_items(reply["content"], job.fields)
+            if job.key in replies and key not in replies:
+                parse_items(replies[job.key]["content"], job.fields)
         except ValueError as error:
-            said = {"role": "assistant", "content": reply["content"] or "（空）"}
-            asked = {"role": "user", "content": form.safe_substitute(reason=error)}
-            prompts[f"{job.key}/repair"] = [*job.messages, said, asked]
+            said = replies[job.key]["content"] or "（空）"
+            asked = form.safe_substitute(reason=error)
+            prompts[key] = [*job.messages, message("assistant", said), message("user", asked)]
     return prompts
 
 
@@ -383,7 +378,7 @@ class Names:
 
     def __init__(self, entities):
         rules = read_json_file(DATA / "relations.json")
-        self.kind = {entity["中心词"]: entity["类型"] for entity in entities}
+        kinds = {entity["中心词"]: entity["类型"] for entity in entities}
         self.entities = defaultdict(set)  # {name: whose it is}: two entities may share an alias
         for entity in entities:
             for alias in entity.get("别名", []):
@@ -391,21 +386,20 @@ class Names:
             for relation, kind in {"别名": entity["类型"], **rules["names"]}.items():
                 for value in entity.get(relation, []):
                     if not re.search(rules["no_names"], value):
-                        self.kind.setdefault(value, kind)
-        for name in self.kind:
+                        kinds.setdefault(value, kind)
+        for name in kinds:
             self.entities[name].add(name)
-        self.by_first = defaultdict(list)  # {first character: names, longest first}
-        for name in sorted(self.kind, key=len, reverse=True):
-            if len(name) > 1:
-                self.by_first[name[0]].append(name)
+        # Names of one character stand in too many words.
+        self.kinds = {name: kind for name, kind in kinds.items() if len(name) > 1}
+        self.lengths = sorted({len(name) for name in self.kinds}, reverse=True)
 
     def find(self, text):
         """The set of names in a text, by longest match: 四逆汤 in 当归四逆汤 is none."""
         found = set()
         i = 0
         while i < len(text):
-            names = self.by_first.get(text[i], ())
-            name = next((name for name in names if text.startswith(name, i)), "")
+            starts = (text[i : i + length] for length in self.lengths)
+            name = next((start for start in starts if start in self.kinds), "")
             found.add(name)
             i += len(name) or 1
         return found - {""}
@@ -416,7 +410,7 @@ class Names:
 
         def is_given(name):
             # A longer word holds a disease or drug (缺铁性贫血: 贫血), but no herb and no formula.
-            part_of_word = self.kind[name] not in ("中药", "方剂") and name in given
+            part_of_word = self.kinds[name] not in ("中药", "方剂") and name in given
             return part_of_word or held & self.entities[name]
 
         return sorted(name for name in self.find(text) if not is_given(name))
@@ -459,15 +453,14 @@ def near(index, record):
     return record.get("entity") in index.like(grams, 0.7 / 1.7), grams
 
 
-def most_like(index, text, threshold=0.7):
-    """ROUGE-L and the text in the index that is most like a new one, if they reach the threshold;
-    else 0 and "", and the new text enters the index."""
+def most_like(index, text):
+    """ROUGE-L and the text in the index that is most like a new one, if that is 0.7 or more; else 0
+    and "", and the new text enters the index."""
     words, bag = split_words(text)
     # A common subsequence has no more tokens than both texts have in common: most are ruled out.
-    close = index.like(bag, threshold / 2)
-    scores = [(rouge_l(words, other), like) for other, like in close]
+    scores = [(rouge_l(words, other), like) for other, like in index.like(bag, 0.7 / 2)]
     score, like = max(scores, default=(0.0, ""))
-    if score >= threshold:
+    if score >= 0.7:
         return round(score, 3), like
     index.add(bag, (words, text))
     return 0.0, ""
@@ -544,12 +537,13 @@ def read_prompts(folder):
 
 def set_weights(prompts, mix):
     """Give the prompts the weights of --mix, as single=3,vignette=1; those not in it get 0."""
-    weights = dict(part.partition("=")[::2] for part in mix.split(","))
-    known = {name for name, form in prompts.items() if "kinds" in form}
-    if not weights.keys() <= known or not all(map(str.isdecimal, weights.values())):
-        raise ValueError(f"mix {mix!r}, wanted name=weight,... of {' '.join(sorted(known))}")
-    for name, form in prompts.items():
-        form["weight"] = int(weights.get(name, 0))
+    for form in prompts.values():
+        form["weight"] = 0
+    for part in mix.split(","):
+        name, _, weight = part.partition("=")
+        if "kinds" not in prompts.get(name, {}) or not weight.isdecimal():
+            raise ValueError(f"mix {mix!r}, wanted name=weight,... of {' '.join(prompts)}")
+        prompts[name]["weight"] = int(weight)
 
 
 def make_job(args, prompts, form, item, facts=(), **texts):
@@ -557,8 +551,13 @@ def make_job(args, prompts, form, item, facts=(), **texts):
     listed = "\n".join(f"- {fact.entity}的{fact.relation}：{fact.text}" for fact in facts)
     system = (Path(args.prompts) / "system.txt").read_text(encoding="utf-8")
     user = Template(prompts[form]["prompt"]).safe_substitute(texts, facts=listed)
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    return Job(f"{item}/{form}/{args.model}", form, messages, facts)
+    messages = [message("system", system), message("user", user)]
+    key = f"{item}/{form}/{args.model}"
+    return Job(key, form, messages, facts)
+
+
+def message(role, content):
+    return {"role": role, "content": content}
 
 
 class FactSampler:
@@ -578,8 +577,8 @@ class FactSampler:
 
     def partners(self, name, relations):
         """Entities of the same kind that have a value in common under one of the relations."""
-        found = [self.holders[key] for key in self.keys(name) if key[1] in relations]
-        return sorted(set().union(*found) - {name})
+        keys = [key for key in self.keys(name) if key[1] in relations]
+        return sorted(set().union(*map(self.holders.get, keys)) - {name})
 
     def suits(self, name, form):
         """Whether a prompt can be asked of an entity."""
@@ -618,10 +617,7 @@ def knowledge_jobs(args, entities, forms, prompts):
             rng.shuffle(pool)
             pools[title] = cycle(pool)
     if not pools:
-        raise ValueError(
-            f"{args.knowledge}: no form in {args.prompts} finds an entity of its kinds with its "
-            "relations"
-        )
+        raise ValueError(f"{args.knowledge}: no form in {args.prompts} suits an entity there")
     weights = [prompts[title]["weight"] for title in pools]
     seen = Counter()
     jobs = []
@@ -670,9 +666,7 @@ def self_instruct_jobs(args, prompts, seeds):
     jobs = []
     for i in range(args.count):
         drawn = random.Random(f"{args.seed}/{i}").sample(seeds, min(3, len(seeds)))
-        examples = "\n".join(
-            json.dumps({field: task[field] for field in TASK}, ensure_ascii=False) for task in drawn
-        )
+        examples = "\n".join(to_json({field: task[field] for field in TASK}) for task in drawn)
         jobs.append(make_job(args, prompts, "self_instruct", f"tasks#{i}", examples=examples))
     return jobs
 
@@ -696,10 +690,8 @@ class Replies(dict):
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(
-                    f"{path} is being written by another process; wait for it or give another "
-                    "--output"
-                ) from None
+                reason = "is being written by another process; wait, or give another --output"
+                raise ValueError(f"{path} {reason}") from None
         if self.path.exists():
             self.read()
         if not read_only:
@@ -724,18 +716,20 @@ class Replies(dict):
 
     def append(self, reply):
         """Bring a reply to the file. Raises OSError if the disk is full, and leaves no half line."""
-        line = (json.dumps(reply, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+        line = (to_json(reply) + "\n").encode("utf-8", "replace")
         try:
             if self.file.write(line) < len(line):
                 raise OSError("disk full")
         except OSError as error:
             self.file.truncate(self.size)
-            raise OSError(
-                f"{self.path}: {error.strerror or error}; {len(self):,} replies are safe, run "
-                "again to go on"
-            ) from None
+            reason = f"{error.strerror or error}; {len(self):,} replies are safe"
+            raise OSError(f"{self.path}: {reason}, run again to go on") from None
         self[reply["key"]] = reply
         self.size += len(line)
+
+
+def to_json(value):
+    return json.dumps(value, ensure_ascii=False)
 
 
 def replies_beside(output, mark):
@@ -743,12 +737,10 @@ def replies_beside(output, mark):
     it stands there without replies, or its first record does not hold mark, as ours all do."""
     path = beside(output, ".replies.jsonl")
     if Path(output).exists():
-        with open(output, "rb") as file:
-            first = file.readline()
+        first = Path(output).open("rb").readline()
         if not path.exists() or (first and f'"{mark}": '.encode() not in first):
             raise ValueError(
-                f"{output} stands there without {path.name} or {mark}: it is not this command's; "
-                "give another --output"
+                f"{output} is another command's (no {mark} there); give another --output"
             )
     return path
 
@@ -789,9 +781,8 @@ class Client:
         self.unanswered = 0  # prompts in a row
         # Dollars: of all answers, and of requests whose cost the endpoint has not told.
         self.reserved = 0.0
-        self.spent = 0.0
-        for reply in self.replies.values():
-            self.spent += self.cost(tokens_used(reply), reply.get("batch"))
+        costs = (self.cost(tokens_used(r), r.get("batch")) for r in self.replies.values())
+        self.spent = sum(costs, 0.0)
 
     def cost(self, usage, batch):
         """Dollars for {prompt_tokens, completion_tokens}; a batch costs half."""
@@ -812,8 +803,8 @@ class Client:
         for key in prompts.keys() - todo.keys():
             if self.replies[key].get("prompt_hash") != prompt_hash(prompts[key]):
                 raise ValueError(
-                    f"{self.replies.path}: the reply to {key} answers another prompt; the seed, "
-                    "the data or a form has changed: give another --output, or delete such lines"
+                    f"{self.replies.path}: the reply to {key} answers another prompt; go back to its "
+                    "seed, data and forms, give another --output, or delete such lines"
                 )
         if self.args.dry_run:
             self.show_bill(prompts, todo)
@@ -869,7 +860,7 @@ class Client:
                 f"{client.base_url}: {without_key(error)}; run the same command to go on, or delete "
                 f"{self.note.name} if the endpoint has lost its batch"
             )
-        except (ValueError, Stopped) as error:
+        except ValueError as error:
             self.stop = error
         if isinstance(self.stop, OSError):  # a full disk has no place for records either
             raise self.stop
@@ -899,11 +890,14 @@ class Client:
         cost = self.cost(self.bound([messages]), batch=False)
         attempt = 0
         while attempt <= self.args.retries:
-            self.check_caps(1, cost)
+            cap = self.cap_passed(1, cost)
+            if self.stop or cap:
+                self.stop = self.stop or Stopped(cap)
+                return
             self.requests += 1
             self.reserved += cost
             params = dict(self.params)
-            body = self.body(messages)
+            body = {"model": self.args.model, "messages": messages, **params}
             answer, error = None, None
             try:
                 answer = await client.post("/chat/completions", cast_to=object, body=body)
@@ -915,14 +909,12 @@ class Client:
             if error is None:
                 self.unanswered = 0
                 return
-            if self.leave_out(complaint(error), params):
+            if self.leave_out(error, params):
                 continue  # which is no try
             self.failed[key] = without_key(error)
             meaning = meaning_of(error)
             if meaning == "end":
-                raise ValueError(
-                    f"{client.base_url} refuses model {self.args.model}: {self.failed[key]}"
-                )
+                raise ValueError(f"{client.base_url}, {self.args.model}: {self.failed[key]}")
             if meaning == "refused":
                 self.unanswered = 0  # the endpoint is there
                 return
@@ -932,13 +924,8 @@ class Client:
             attempt += 1
         self.unanswered += 1
         if self.unanswered >= 2 * self.args.concurrency:
-            raise ValueError(
-                f"{client.base_url}: {self.unanswered} requests in a row without an answer, the "
-                f"last one: {self.failed[key]}"
-            )
-
-    def body(self, messages):
-        return {"model": self.args.model, "messages": messages, **self.params}
+            count = f"{self.unanswered} prompts in a row without an answer"
+            raise ValueError(f"{client.base_url}: {count}, the last one: {self.failed[key]}")
 
     async def pause(self, seconds):
         """Sleep, but hardly beyond the moment at which the run is stopped."""
@@ -946,17 +933,13 @@ class Client:
             await asyncio.sleep(min(seconds, 0.5))
             seconds -= 0.5
 
-    def check_caps(self, requests, cost):
-        """Raise what stopped the run, or Stopped if so many more requests, at so many dollars, could
-        pass a cap."""
-        if self.stop:
-            raise self.stop
+    def cap_passed(self, requests, cost):
+        """Which cap so many more requests, at so many dollars, could pass; "" for none."""
         if 0 < self.args.max_requests < self.requests + requests:
-            raise Stopped(f"max_requests {self.args.max_requests} reached")
+            return f"max_requests {self.args.max_requests} would be passed"
         if 0 < self.args.max_cost < self.spent + self.reserved + cost:
-            raise Stopped(
-                f"max_cost {self.args.max_cost} would be passed, {self.spent:.4f} dollars spent"
-            )
+            return f"max_cost {self.args.max_cost} would be passed ({self.spent:.4f} spent)"
+        return ""
 
     def store(self, key, hash, answer, params):
         """Bring the reply in a chat completion to the file. Raises ValueError if there is none, when
@@ -980,18 +963,21 @@ class Client:
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
         except (LookupError, TypeError, AttributeError):
-            raise ValueError(f"no chat completion: {str(answer)[:80]!r}") from None
+            raise ValueError(f"no chat completion: {str(answer)[:300]}") from None
         self.replies.append(reply)
         self.failed.pop(key, None)
         if self.spent:  # without prices there is none to show
             self.bar.set_postfix_str(f"${self.spent:.4f}", refresh=False)
         self.bar.update()
 
-    def leave_out(self, text, sent):
-        """Whether a complaint names one of the parameters sent that an endpoint may do without. No
+    def leave_out(self, error, sent):
+        """Whether an endpoint refuses a request for a parameter sent that it may do without. No
         later request sends it."""
+        text = getattr(error, "param", None) or str(error)
         name = next((name for name in ("messages", *sent) if name in text), None)
         if name not in ("temperature", "response_format", "max_completion_tokens"):
+            return False
+        if getattr(error, "status_code", 400) not in (400, 422):
             return False
         self.params.pop(name, None)
         if name == "max_completion_tokens":  # its older name is what many servers know
@@ -1019,20 +1005,20 @@ class Client:
     async def submit(self, client, prompts):
         """Upload a file of requests and note it. Raises ValueError if a cap could be passed, since a
         batch is made as a whole."""
-        cost = self.cost(self.bound(prompts.values()), batch=True)
-        try:
-            self.check_caps(len(prompts), cost)
-        except Stopped as cap:
-            raise ValueError(
-                f"{cap}, and a batch of {len(prompts):,} requests may cost {cost:.4f}; lower "
-                "--count or --max_tokens"
-            ) from None
+        cap = self.cap_passed(len(prompts), self.cost(self.bound(prompts.values()), batch=True))
+        if cap:
+            raise ValueError(f"{cap} by the batch, which is sent whole; lower --count")
         requests = []
         for key, messages in prompts.items():
             id = f"{prompt_hash(messages)} {key}"
-            request = {"custom_id": id, "method": "POST", "url": "/v1/chat/completions"}
-            request["body"] = self.body(messages)
-            requests.append(json.dumps(request, ensure_ascii=False))
+            body = {"model": self.args.model, "messages": messages, **self.params}
+            request = {
+                "custom_id": id,
+                "method": "POST",
+                "url": "/v1/chat/completions",
+                "body": body,
+            }
+            requests.append(to_json(request))
         content = ("requests.jsonl", "\n".join(requests).encode())
         file = await client.files.create(file=content, purpose="batch")
         write_json(self.note, {"file": file.id, "batch": None, "params": self.params})
@@ -1043,16 +1029,21 @@ class Client:
         if not noted["batch"]:
             noted["batch"] = await self.create_batch(client, noted["file"])
             write_json(self.note, noted)
-        batch = await self.finished(client, noted["batch"])
-        for file in (batch.output_file_id, batch.error_file_id):
-            text = (await client.files.content(file)).text if file else ""
+        batch = await client.batches.retrieve(noted["batch"])
+        while batch.status not in ("completed", "failed", "expired", "cancelled"):
+            self.bar.set_description(f"{batch.id} {batch.status}")
+            await self.pause(self.args.poll)
+            if self.stop:
+                return
+            batch = await client.batches.retrieve(batch.id)
+        for file in filter(None, (batch.output_file_id, batch.error_file_id)):
+            text = (await client.files.content(file)).text
             for line in filter(None, text.split("\n")):
                 self.store_result(json.loads(line), noted["params"])
         self.note.unlink()
         if batch.status != "completed":
-            reasons = [error.message for error in batch.errors.data] if batch.errors else []
-            reason = without_key("; ".join([batch.status, *reasons]))
-            self.stop = ValueError(f"{batch.id} {reason}; the same command goes on")
+            errors = batch.errors.data if batch.errors else "no reason given"
+            self.stop = ValueError(f"{batch.id} {batch.status}: {without_key(errors)}")
 
     async def create_batch(self, client, file):
         """The id of a file's batch: of one that a run made and could not note, or of a new one."""
@@ -1065,28 +1056,16 @@ class Client:
         )
         return batch.id
 
-    async def finished(self, client, id):
-        """A batch once it has ended. Raises what stopped the run before."""
-        while True:
-            batch = await client.batches.retrieve(id)
-            if batch.status in ("completed", "failed", "expired", "cancelled"):
-                return batch
-            self.bar.set_description(f"{id} {batch.status}")
-            await self.pause(self.args.poll)
-            if self.stop:
-                raise self.stop
-
     def store_result(self, result, params):
         """Store one row of a batch's results: a reply, or why there is none."""
         hash, key = result["custom_id"].split(" ", 1)
-        answer = (result.get("response") or {}).get("body")
+        response = result.get("response") or {}
         try:
             if key not in self.replies:
-                self.store(key, hash, answer, params)
+                self.store(key, hash, response.get("body", result.get("error")), params)
         except ValueError as error:
-            refusal = answer.get("error") if isinstance(answer, dict) else None
-            self.failed[key] = without_key(refusal or result.get("error") or error)
-            self.leave_out(str(refusal), params)
+            self.failed[key] = without_key(error)
+            self.leave_out(error, params)
 
 
 def meaning_of(error):
@@ -1107,10 +1086,9 @@ def meaning_of(error):
 def seconds_until_retry(error, attempt):
     """What the endpoint asks for, else twice as long each time; with some chance in it, lest all
     workers come back at once."""
-    headers = error.response.headers if hasattr(error, "response") else {}
-    asked = headers.get("retry-after", "")
+    asked = error.response.headers.get("retry-after", "") if hasattr(error, "response") else ""
     seconds = min(3600, int(asked)) if asked.isdecimal() else min(30, 0.5 * 2**attempt)
-    return seconds + random.random() * min(1 + attempt, 5)
+    return seconds + random.random()
 
 
 def bill_is_known(answer, error):
@@ -1120,13 +1098,6 @@ def bill_is_known(answer, error):
 
     never_sent = type(getattr(error, "__cause__", None)).__name__.startswith("Connect")
     return never_sent or isinstance(error, APIStatusError) or any(tokens_used(answer).values())
-
-
-def complaint(error):
-    """What an endpoint says of a request that it calls bad; "" for any other error."""
-    if getattr(error, "status_code", 0) not in (400, 422):
-        return ""
-    return error.param or str(error)
 
 
 def tokens_used(answer):
@@ -1140,7 +1111,7 @@ def tokens_used(answer):
 
 def prompt_hash(messages):
     """16 hexadecimal digits that tell a prompt from every other."""
-    return hashlib.sha256(json.dumps(messages, ensure_ascii=False).encode()).hexdigest()[:16]
+    return hashlib.sha256(to_json(messages).encode()).hexdigest()[:16]
 
 
 def without_key(error):
@@ -1155,19 +1126,13 @@ def check_api_options(args):
     """Raises ValueError for options that no request could be made with."""
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and name != "seed":
-            positive = name in ("concurrency", "max_tokens", "timeout", "count")
-            if not (value > 0 if positive else value >= 0):  # nan is neither
+            too_small = value == 0 and name in ("concurrency", "max_tokens", "timeout", "count")
+            if not value >= 0 or too_small:  # nan is not >= 0 either
                 raise ValueError(f"{name} is {value}, wanted a greater number")
     if args.max_cost and not (args.price_in and args.price_out):
-        raise ValueError(
-            "max_cost wants the prices of the model: --price_in and --price_out, dollars for a "
-            "million tokens"
-        )
+        raise ValueError("max_cost wants the prices of the model: --price_in and --price_out")
     if not args.dry_run and not os.environ.get("OPENAI_API_KEY"):
-        raise ValueError(
-            "OPENAI_API_KEY is not set; export it (any text for a local server), or look first "
-            "with --dry_run"
-        )
+        raise ValueError("OPENAI_API_KEY is not set; export it (for a local server any text)")
 
 
 # ==================================================================================================
@@ -1202,33 +1167,26 @@ def read_lines(path):
         return read_records(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 ({error}); convert it, for instance with iconv -f GBK -t UTF-8"
-        ) from None
+    except UnicodeDecodeError:
+        return read_records(path)  # which says what to do
     lines = enumerate(lines, 1)
     return [(f"line {n}", dict(zip(TRIPLE, line.split("\t")))) for n, line in lines if line.strip()]
 
 
 def join_triples(path, lines):
-    """The lines, with all triples of one head joined to an entity (after those that are entities
-    already)."""
-    entities, joined = [], {}
+    """The lines, with all triples of one head joined to an entity."""
+    joined = {}
     for where, row in lines:
         if "head" not in row:
-            entities.append((where, row))
+            joined[where] = where, row
             continue
         head, relation, tail = triple = [row.get(key) for key in TRIPLE]
         if not all(map(is_text, triple)) or relation == "中心词":
-            raise ValueError(
-                f"{path} {where}: {row}, wanted texts for head, relation (no 中心词) and tail"
-            )
-        _, entity = joined.setdefault(head, (where, {"中心词": head}))
-        if relation == "类型":
-            entity["类型"] = tail
-        else:
-            entity.setdefault(relation, []).append(tail)
-    return entities + list(joined.values())
+            raise ValueError(f"{path} {where}: {row}, wanted texts for {TRIPLE} (no 中心词)")
+        _, entity = joined.setdefault(("head", head), (where, {"中心词": head}))
+        known = entity.get(relation, [])
+        entity[relation] = tail if relation == "类型" else [*known, tail]
+    return joined.values()
 
 
 def read_entity(row, rules):
@@ -1251,10 +1209,7 @@ def read_entity(row, rules):
         entity[relation] = values
     patterns, formulas = (len(entity.get(relation, [])) for relation in PAIRED)
     if 0 < patterns != formulas > 0:
-        raise ValueError(
-            f"{name} has {patterns} 中医证型 and {formulas} 常用方剂, wanted a formula for each "
-            "pattern"
-        )
+        raise ValueError(f"{name} has {patterns} 中医证型 and {formulas} 常用方剂, wanted pairs")
     return entity
 
 
@@ -1279,17 +1234,14 @@ def read_forms(path):
             for text in (form["statements"][0], *form["statements"]):
                 text.format(e="", v="")
     except (LookupError, AttributeError, TypeError, ValueError):
-        raise ValueError(
-            f"{path} holds no forms; wanted questions of {{e}}, statements of {{e}} and {{v}}, as "
-            "data/forms.json"
-        ) from None
+        raise ValueError(f"{path} holds no forms; wanted them as in data/forms.json") from None
     return forms
 
 
 def write_lines(path, records):
     """Write records as JSON lines, replacing the file at once, and say so."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    lines = "".join(to_json(record) + "\n" for record in records)
     write_atomically(path, lambda p: p.write_text(lines, encoding="utf-8"))
     print(f"{path}: {len(records):,} records")
 
@@ -1336,7 +1288,7 @@ def report(path, knowledge, html="", tokenizer=None, template=None):
 def draw(html, title, sections):
     page = Template((DATA / "stats.html").read_text(encoding="utf-8"))
     # "<" is escaped, lest a text of the records ends the script that it stands in.
-    data = json.dumps(sections, ensure_ascii=False).replace("<", "\\u003c")
+    data = to_json(sections).replace("<", "\\u003c")
     text = page.safe_substitute(title=title, data=data)
     write_atomically(html, lambda p: p.write_text(text, encoding="utf-8"))
     print(f"{html}: the same as a page")
@@ -1499,10 +1451,7 @@ def add_options(parser, names):
 def offline(args):
     """Instruction records from forms, split by entity."""
     if not 0 < args.heldout < 1 or args.questions < 1:
-        raise ValueError(
-            f"heldout {args.heldout}, questions {args.questions}: wanted 0 < heldout < 1 and at "
-            "least 1"
-        )
+        raise ValueError(f"{args.heldout=}, {args.questions=}: wanted 0 < heldout < 1 <= questions")
     forms = read_forms(args.forms)
     train, held_out = split_entities(read_knowledge(args.knowledge), args.heldout, args.seed)
     for name, part, questions in (("train", train, args.questions), ("heldout", held_out, 1)):

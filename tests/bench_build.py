@@ -209,7 +209,7 @@ def rouge(n=50000, new=500):
         a, b = rng.choice(texts), rng.choice(texts)
         i, j = rng.randrange(len(a)), rng.randrange(len(b))
         return (a[i:i + rng.randint(5, 20)] + b[j:j + rng.randint(5, 20)]) or a
-    kept = D.Kept()
+    kept = D.TokenIndex()
     for _ in range(n):
         text = draw()
         words, bag = D.split_words(text)

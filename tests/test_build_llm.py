@@ -270,7 +270,7 @@ def test_rouge_filter_equals_comparing_with_all():
     for text in texts:
         words = split(text)
         scores = [slow_rouge(words, split(other)) for other in plainly]
-        score, like = D.most_like(kept, text, 0.7)
+        score, like = D.most_like(kept, text)
         assert score == pytest.approx(max([s for s in scores if s >= 0.7], default=0), abs=1e-3)
         if not like:
             plainly.append(text)

@@ -183,7 +183,7 @@ def build(args, jobs, sieve):
         for record in read_reply(job, client):
             reason = record.get("reason") or sieve.reason(record, job)
             if reason:
-                rejected.append({**record, "reason": reason})
+                rejected.append(record | {"reason": reason})
             else:
                 kept.append(record)
     write_lines(args.output, kept)
@@ -216,19 +216,19 @@ def records_of(job, items):
         return items
     if not 2 <= len(items) <= 6 or not all(all(item.values()) for item in items):
         raise ValueError(f"turns: {len(items)}, wanted 2 to 6 and none of them empty")
-    messages = []
-    for item in items:
-        messages += [message("user", item["user"]), message("assistant", item["bot"])]
-    # As BenTsao wrote its rows: all turns but the last answer are the instruction.
     turns = [(item["user"], item["bot"]) for item in items]
-    question, answer = turns.pop()
-    instruction = render_turns([*turns, (question, None)])
-    return [{"instruction": instruction, "input": "", "output": answer, "messages": messages}]
+    messages = []
+    for user, bot in turns:
+        messages += [message("user", user), message("assistant", bot)]
+    # As BenTsao wrote its rows: all turns but the last answer are the instruction.
+    turns[-1] = user, None
+    instruction = render_turns(turns)
+    return [{"instruction": instruction, "input": "", "output": bot, "messages": messages}]
 
 
 def repairs(args, jobs, replies):
     """Prompts that show the LLM a reply that cannot be parsed and the reason: each job once."""
-    form = Template((Path(args.prompts) / "repair.txt").read_text(encoding="utf-8"))
+    form = Template(Path(f"{args.prompts}/repair.txt").read_text(encoding="utf-8"))
     prompts = {}
     for job in jobs:
         key = f"{job.key}/repair"
@@ -273,8 +273,8 @@ def parse_items(content, fields):
     except (ValueError, RecursionError) as error:  # the latter: brackets nested without end
         raise ValueError(f"no JSON: {error}") from None
     except (LookupError, TypeError, AttributeError):
-        wanted = ", ".join(f'"{field}": text' for field in fields)
-        raise ValueError(f'wanted {{"items": [{{{wanted}}}, ...]}}') from None
+        wanted = to_json({"items": [dict.fromkeys(fields, "text")]})
+        raise ValueError(f"wanted {wanted}") from None
     if not items:
         raise ValueError("no items")
     return items
@@ -300,19 +300,21 @@ class Sieve:
         job's facts it states."""
         messages = record.get("messages", [])
         replies = [said["content"] for said in messages if said["role"] == "assistant"]
-        answers = "\n".join(replies or [record["output"]])
-        text = f"{record['instruction']}\n{record['input']}\n{answers}"
+        told = "\n".join(replies or [record["output"]])
+        text = f"{record['instruction']}\n{record['input']}\n{told}"
+        answers = plain(told)
         return (
-            fault(record, text, plain(answers))
-            or self.not_grounded(record, text, plain(answers), job)
+            fault(record, text, answers)
+            or self.not_grounded(record, text, answers, job)
             or self.repeated(record, job.form)
+            or ""
         )
 
     def not_grounded(self, record, text, answers, job):
         """A record must state a value of its facts, and name no disease, herb, drug or formula that
         its prompt does not hold."""
         if not job.facts:
-            return ""
+            return
         given = [(fact.relation, value) for fact in job.facts for value in fact.values]
         stated = [(relation, value) for relation, value in given if says(answers, value)]
         record["relations"] = unique(relation for relation, _ in stated)
@@ -321,7 +323,8 @@ class Sieve:
         record["strangers"] = self.names.strangers(text, job.messages[-1]["content"])
         if not stated:
             return "names no value of its facts"
-        return "names what its facts do not" if record["strangers"] else ""
+        if record["strangers"]:
+            return "names what its facts do not"
 
     def repeated(self, record, form):
         """Whether it is like a record kept before; if not, it counts as kept from here on."""
@@ -337,18 +340,17 @@ class Sieve:
                 return "like a task kept before"
         self.exact.add(text)
         self.grams.add(grams, record.get("entity"))
-        return ""
 
 
 def fault(record, text, answers):
-    """The reason to reject a record that its text alone gives, "" if there is none."""
+    """The reason to reject a record that its text alone gives, if there is one."""
     for reason, pattern in FAULTS.items():
         if re.search(pattern, text):
             return reason
     if len(answers) < 10 or len(record["instruction"]) < 4:
         return "too short"
-    chinese = len(re.findall("[\u4e00-\u9fff]", answers))
-    return "not Chinese" if chinese < 0.5 * len(answers) else ""
+    if len(re.findall("[\u4e00-\u9fff]", answers)) < 0.5 * len(answers):
+        return "not Chinese"
 
 
 def plain(text):
@@ -365,11 +367,10 @@ def says(text, value):
     characters. In either case each number of the value stands there whole."""
     value = plain(value)
     numbers, known = (set(re.findall(r"\d+(?:\.\d+)?", part)) for part in (value, text))
-    if not value or not numbers <= known:
-        return False
     pairs = [value[i : i + 2] for i in range(len(value) - 1)]
     shared = sum(pair in text for pair in pairs)
-    return value in text or (len(value) > 6 and shared >= 0.7 * len(pairs))
+    alike = value in text or (len(value) > 6 and shared >= 0.7 * len(pairs))
+    return value > "" and numbers <= known and alike
 
 
 class Names:
@@ -377,7 +378,7 @@ class Names:
     says which relations hold names, and which of their values are no names."""
 
     def __init__(self, entities):
-        rules = read_json_file(DATA / "relations.json")
+        rules = read_json_file(f"{DATA}/relations.json")
         kinds = {entity["中心词"]: entity["类型"] for entity in entities}
         self.entities = defaultdict(set)  # {name: whose it is}: two entities may share an alias
         for entity in entities:
@@ -408,12 +409,11 @@ class Names:
         """Names in a text that the given text does not hold, under this or another name."""
         held = set().union(*(self.entities[name] for name in self.find(given)))
 
-        def is_given(name):
-            # A longer word holds a disease or drug (缺铁性贫血: 贫血), but no herb and no formula.
-            part_of_word = self.kinds[name] not in ("中药", "方剂") and name in given
-            return part_of_word or held & self.entities[name]
-
-        return sorted(name for name in self.find(text) if not is_given(name))
+        found = self.find(text)
+        strange = [name for name in found if not held & self.entities[name]]
+        # A longer word may hold a disease or drug (缺铁性贫血: 贫血), but no herb and no formula.
+        whole = ("中药", "方剂")
+        return sorted(n for n in strange if self.kinds[n] in whole or n not in given)
 
 
 class TokenIndex:
@@ -458,7 +458,7 @@ def most_like(index, text):
     and "", and the new text enters the index."""
     words, bag = split_words(text)
     # A common subsequence has no more tokens than both texts have in common: most are ruled out.
-    scores = [(rouge_l(words, other), like) for other, like in index.like(bag, 0.7 / 2)]
+    scores = ((rouge_l(words, other), like) for other, like in index.like(bag, 0.7 / 2))
     score, like = max(scores, default=(0.0, ""))
     if score >= 0.7:
         return round(score, 3), like
@@ -484,7 +484,7 @@ def rouge_l(a, b):
     full = (1 << len(a)) - 1
     row = full
     for token in b:
-        match = row & places.get(token, 0)
+        match = row & places[token]
         row = (row + match | row - match) & full
     return 2 * (len(a) - row.bit_count()) / max(1, len(a) + len(b))
 
@@ -549,7 +549,7 @@ def set_weights(prompts, mix):
 def make_job(args, prompts, form, item, facts=(), **texts):
     """The job that asks for an item by a form, with facts and other texts in their places."""
     listed = "\n".join(f"- {fact.entity}的{fact.relation}：{fact.text}" for fact in facts)
-    system = (Path(args.prompts) / "system.txt").read_text(encoding="utf-8")
+    system = Path(f"{args.prompts}/system.txt").read_text(encoding="utf-8")
     user = Template(prompts[form]["prompt"]).safe_substitute(texts, facts=listed)
     messages = [message("system", system), message("user", user)]
     key = f"{item}/{form}/{args.model}"
@@ -561,10 +561,9 @@ def message(role, content):
 
 
 class FactSampler:
-    """Draws entities and their facts for prompts, by seed."""
+    """Draws the facts of entities for prompts."""
 
-    def __init__(self, entities, forms, seed):
-        self.seed = seed
+    def __init__(self, entities, forms):
         self.facts = {entity["中心词"]: facts(entity, forms) for entity in entities}
         self.holders = defaultdict(set)  # {(kind, relation, value): names of its entities}
         for name in self.facts:
@@ -572,8 +571,7 @@ class FactSampler:
                 self.holders[key].add(name)
 
     def keys(self, name):
-        own = self.facts[name]
-        return [(fact.kind, fact.relation, value) for fact in own for value in fact.values]
+        return [(fact.kind, fact.relation, v) for fact in self.facts[name] for v in fact.values]
 
     def partners(self, name, relations):
         """Entities of the same kind that have a value in common under one of the relations."""
@@ -585,13 +583,11 @@ class FactSampler:
         own = self.facts[name]
         if not own or not form["weight"] or own[0].kind not in form["kinds"]:
             return False
-        if "share" in form and not self.partners(name, form["share"]):
-            return False
-        return set(form["relations"]) <= {fact.relation for fact in own}
+        partnered = "share" not in form or self.partners(name, form["share"])
+        return partnered and set(form["relations"]) <= {fact.relation for fact in own}
 
-    def choose(self, title, form, name, number):
-        """A partner's name (or the entity's own) and the facts of the number-th job about it."""
-        rng = random.Random(f"{self.seed}/{title}/{name}/{number}")
+    def choose(self, rng, form, name):
+        """A partner's name (or the entity's own) and the facts for a job about an entity."""
         other = rng.choice(self.partners(name, form["share"])) if "share" in form else name
         chosen = []
         for entity in unique([name, other]):
@@ -609,7 +605,7 @@ def knowledge_jobs(args, entities, forms, prompts):
     """args.count jobs: prompts drawn by weight, the entities of each in turn, their facts by seed.
     A greater count adds jobs and changes none. Raises ValueError if no prompt suits an entity."""
     rng = random.Random(args.seed)
-    sampler = FactSampler(entities, forms, args.seed)
+    sampler = FactSampler(entities, forms)
     pools = {}
     for title, form in prompts.items():
         pool = [name for name in sampler.facts if sampler.suits(name, form)]
@@ -625,9 +621,10 @@ def knowledge_jobs(args, entities, forms, prompts):
         name = next(pools[title])
         number = seen[title, name]
         seen[title, name] += 1
-        other, chosen = sampler.choose(title, prompts[title], name, number)
-        item = f"{name}#{number}"
-        jobs.append(make_job(args, prompts, title, item, chosen, entity=name, other=other))
+        job_rng = random.Random(f"{args.seed}/{title}/{name}/{number}")
+        other, chosen = sampler.choose(job_rng, prompts[title], name)
+        texts = {"entity": name, "other": other}
+        jobs.append(make_job(args, prompts, title, f"{name}#{number}", chosen, **texts))
     return jobs
 
 
@@ -682,7 +679,7 @@ class Replies(dict):
 
     def __init__(self, path, read_only=False):
         super().__init__()
-        self.path = Path(path)
+        self.path = path
         self.size = 0  # bytes, of complete lines
         if not read_only:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -690,8 +687,7 @@ class Replies(dict):
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                reason = "is being written by another process; wait, or give another --output"
-                raise ValueError(f"{path} {reason}") from None
+                raise ValueError(f"{path} belongs to another process; wait for it") from None
         if self.path.exists():
             self.read()
         if not read_only:
@@ -722,8 +718,8 @@ class Replies(dict):
                 raise OSError("disk full")
         except OSError as error:
             self.file.truncate(self.size)
-            reason = f"{error.strerror or error}; {len(self):,} replies are safe"
-            raise OSError(f"{self.path}: {reason}, run again to go on") from None
+            safe = f"{len(self):,} replies are safe, run again to go on"
+            raise OSError(f"{self.path}: {error.strerror or error}; {safe}") from None
         self[reply["key"]] = reply
         self.size += len(line)
 
@@ -800,11 +796,12 @@ class Client:
         """Ask the prompts {key: messages} that have no reply yet. `replies` holds them then, and
         `end` tells what stopped it. A dry run shows the first prompts and the bill instead."""
         todo = {key: messages for key, messages in prompts.items() if key not in self.replies}
-        for key in prompts.keys() - todo.keys():
-            if self.replies[key].get("prompt_hash") != prompt_hash(prompts[key]):
+        for key, messages in prompts.items():
+            known = self.replies.get(key)
+            if known and known.get("prompt_hash") != prompt_hash(messages):
                 raise ValueError(
-                    f"{self.replies.path}: the reply to {key} answers another prompt; go back to its "
-                    "seed, data and forms, give another --output, or delete such lines"
+                    f"{self.replies.path}: the reply to {key} answers another prompt (other seed, "
+                    "data or forms); give another --output"
                 )
         if self.args.dry_run:
             self.show_bill(prompts, todo)
@@ -825,8 +822,6 @@ class Client:
     def end(self):
         """Tell what stopped the run, once the caller has written what was paid: raise what no
         further request can mend, print the rest."""
-        if not self.args.dry_run:
-            self.replies.file.close()
         if isinstance(self.stop, Stopped):
             print(f"stopped: {self.stop}; the same command goes on")
         elif self.stop:
@@ -846,7 +841,7 @@ class Client:
             loop.add_signal_handler(number, interrupt, number)
         batch = self.args.batch
         try:
-            with tqdm(total=len(todo), unit="reply", mininterval=1) as self.bar:
+            with tqdm(total=len(todo), unit="reply") as self.bar:
                 async with AsyncOpenAI(
                     base_url=self.args.base_url or None,
                     timeout=self.args.timeout,
@@ -879,7 +874,7 @@ class Client:
                 if self.stop:
                     return
 
-        await asyncio.gather(*(work() for _ in range(min(self.args.concurrency, len(todo)))))
+        await asyncio.gather(*(work() for _ in range(self.args.concurrency)))
 
     async def send(self, client, key, messages):
         """Ask one prompt until it is answered or refused, `retries` more times at most. The loop is
@@ -898,34 +893,33 @@ class Client:
             self.reserved += cost
             params = dict(self.params)
             body = {"model": self.args.model, "messages": messages, **params}
-            answer, error = None, None
+            answer = error = None
             try:
                 answer = await client.post("/chat/completions", cast_to=object, body=body)
                 self.store(key, prompt_hash(messages), answer, params)
             except (OpenAIError, ValueError, RecursionError) as caught:
                 error = caught
-            if bill_is_known(answer, error):
+            outcome = outcome_of(error)
+            told = any(tokens_used(answer).values())
+            if told or outcome not in ("answered", "unusable", "lost"):
                 self.reserved -= cost
-            if error is None:
+            if outcome == "refused" and self.leave_out(error, params):
+                continue  # which is no try
+            if error:
+                self.failed[key] = without_key(error)
+            if outcome == "end":
+                raise ValueError(f"{client.base_url}, {self.args.model}: {self.failed[key]}")
+            if outcome in ("answered", "refused"):  # the endpoint is there
                 self.unanswered = 0
                 return
-            if self.leave_out(error, params):
-                continue  # which is no try
-            self.failed[key] = without_key(error)
-            meaning = meaning_of(error)
-            if meaning == "end":
-                raise ValueError(f"{client.base_url}, {self.args.model}: {self.failed[key]}")
-            if meaning == "refused":
-                self.unanswered = 0  # the endpoint is there
-                return
-            if meaning == "unusable":
+            if outcome == "unusable":
                 break
             await self.pause(seconds_until_retry(error, attempt))
             attempt += 1
         self.unanswered += 1
         if self.unanswered >= 2 * self.args.concurrency:
             count = f"{self.unanswered} prompts in a row without an answer"
-            raise ValueError(f"{client.base_url}: {count}, the last one: {self.failed[key]}")
+            raise ValueError(f"{client.base_url}: {count}, the last: {self.failed[key]}")
 
     async def pause(self, seconds):
         """Sleep, but hardly beyond the moment at which the run is stopped."""
@@ -934,12 +928,11 @@ class Client:
             seconds -= 0.5
 
     def cap_passed(self, requests, cost):
-        """Which cap so many more requests, at so many dollars, could pass; "" for none."""
+        """Which cap so many more requests, at so many dollars, could pass, if any."""
         if 0 < self.args.max_requests < self.requests + requests:
-            return f"max_requests {self.args.max_requests} would be passed"
+            return f"max_requests {self.args.max_requests} reached"
         if 0 < self.args.max_cost < self.spent + self.reserved + cost:
             return f"max_cost {self.args.max_cost} would be passed ({self.spent:.4f} spent)"
-        return ""
 
     def store(self, key, hash, answer, params):
         """Bring the reply in a chat completion to the file. Raises ValueError if there is none, when
@@ -977,8 +970,6 @@ class Client:
         name = next((name for name in ("messages", *sent) if name in text), None)
         if name not in ("temperature", "response_format", "max_completion_tokens"):
             return False
-        if getattr(error, "status_code", 400) not in (400, 422):
-            return False
         self.params.pop(name, None)
         if name == "max_completion_tokens":  # its older name is what many servers know
             self.params["max_tokens"] = self.args.max_tokens
@@ -1010,17 +1001,15 @@ class Client:
             raise ValueError(f"{cap} by the batch, which is sent whole; lower --count")
         requests = []
         for key, messages in prompts.items():
-            id = f"{prompt_hash(messages)} {key}"
-            body = {"model": self.args.model, "messages": messages, **self.params}
             request = {
-                "custom_id": id,
+                "custom_id": f"{prompt_hash(messages)} {key}",
                 "method": "POST",
                 "url": "/v1/chat/completions",
-                "body": body,
+                "body": {"model": self.args.model, "messages": messages, **self.params},
             }
             requests.append(to_json(request))
-        content = ("requests.jsonl", "\n".join(requests).encode())
-        file = await client.files.create(file=content, purpose="batch")
+        content = "\n".join(requests).encode()
+        file = await client.files.create(file=("requests.jsonl", content), purpose="batch")
         write_json(self.note, {"file": file.id, "batch": None, "params": self.params})
 
     async def collect(self, client):
@@ -1068,19 +1057,29 @@ class Client:
             self.leave_out(error, params)
 
 
-def meaning_of(error):
-    """What an error means for a run: "end" it, the prompt is "refused", the answer is "unusable",
-    or ask "again"."""
+def outcome_of(error):
+    """What became of a request, by the error that it met, if any:
+
+    answered   there is a reply
+    unusable   there is an answer, but no chat completion
+    refused    this prompt; no other try will help it
+    end        every prompt: a wrong key, an unknown model, no money left
+    busy       the endpoint asks to come back later
+    unreached  it was not even connected
+    lost       it was sent, and no answer came: it may be billed"""
     from openai import APIConnectionError
 
+    if error is None:
+        return "answered"
     if isinstance(error, APIConnectionError):
-        return "again"
-    status = getattr(error, "status_code", 200)  # 200: an answer, but no chat completion
-    if status in (401, 402, 403, 404) or getattr(error, "code", "") == "insufficient_quota":
+        unreached = type(error.__cause__).__name__.startswith("Connect")
+        return "unreached" if unreached else "lost"
+    status = getattr(error, "status_code", 200)
+    if status == 200:
+        return "unusable"
+    if status in (401, 402, 403, 404) or error.code == "insufficient_quota":
         return "end"
-    if status in (408, 409, 429) or status >= 500:
-        return "again"
-    return "unusable" if status == 200 else "refused"
+    return "busy" if status in (408, 409, 429) or status >= 500 else "refused"
 
 
 def seconds_until_retry(error, attempt):
@@ -1089,15 +1088,6 @@ def seconds_until_retry(error, attempt):
     asked = error.response.headers.get("retry-after", "") if hasattr(error, "response") else ""
     seconds = min(3600, int(asked)) if asked.isdecimal() else min(30, 0.5 * 2**attempt)
     return seconds + random.random()
-
-
-def bill_is_known(answer, error):
-    """Whether a request costs what its answer tells and no more: it was answered with usage or with
-    an error's status, or the connection was never made."""
-    from openai import APIStatusError
-
-    never_sent = type(getattr(error, "__cause__", None)).__name__.startswith("Connect")
-    return never_sent or isinstance(error, APIStatusError) or any(tokens_used(answer).values())
 
 
 def tokens_used(answer):
@@ -1126,8 +1116,8 @@ def check_api_options(args):
     """Raises ValueError for options that no request could be made with."""
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and name != "seed":
-            too_small = value == 0 and name in ("concurrency", "max_tokens", "timeout", "count")
-            if not value >= 0 or too_small:  # nan is not >= 0 either
+            zero = value == 0 and name not in ("concurrency", "max_tokens", "timeout", "count")
+            if not (value > 0 or zero):
                 raise ValueError(f"{name} is {value}, wanted a greater number")
     if args.max_cost and not (args.price_in and args.price_out):
         raise ValueError("max_cost wants the prices of the model: --price_in and --price_out")
@@ -1143,7 +1133,7 @@ def read_knowledge(path):
     """Entities of a knowledge base: objects in CMeKG's form, or triples {head, relation, tail} as
     JSON or between tabs. CMeKG's names of relations become ours. Raises ValueError naming the line
     of what is wrong."""
-    rules = read_json_file(DATA / "relations.json")
+    rules = read_json_file(f"{DATA}/relations.json")
     entities = {}
     for where, row in join_triples(path, read_lines(path)):
         try:
@@ -1192,21 +1182,19 @@ def join_triples(path, lines):
 def read_entity(row, rules):
     """An entity under our names of relations, each value once. A missing 类型 follows from the
     relations. Raises ValueError for a nameless or misshaped one."""
-    name = row.get("中心词")
-    kind = row.get("类型", kind_by_relations(row, rules["kinds"]))
+    row = dict(row)
+    name = row.pop("中心词", None)
+    kind = row.pop("类型", kind_by_relations(row, rules["kinds"]))
     if not is_text(name) or not isinstance(kind, str):
         raise ValueError(f"中心词 and 类型 want a text each, got {name!r} and {kind!r}")
     entity = {"中心词": name, "类型": kind}
     for relation, values in row.items():
-        if relation in ("中心词", "类型"):
-            continue
         if not isinstance(values, list) or not values or not all(map(is_text, values)):
             raise ValueError(f"{relation} of {name} is {values!r}, wanted a list of texts")
         relation = rules["relations"].get(relation, relation)
         values = entity.get(relation, []) + values
-        if relation not in PAIRED:  # two patterns may share one formula
-            values = unique(values)
-        entity[relation] = values
+        # Two patterns may share one formula.
+        entity[relation] = values if relation in PAIRED else unique(values)
     patterns, formulas = (len(entity.get(relation, [])) for relation in PAIRED)
     if 0 < patterns != formulas > 0:
         raise ValueError(f"{name} has {patterns} 中医证型 and {formulas} 常用方剂, wanted pairs")
@@ -1229,7 +1217,7 @@ def read_forms(path):
     forms = read_json_file(path)
     try:
         for form in chain.from_iterable(relations.values() for relations in forms.values()):
-            for text in (form["questions"][0], *form["questions"]):
+            for text in form["questions"]:
                 text.format(e="")
             for text in (form["statements"][0], *form["statements"]):
                 text.format(e="", v="")
@@ -1250,8 +1238,8 @@ def write_lines(path, records):
 # Records out: what a file of them holds
 
 
-# What a record says of its source, and what stands for nothing.
-SOURCE = {"entity": "", "kind": "", "form": "", "relations": [], "values": []}
+# What a record says of its source: texts and lists of texts.
+SOURCE = {"entity": str, "kind": str, "form": str, "relations": list, "values": list}
 
 
 def report(path, knowledge, html="", tokenizer=None, template=None):
@@ -1279,29 +1267,24 @@ def report(path, knowledge, html="", tokenizer=None, template=None):
         sections |= token_sections(records, tokenizer, template)
     for title, counts in sections.items():
         if counts:
-            listed = ", ".join(f"{label} {number:,}" for label, number in counts.items())
-            print(f"{title}: {listed}")
+            listed = (f"{label} {number:,}" for label, number in counts.items())
+            print(f"{title}: {', '.join(listed)}")
     if html:
-        draw(html, Path(path).name, sections)
-
-
-def draw(html, title, sections):
-    page = Template((DATA / "stats.html").read_text(encoding="utf-8"))
-    # "<" is escaped, lest a text of the records ends the script that it stands in.
-    data = to_json(sections).replace("<", "\\u003c")
-    text = page.safe_substitute(title=title, data=data)
-    write_atomically(html, lambda p: p.write_text(text, encoding="utf-8"))
-    print(f"{html}: the same as a page")
+        page = Template(Path(f"{DATA}/stats.html").read_text(encoding="utf-8"))
+        # "<" is escaped, lest a text of the records ends the script that it stands in.
+        data = to_json(sections).replace("<", "\\u003c")
+        text = page.safe_substitute(title=Path(path).name, data=data)
+        write_atomically(html, lambda p: p.write_text(text, encoding="utf-8"))
+        print(f"{html}: the same as a page")
 
 
 def check_source(where, record):
     """Raises ValueError if what a record says of its source is not of the types that are counted;
     what it does not say is empty."""
-    for key, empty in SOURCE.items():
-        record[key] = record.get(key) or empty
-        texts = record[key] if empty == [] else [record[key]]
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{where}: {key} is {record[key]!r}, wanted a text or a list of texts")
+    for key, kind in SOURCE.items():
+        value = record[key] = record.get(key) or kind()
+        if not isinstance(value, kind) or not all(isinstance(text, str) for text in value):
+            raise ValueError(f"{where}: {key} is {value!r}, wanted a text or a list of texts")
 
 
 def rejected_reasons(path):
@@ -1317,7 +1300,7 @@ def counted(lists):
 def spread(numbers, width):
     """{"0 to 49": how many of the numbers, ...} in bins of a width."""
     bins = Counter(number // width * width for number in numbers)
-    return {f"{low} to {low + width - 1}": bins[low] for low in sorted(bins)}
+    return {f"{low} to {low + width - 1}": count for low, count in sorted(bins.items())}
 
 
 def coverage(records, entities):
@@ -1332,7 +1315,7 @@ def coverage(records, entities):
     asked = {record["entity"] for record in records}
     return {
         "entities": len(entities),
-        "entities asked about": len(asked & set(entities)),
+        "entities asked about": len(asked & entities.keys()),
         "values": len(known),
         "values told": len(known & told),
     }
@@ -1349,7 +1332,7 @@ def duplicates(records):
         close, grams = near(index, record)
         repeats += close
         if not close:
-            index.add(grams, record.get("entity"))
+            index.add(grams, record["entity"])
     return {"exact": len(records) - len(texts), "near (4-grams)": repeats}
 
 
@@ -1394,16 +1377,16 @@ def above_limits(lengths):
 # Commands
 
 OPTIONS = {  # name: (default, help); the default gives the type, str stands for a text to be given
-    "knowledge": (str(DATA / "knowledge.jsonl"), "knowledge base: CMeKG's form or triples"),
-    "forms": (str(DATA / "forms.json"), "questions and statements by relation"),
+    "knowledge": (f"{DATA}/knowledge.jsonl", "knowledge base: CMeKG's form or triples"),
+    "forms": (f"{DATA}/forms.json", "questions and statements by relation"),
     "seed": (0, "of every random choice"),
     "output_dir": (str(DATA), "folder for train.jsonl and heldout.jsonl"),
     "heldout": (0.1, "share of the entities held out"),
     "questions": (2, "question forms per fact (held out: 1)"),
     "mix": ("", "weights of the forms, as single=3,vignette=1 (empty: their own)"),
-    "literature": (str(DATA / "literature.jsonl"), "lines of 标题, 疾病, 结论"),
-    "seed_tasks": (str(DATA / "seed_tasks.jsonl"), "alpaca records"),
-    "prompts": (str(DATA / "prompts"), "folder of prompt forms"),
+    "literature": (f"{DATA}/literature.jsonl", "lines of 标题, 疾病, 结论"),
+    "seed_tasks": (f"{DATA}/seed_tasks.jsonl", "alpaca records"),
+    "prompts": (f"{DATA}/prompts", "folder of prompt forms"),
     "count": (100, "prompts; a greater count goes on where a smaller one ended"),
     "output": (str, "file of the results; the replies stand beside it"),
     "tokenizer": ("", "folder of a base with its tokenizer: also lengths in tokens, cut-offs"),
@@ -1420,11 +1403,7 @@ OPTIONS = {  # name: (default, help); the default gives the type, str stands for
     "timeout": (120.0, "seconds without a byte until a request is given up"),
     "retries": (6, "further tries of a request"),
     "max_requests": (0, "stop after so many requests of this run, each try counted (0: no limit)"),
-    "max_cost": (
-        0.0,
-        "dollars for all replies of the output, and for tries of this run that timed out or broke "
-        "off; none is made that could exceed it (0: no limit)",
-    ),
+    "max_cost": (0.0, "dollars for all replies and for tries that may be billed (0: no limit)"),
     "price_in": (0.0, "dollars for a million prompt tokens"),
     "price_out": (0.0, "dollars for a million reply tokens"),
     "poll": (30.0, "seconds between two looks at a batch"),
@@ -1456,7 +1435,7 @@ def offline(args):
     train, held_out = split_entities(read_knowledge(args.knowledge), args.heldout, args.seed)
     for name, part, questions in (("train", train, args.questions), ("heldout", held_out, 1)):
         records = write_records(part, forms, questions, random.Random(args.seed))
-        write_lines(Path(args.output_dir) / f"{name}.jsonl", records)
+        write_lines(f"{args.output_dir}/{name}.jsonl", records)
 
 
 def knowledge(args):

@@ -1,4 +1,5 @@
 """build_data.Client: real HTTP, the real openai client, a loopback server with planted faults."""
+
 import json
 import multiprocessing
 import time
@@ -40,17 +41,33 @@ def lines(path):
 
 def test_every_job_is_answered_once_whatever_the_server_does(tmp_path):
     """Each fault of transport costs exactly one more request; what is on the file is never asked again."""
-    with Running("--key", KEY, "--faults", '{"429": 0.05, "500": 0.1, "drop": 0.05, "hang": 0.05}') as server:
-        asker = D.Client(tmp_path / "r.jsonl", options(server.url, "--concurrency", "32", "--timeout", "1"))
+    with Running(
+        "--key", KEY, "--faults", '{"429": 0.05, "500": 0.1, "drop": 0.05, "hang": 0.05}'
+    ) as server:
+        asker = D.Client(
+            tmp_path / "r.jsonl", options(server.url, "--concurrency", "32", "--timeout", "1")
+        )
         asker.ask(jobs(60))
         seen = server.stats()
-        assert sorted(r["key"] for r in lines(tmp_path / "r.jsonl")) == sorted(jobs(60)) and not asker.failed
-        assert seen["requests"] == 60 + sum(seen["count"].values()) == asker.requests and sum(seen["count"].values()) > 5
+        assert (
+            sorted(r["key"] for r in lines(tmp_path / "r.jsonl")) == sorted(jobs(60))
+            and not asker.failed
+        )
+        assert (
+            seen["requests"] == 60 + sum(seen["count"].values()) == asker.requests
+            and sum(seen["count"].values()) > 5
+        )
         asker.ask(jobs(60))
         assert server.stats()["requests"] == seen["requests"]
         reply = asker.replies.get("item 3")
-        assert reply["prompt_hash"] == D.prompt_hash(jobs(60)["item 3"]) and "补气3" in reply["content"]
-        assert reply["usage"] == {"prompt_tokens": 11, "completion_tokens": 300} and reply["params"]["model"] == "fake"
+        assert (
+            reply["prompt_hash"] == D.prompt_hash(jobs(60)["item 3"])
+            and "补气3" in reply["content"]
+        )
+        assert (
+            reply["usage"] == {"prompt_tokens": 11, "completion_tokens": 300}
+            and reply["params"]["model"] == "fake"
+        )
     assert KEY not in (tmp_path / "r.jsonl").read_text(encoding="utf-8")
 
 
@@ -62,17 +79,27 @@ def test_refused_parameters_are_given_up(tmp_path):
         assert lines(tmp_path / "r.jsonl")[0]["params"] == {"model": "fake", "max_tokens": 77}
 
 
-@pytest.mark.parametrize("more, word", [(["--key", "sk-other"], "Incorrect API key"), (["--model", "other"], "does not exist")])
+@pytest.mark.parametrize(
+    "more, word",
+    [(["--key", "sk-other"], "Incorrect API key"), (["--model", "other"], "does not exist")],
+)
 def test_what_no_request_can_mend_stops_at_once(tmp_path, more, word):
     with Running(*more) as server:
         asker = D.Client(tmp_path / "r.jsonl", options(server.url, "--concurrency", "4"))
         with pytest.raises(ValueError, match=word) as caught:
             ask(asker, jobs(50))
-        assert server.stats()["requests"] <= 4 and KEY not in str(caught.value) and "\n" not in str(caught.value)
+        assert (
+            server.stats()["requests"] <= 4
+            and KEY not in str(caught.value)
+            and "\n" not in str(caught.value)
+        )
 
 
 def test_a_server_that_is_gone_is_not_asked_for_ever(tmp_path):
-    asker = D.Client(tmp_path / "r.jsonl", options("http://127.0.0.1:9/v1", "--retries", "0", "--concurrency", "2"))
+    asker = D.Client(
+        tmp_path / "r.jsonl",
+        options("http://127.0.0.1:9/v1", "--retries", "0", "--concurrency", "2"),
+    )
     with pytest.raises(ValueError, match="in a row without an answer"):
         ask(asker, jobs(1000))
     assert asker.requests < 20
@@ -83,15 +110,33 @@ def test_caps_hold(tmp_path):
     with Running() as server:
         asker = D.Client(tmp_path / "a.jsonl", options(server.url, "--max_requests", "7"))
         asker.ask(jobs(50))
-        assert server.stats()["requests"] == len(asker.replies) == 7 and "max_requests" in str(asker.stop)
-        cap = options(server.url, "--max_cost", "0.01", "--price_in", "1", "--price_out", "2", "--max_tokens", "400")
+        assert server.stats()["requests"] == len(asker.replies) == 7 and "max_requests" in str(
+            asker.stop
+        )
+        cap = options(
+            server.url,
+            "--max_cost",
+            "0.01",
+            "--price_in",
+            "1",
+            "--price_out",
+            "2",
+            "--max_tokens",
+            "400",
+        )
         asker = D.Client(tmp_path / "b.jsonl", cap)
         asker.ask(jobs(50))
-        assert 11 <= len(asker.replies) <= 16 and asker.spent == pytest.approx(0.0006 * len(asker.replies), rel=0.05) and asker.spent <= 0.01
+        assert (
+            11 <= len(asker.replies) <= 16
+            and asker.spent == pytest.approx(0.0006 * len(asker.replies), rel=0.05)
+            and asker.spent <= 0.01
+        )
         asker.replies.file.close()
         again = D.Client(tmp_path / "b.jsonl", cap)
         again.ask(jobs(50))
-        assert again.spent <= 0.01 and len(again.replies) <= 16            # the cap is the file's, not the run's
+        assert (
+            again.spent <= 0.01 and len(again.replies) <= 16
+        )  # the cap is the file's, not the run's
 
 
 def test_requests_that_time_out_count(tmp_path):
@@ -100,16 +145,34 @@ def test_requests_that_time_out_count(tmp_path):
         common = ("--timeout", "0.3", "--retries", "0", "--concurrency", "3")
         asker = D.Client(tmp_path / "a.jsonl", options(server.url, "--max_requests", "5", *common))
         asker.ask(jobs(50))
-        assert server.stats()["requests"] == asker.requests == 5 and "max_requests" in str(asker.stop)
-        prices = ("--max_cost", "0.004", "--price_in", "1", "--price_out", "2", "--max_tokens", "400")
+        assert server.stats()["requests"] == asker.requests == 5 and "max_requests" in str(
+            asker.stop
+        )
+        prices = (
+            "--max_cost",
+            "0.004",
+            "--price_in",
+            "1",
+            "--price_out",
+            "2",
+            "--max_tokens",
+            "400",
+        )
         asker = D.Client(tmp_path / "b.jsonl", options(server.url, *prices, *common))
         asker.ask(jobs(50))
-        assert server.stats()["requests"] == 5 + 4 and "max_cost" in str(asker.stop) and asker.spent == 0
+        assert (
+            server.stats()["requests"] == 5 + 4
+            and "max_cost" in str(asker.stop)
+            and asker.spent == 0
+        )
 
 
 def test_a_key_that_is_no_secret_stays_out_of_other_words(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "e")
-    with Running("--model", "other") as server, pytest.raises(ValueError, match="The model `fake` does not exist"):
+    with (
+        Running("--model", "other") as server,
+        pytest.raises(ValueError, match="The model `fake` does not exist"),
+    ):
         ask(D.Client(tmp_path / "r.jsonl", options(server.url)), jobs(1))
 
 
@@ -126,7 +189,7 @@ def test_half_a_line_goes_and_other_prompts_are_refused(tmp_path):
     with Running() as server:
         D.Client(path, options(server.url)).ask(jobs(5))
         whole = path.read_bytes()
-        path.write_bytes(whole[:-40])                                     # a crash in the middle of a write
+        path.write_bytes(whole[:-40])  # a crash in the middle of a write
         asker = D.Client(path, options(server.url))
         assert len(asker.replies) == 4
         asker.ask(jobs(5))
@@ -137,12 +200,22 @@ def test_half_a_line_goes_and_other_prompts_are_refused(tmp_path):
 
 def test_dry_run_asks_nothing_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
-    asker = D.Client(tmp_path / "r.jsonl", options("http://127.0.0.1:9/v1", "--dry_run", "--price_in", "1", "--price_out", "2"))
+    asker = D.Client(
+        tmp_path / "r.jsonl",
+        options("http://127.0.0.1:9/v1", "--dry_run", "--price_in", "1", "--price_out", "2"),
+    )
     asker.ask(jobs(100))
     out = capsys.readouterr().out
-    assert "100 prompts, 100 to ask" in out and "204,800 out" in out and "0.41 dollars" in out and not list(tmp_path.iterdir())
+    assert (
+        "100 prompts, 100 to ask" in out
+        and "204,800 out" in out
+        and "0.41 dollars" in out
+        and not list(tmp_path.iterdir())
+    )
     D.Client(tmp_path / "r.jsonl", options("http://127.0.0.1:9/v1", "--dry_run")).ask(jobs(100))
-    assert "0.00" not in (out := capsys.readouterr().out) and "--price_in" in out    # not known is not nothing
+    assert (
+        "0.00" not in (out := capsys.readouterr().out) and "--price_in" in out
+    )  # not known is not nothing
 
 
 def test_batch_is_found_again_after_a_kill(tmp_path):
@@ -150,10 +223,17 @@ def test_batch_is_found_again_after_a_kill(tmp_path):
     parameters it was sent, at half the price; which it keeps when a later run asks one by one."""
     prices = ("--price_in", "1", "--price_out", "1")
     with Running("--batch_delay", "2") as server:
+
         def run(temperature):
-            asker = D.Client(tmp_path / "r.jsonl", options(server.url, "--batch", "--poll", "0.1", "--temperature", temperature, *prices))
+            asker = D.Client(
+                tmp_path / "r.jsonl",
+                options(
+                    server.url, "--batch", "--poll", "0.1", "--temperature", temperature, *prices
+                ),
+            )
             asker.ask(jobs(30))
             return asker
+
         child = multiprocessing.get_context("fork").Process(target=run, args=("1",))
         child.start()
         while server.stats()["batches"] == 0:
@@ -162,9 +242,15 @@ def test_batch_is_found_again_after_a_kill(tmp_path):
         child.kill()
         child.join()
         note = json.loads((tmp_path / "r.batches.json").read_text())
-        (tmp_path / "r.batches.json").write_text(json.dumps({**note, "batch": None}))    # as if killed before the id could be noted
+        (tmp_path / "r.batches.json").write_text(
+            json.dumps({**note, "batch": None})
+        )  # as if killed before the id could be noted
         asker = run("0.2")
-        assert len(asker.replies) == 30 and not asker.failed and asker.spent == pytest.approx(0.5e-6 * 30 * 311, rel=0.01)
+        assert (
+            len(asker.replies) == 30
+            and not asker.failed
+            and asker.spent == pytest.approx(0.5e-6 * 30 * 311, rel=0.01)
+        )
         assert server.stats()["batches"] == 1 and set(server.stats()["answered"].values()) == {1}
         assert {reply["params"]["temperature"] for reply in lines(tmp_path / "r.jsonl")} == {1.0}
         asker.replies.file.close()
@@ -172,7 +258,9 @@ def test_batch_is_found_again_after_a_kill(tmp_path):
         later.ask(jobs(31))
         assert later.spent == pytest.approx(1e-6 * (0.5 * 30 + 1) * 311, rel=0.01)
         later.replies.file.close()
-        assert D.Client(tmp_path / "r.jsonl", options(server.url, "--batch", *prices)).spent == pytest.approx(later.spent)
+        assert D.Client(
+            tmp_path / "r.jsonl", options(server.url, "--batch", *prices)
+        ).spent == pytest.approx(later.spent)
 
 
 def test_a_batch_whose_making_was_not_heard_of_is_found_by_its_file(tmp_path):
@@ -208,21 +296,39 @@ def test_rows_a_batch_lost_are_named(tmp_path):
     with Running("--batch_delay", "0", "--faults", '{"batch_error": 0.3}') as server:
         asker = D.Client(tmp_path / "r.jsonl", options(server.url, "--batch", "--poll", "0.1"))
         asker.ask(jobs(40))
-        assert len(asker.replies) + len(asker.failed) == 40 and "expired" in next(iter(asker.failed.values()))
+        assert len(asker.replies) + len(asker.failed) == 40 and "expired" in next(
+            iter(asker.failed.values())
+        )
 
 
 def test_a_batch_gives_up_refused_parameters(tmp_path):
     """Each refusal costs one more batch, of the rows that were refused; the next Asker's batch knows nothing of it."""
-    with Running("--batch_delay", "0", "--refuse", "max_completion_tokens", "temperature") as server:
-        asker = D.Client(tmp_path / "r.jsonl", options(server.url, "--batch", "--poll", "0.1", "--max_tokens", "77"))
+    with Running(
+        "--batch_delay", "0", "--refuse", "max_completion_tokens", "temperature"
+    ) as server:
+        asker = D.Client(
+            tmp_path / "r.jsonl",
+            options(server.url, "--batch", "--poll", "0.1", "--max_tokens", "77"),
+        )
         asker.ask(jobs(20))
-        assert asker.params == {"max_tokens": 77, "response_format": {"type": "json_object"}} and not asker.failed
-        assert {r["params"]["max_tokens"] for r in lines(tmp_path / "r.jsonl")} == {77} and len(asker.replies) == 20
+        assert (
+            asker.params == {"max_tokens": 77, "response_format": {"type": "json_object"}}
+            and not asker.failed
+        )
+        assert {r["params"]["max_tokens"] for r in lines(tmp_path / "r.jsonl")} == {77} and len(
+            asker.replies
+        ) == 20
         assert server.stats()["batches"] == 3 and set(server.stats()["answered"].values()) == {1}
-    with Running("--batch_delay", "0", "--refuse", "messages") as server:         # what cannot be left out ends at once
+    with Running(
+        "--batch_delay", "0", "--refuse", "messages"
+    ) as server:  # what cannot be left out ends at once
         asker = D.Client(tmp_path / "m.jsonl", options(server.url, "--batch", "--poll", "0.1"))
         asker.ask(jobs(20))
-        assert len(asker.failed) == 20 and "messages" in asker.failed["item 0"] and server.stats()["batches"] == 1
+        assert (
+            len(asker.failed) == 20
+            and "messages" in asker.failed["item 0"]
+            and server.stats()["batches"] == 1
+        )
 
 
 def test_a_batch_that_fails_says_why(tmp_path):
@@ -236,16 +342,32 @@ def test_a_batch_that_fails_says_why(tmp_path):
 
 def test_batch_is_not_sent_above_its_cap(tmp_path):
     with Running() as server:
-        asker = D.Client(tmp_path / "r.jsonl", options(server.url, "--batch", "--max_cost", "0.01", "--price_in", "1", "--price_out", "1"))
+        asker = D.Client(
+            tmp_path / "r.jsonl",
+            options(
+                server.url, "--batch", "--max_cost", "0.01", "--price_in", "1", "--price_out", "1"
+            ),
+        )
         with pytest.raises(ValueError, match="max_cost"):
             ask(asker, jobs(40))
-        asker = D.Client(tmp_path / "n.jsonl", options(server.url, "--batch", "--max_requests", "39"))
+        asker = D.Client(
+            tmp_path / "n.jsonl", options(server.url, "--batch", "--max_requests", "39")
+        )
         with pytest.raises(ValueError, match="max_requests"):
             ask(asker, jobs(40))
         assert server.stats()["batches"] == 0
 
 
-REFUSED = 400, {"error": {"message": "Input data may contain inappropriate content.", "type": "data_inspection_failed", "param": None}}
+REFUSED = (
+    400,
+    {
+        "error": {
+            "message": "Input data may contain inappropriate content.",
+            "type": "data_inspection_failed",
+            "param": None,
+        }
+    },
+)
 PRICES = ("--price_in", "1", "--price_out", "2")
 
 
@@ -259,8 +381,10 @@ def run_scripted(tmp_path, reply, *more, count=12):
 
 def test_a_prompt_that_is_refused_is_an_answer(tmp_path):
     """Ten in a row at the front are no dead endpoint; only they are asked again, and that ends well too."""
+
     def reply(prompt, *_):
         return REFUSED if int(prompt.split("补气")[1]) < 10 else "{}"
+
     for requests in (12, 10):
         asker, seen, stop = run_scripted(tmp_path, reply, "--concurrency", "2")
         assert (len(asker.replies), seen, stop, len(asker.failed)) == (2, requests, None, 10)
@@ -269,27 +393,60 @@ def test_a_prompt_that_is_refused_is_an_answer(tmp_path):
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404])
 def test_what_holds_for_every_request_stops_at_the_first(tmp_path, status):
-    asker, seen, stop = run_scripted(tmp_path, lambda *_: (status, {"error": {"message": "Insufficient Balance"}}), "--concurrency", "1")
+    asker, seen, stop = run_scripted(
+        tmp_path,
+        lambda *_: (status, {"error": {"message": "Insufficient Balance"}}),
+        "--concurrency",
+        "1",
+    )
     assert seen == 1 and "Insufficient Balance" in str(stop)
 
 
-PARTS = [{"type": "thinking", "thinking": [{"type": "text", "text": "嗯"}]}, {"type": "text", "text": "甲"}, {"type": "text", "text": "乙"}]
+PARTS = [
+    {"type": "thinking", "thinking": [{"type": "text", "text": "嗯"}]},
+    {"type": "text", "text": "甲"},
+    {"type": "text", "text": "乙"},
+]
 USED = {"prompt_tokens": 100, "completion_tokens": 300}
 
 
-@pytest.mark.parametrize("said, content, spent, reserved", [
-    (PARTS, "甲乙", 0.0007, False), ((200, completion("{}", {"prompt_tokens": "100", "completion_tokens": "300"})), "{}", 0.0007, False),
-    ((200, completion("{}", {"prompt_tokens": None, "completion_tokens": "many"})), "{}", 0, True), ((200, completion("{}", [1])), "{}", 0, True),
-    ((200, {"choices": [], "usage": USED}), None, 0.0007, False), ((200, completion([3], USED)), None, 0.0007, False), ((200, {"choices": []}), None, 0, True),
-    ((200, b"[" * 200000), None, 0, True), ((200, b'{"choices": '), None, 0, True), ((200, b'"a page"'), None, 0, True)])
-def test_a_reply_of_another_shape_is_read_or_not_asked_again(tmp_path, said, content, spent, reserved):
+@pytest.mark.parametrize(
+    "said, content, spent, reserved",
+    [
+        (PARTS, "甲乙", 0.0007, False),
+        (
+            (200, completion("{}", {"prompt_tokens": "100", "completion_tokens": "300"})),
+            "{}",
+            0.0007,
+            False,
+        ),
+        (
+            (200, completion("{}", {"prompt_tokens": None, "completion_tokens": "many"})),
+            "{}",
+            0,
+            True,
+        ),
+        ((200, completion("{}", [1])), "{}", 0, True),
+        ((200, {"choices": [], "usage": USED}), None, 0.0007, False),
+        ((200, completion([3], USED)), None, 0.0007, False),
+        ((200, {"choices": []}), None, 0, True),
+        ((200, b"[" * 200000), None, 0, True),
+        ((200, b'{"choices": '), None, 0, True),
+        ((200, b'"a page"'), None, 0, True),
+    ],
+)
+def test_a_reply_of_another_shape_is_read_or_not_asked_again(
+    tmp_path, said, content, spent, reserved
+):
     """What it cost, as far as the endpoint tells, counts; the replies in flight beside it are kept."""
-    asker, seen, stop = run_scripted(tmp_path, lambda prompt, *_: said if prompt.endswith("气2") else "{}", *PRICES, count=4)
+    asker, seen, stop = run_scripted(
+        tmp_path, lambda prompt, *_: said if prompt.endswith("气2") else "{}", *PRICES, count=4
+    )
     assert seen == 4 and stop is None and len(asker.replies) == 3 + (content is not None)
     assert (asker.replies.get("item 2") or {"content": None})["content"] == content
     assert asker.spent == pytest.approx(3 * 0.0007 + spent) and (asker.reserved > 0.004) == reserved
     asker.replies.file.close()
-    D.Client(tmp_path / "r.jsonl", options("http://127.0.0.1:9/v1"))       # the file can be read again
+    D.Client(tmp_path / "r.jsonl", options("http://127.0.0.1:9/v1"))  # the file can be read again
 
 
 def test_an_error_of_ours_loses_no_reply_in_flight(tmp_path, monkeypatch):
@@ -299,6 +456,7 @@ def test_an_error_of_ours_loses_no_reply_in_flight(tmp_path, monkeypatch):
         if key == "item 0":
             raise RuntimeError("a bug")
         stored(self, key, *more)
+
     monkeypatch.setattr(D.Client, "store", store)
     with Running("--latency", "0.2") as server:
         asker = D.Client(tmp_path / "r.jsonl", options(server.url, "--concurrency", "8"))
@@ -308,7 +466,9 @@ def test_an_error_of_ours_loses_no_reply_in_flight(tmp_path, monkeypatch):
 
 def test_leaving_out_a_parameter_is_no_try(tmp_path):
     with Running("--refuse", "temperature", "response_format", "max_completion_tokens") as server:
-        asker = D.Client(tmp_path / "r.jsonl", options(server.url, "--retries", "0", "--concurrency", "1"))
+        asker = D.Client(
+            tmp_path / "r.jsonl", options(server.url, "--retries", "0", "--concurrency", "1")
+        )
         ask(asker, jobs(5))
         assert len(asker.replies) == 5 and server.stats()["requests"] == 5 + 3
 
@@ -319,11 +479,16 @@ def test_a_last_line_without_its_end_is_kept(tmp_path):
         D.Client(path, options(server.url)).ask(jobs(3))
         whole = path.read_bytes()
         path.write_bytes(whole[:-1])
-        assert len(D.Client(path, options(server.url, "--dry_run")).replies) == 3 and path.read_bytes() == whole[:-1]
+        assert (
+            len(D.Client(path, options(server.url, "--dry_run")).replies) == 3
+            and path.read_bytes() == whole[:-1]
+        )
         asker = D.Client(path, options(server.url))
         assert path.read_bytes() == whole and len(asker.replies) == 3
         asker.ask(jobs(4))
-        assert server.stats()["requests"] == 4 and [asker.replies.get(f"item {i}")["key"] for i in range(4)] == [f"item {i}" for i in range(4)]
+        assert server.stats()["requests"] == 4 and [
+            asker.replies.get(f"item {i}")["key"] for i in range(4)
+        ] == [f"item {i}" for i in range(4)]
 
 
 def test_most_is_a_bound_for_any_tokenizer(tmp_path):
@@ -331,15 +496,23 @@ def test_most_is_a_bound_for_any_tokenizer(tmp_path):
     tokenizer = D.load_tokenizer(G.DATA / "tiny")
     asker = D.Client(tmp_path / "r.jsonl", options("http://127.0.0.1:9/v1", "--dry_run"))
     for text in ("龘靐齉爩鱻麤䨻" * 60, "𠮷𠀋", "黄芪的功效", "", "a b"):
-        assert asker.bound([[{"content": text}]])["prompt_tokens"] >= len(tokenizer.encode(text, bos=True))
+        assert asker.bound([[{"content": text}]])["prompt_tokens"] >= len(
+            tokenizer.encode(text, bos=True)
+        )
 
 
 def test_dropped_connections_are_as_dear_as_they_may_be(tmp_path):
     """Those that the endpoint may have answered; not those that were never made."""
     more = (*PRICES, "--max_cost", "0.01", "--concurrency", "2")
     asker, seen, stop = run_scripted(tmp_path, lambda *_: None, "--retries", "3", *more, count=50)
-    assert seen == 2 and "max_cost" in str(stop) and asker.reserved == pytest.approx(2 * asker.cost(asker.bound(jobs(1).values()), False))
-    asker = D.Client(tmp_path / "s.jsonl", options("http://127.0.0.1:9/v1", "--retries", "1", *more))
+    assert (
+        seen == 2
+        and "max_cost" in str(stop)
+        and asker.reserved == pytest.approx(2 * asker.cost(asker.bound(jobs(1).values()), False))
+    )
+    asker = D.Client(
+        tmp_path / "s.jsonl", options("http://127.0.0.1:9/v1", "--retries", "1", *more)
+    )
     with pytest.raises(ValueError, match="in a row"):
         ask(asker, jobs(50))
     assert asker.reserved == pytest.approx(0)
@@ -347,11 +520,18 @@ def test_dropped_connections_are_as_dear_as_they_may_be(tmp_path):
 
 def test_recorded_parameters_are_those_sent(tmp_path):
     """item 0 is answered late, after another has found out that the temperature is refused."""
+
     def reply(prompt, body, number):
         if prompt.endswith("气0"):
             time.sleep(0.8)
         elif "temperature" in body:
-            return 400, {"error": {"message": "Unsupported parameter: 'temperature'", "param": "temperature"}}
+            return 400, {
+                "error": {"message": "Unsupported parameter: 'temperature'", "param": "temperature"}
+            }
         return "{}"
+
     asker, *_ = run_scripted(tmp_path, reply, count=2)
-    assert asker.replies.get("item 0")["params"]["temperature"] == 1.0 and "temperature" not in asker.replies.get("item 1")["params"]
+    assert (
+        asker.replies.get("item 0")["params"]["temperature"] == 1.0
+        and "temperature" not in asker.replies.get("item 1")["params"]
+    )

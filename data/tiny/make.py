@@ -1,8 +1,9 @@
 """What the small base is made from: plain sentences to read, and a tokenizer. Called by make.sh.
 
-  python data/tiny/make.py sentences FILE [passes]           data/knowledge.jsonl -> plain sentences, what a base is trained on
-  python data/tiny/make.py tokenizer FILE [vocab_size]       data/knowledge.jsonl -> a SentencePiece model
+python data/tiny/make.py sentences FILE [passes]           data/knowledge.jsonl -> plain sentences, what a base is trained on
+python data/tiny/make.py tokenizer FILE [vocab_size]       data/knowledge.jsonl -> a SentencePiece model
 """
+
 import random
 import sys
 from io import BytesIO
@@ -25,12 +26,15 @@ def write_sentences(entities, forms, passes, rng):
         for entity in entities:
             own = facts(entity, forms)
             statements = [
-                rng.choice(fact.form["statements"]).format(e=fact.entity, v=fact.text) for fact in own
+                rng.choice(fact.form["statements"]).format(e=fact.entity, v=fact.text)
+                for fact in own
             ]
             rng.shuffle(statements)
             while statements:
                 n = rng.randint(1, 6)
-                documents.append({"instruction": "", "input": "", "output": "".join(statements[:n])})
+                documents.append(
+                    {"instruction": "", "input": "", "output": "".join(statements[:n])}
+                )
                 statements = statements[n:]
     rng.shuffle(documents)
     return documents
@@ -47,14 +51,31 @@ def train_tokenizer(entities, forms, vocab_size):
                 texts += [part for part in text.replace("{v}", "{e}").split("{e}") if part]
     for path in sorted(TEMPLATES.glob("*.json")):
         template = load_template(path)
-        texts += [line for line in template["prompt_no_input"].replace("{instruction}", "").split("\n") if line.strip()]
+        texts += [
+            line
+            for line in template["prompt_no_input"].replace("{instruction}", "").split("\n")
+            if line.strip()
+        ]
     model = BytesIO()
     try:
-        SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-                                   byte_fallback=True, character_coverage=1.0, split_digits=True, add_dummy_prefix=False, minloglevel=2,
-                                   normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1)
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=1.0,
+            split_digits=True,
+            add_dummy_prefix=False,
+            minloglevel=2,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            num_threads=1,
+        )
     except RuntimeError as error:
-        raise ValueError(f"SentencePiece cannot make {vocab_size} pieces of this text: {error}") from None
+        raise ValueError(
+            f"SentencePiece cannot make {vocab_size} pieces of this text: {error}"
+        ) from None
     return model.getvalue()
 
 

@@ -8,8 +8,8 @@
 
 What this file teaches: how a base of facts becomes records to tune a model with.
 
-  entity     an object of the knowledge base, {"中心词": name, "类型": kind, relation: [value, ...]},
-             the form of CMeKG (Byambasuren et al. 2019)
+  entity     {"中心词": name, "类型": kind, relation: [value, ...]}, an object of the knowledge base,
+             in the form of CMeKG (Byambasuren et al. 2019)
   fact       what an entity has under one relation: 麻黄, 功效, [发汗解表, 宣肺平喘, 利水消肿]
   record     {instruction, input, output}, alpaca's form (Taori et al. 2023), with its source:
              {id, entity, kind, relations, values}
@@ -94,7 +94,8 @@ def facts(entity, forms):
     return found
 
 
-PAIRED = ("中医证型", "常用方剂")  # patterns of a disease, and the formula for each
+# The patterns of a disease, and the formula for each.
+PAIRED = ("中医证型", "常用方剂")
 
 
 def values_of(entity, relation):
@@ -121,7 +122,8 @@ def split_entities(entities, share, seed):
     """Training entities and held-out ones: the given share of every kind, drawn by seed."""
     rng = random.Random(seed)
     kinds = {entity["中心词"]: entity["类型"] for entity in entities}
-    # A name inside another one (四逆汤 in 当归四逆汤) would be seen in questions about that one.
+    # A name inside another one (四逆汤 in 当归四逆汤) is not held out: training would see it in the
+    # questions about that other one.
     free = [name for name in kinds if sum(name in other for other in kinds) == 1]
     held_out = set()
     for kind, number in Counter(kinds.values()).items():
@@ -137,6 +139,7 @@ def write_records(entities, forms, ways, rng):
     records = []
     for entity in entities:
         own = facts(entity, forms)
+        # Several ways to ask, one way to answer: the statement form is always the first.
         for fact in own:
             questions = fact.form["questions"]
             for i in rng.sample(range(len(questions)), min(ways, len(questions))):
@@ -171,6 +174,7 @@ def offline_record(answered, form, question):
 
 def build(args, jobs, sieve):
     """Ask the jobs, write the records that the sieve keeps and, with the reason, the others."""
+    # Ask, and where a reply cannot be parsed, ask once more. What is on the file is not asked.
     client = Client(replies_beside(args.output, "prompt_hash"), args)
     client.ask({job.key: job.messages for job in jobs})
     if args.dry_run:
@@ -178,6 +182,7 @@ def build(args, jobs, sieve):
         return client.end()
     client.ask(repairs(args, jobs, client.replies))
 
+    # The sieve compares each record with those kept before it: the order of the jobs counts.
     kept, rejected = [], []
     for job in jobs:
         for record in read_reply(job, client):
@@ -186,6 +191,7 @@ def build(args, jobs, sieve):
                 rejected.append(record | {"reason": reason})
             else:
                 kept.append(record)
+    # Only when the records are written may an error of the endpoint end the command.
     write_lines(args.output, kept)
     write_lines(beside(args.output, ".rejected.jsonl"), rejected)
     if kept:
@@ -194,7 +200,7 @@ def build(args, jobs, sieve):
 
 
 def read_reply(job, client):
-    """The records in the latest reply to a job, or one with `reason` and `content` if none are."""
+    """The records in the latest reply to a job, or one with a `reason` if there are none."""
     reply = client.replies.get(f"{job.key}/repair") or client.replies.get(job.key) or {}
     entity, kind = next(((fact.entity, fact.kind) for fact in job.facts), (None, None))
     source = {"entity": entity, "kind": kind, "form": job.form}
@@ -245,8 +251,9 @@ def repairs(args, jobs, replies):
 # ==================================================================================================
 # How a reply is judged
 
-TASK = ("instruction", "input", "output")  # fields of an item of a reply: a task,
-TURN = ("user", "bot")  # or one turn of a dialogue
+# The fields of an item of a reply: a task, or one turn of a dialogue.
+TASK = ("instruction", "input", "output")
+TURN = ("user", "bot")
 
 # What in a record gives it away: {reason: pattern}.
 FAULTS = {
@@ -261,6 +268,7 @@ def parse_items(content, fields):
     """The items of a reply, [{field: text}, ...], without what else they hold. Raises ValueError
     unless it is {"items": [...]} with texts. A code fence or a reasoning model's thoughts around it
     are cut off; a missing input is empty."""
+    # Some models put thoughts before the JSON or a fence around it, though told not to.
     text = re.sub(r"(?s)^<think>.*?</think>", "", content.strip()).strip()
     text = re.sub(r"(?s)^```(?:json)?\n(.*)\n```$", r"\1", text)
     if not text:
@@ -270,7 +278,8 @@ def parse_items(content, fields):
         for item in json.loads(text)["items"]:
             item["input"] = item.get("input") or ""
             items.append({field: item[field].strip() for field in fields})
-    except (ValueError, RecursionError) as error:  # the latter: brackets nested without end
+    except (ValueError, RecursionError) as error:
+        # RecursionError: brackets nested without end.
         raise ValueError(f"no JSON: {error}") from None
     except (LookupError, TypeError, AttributeError):
         wanted = to_json({"items": [dict.fromkeys(fields, "text")]})
@@ -315,11 +324,13 @@ class Sieve:
         its prompt does not hold."""
         if not job.facts:
             return
+        # Which values it states, and the share of the values that it was given.
         given = [(fact.relation, value) for fact in job.facts for value in fact.values]
         stated = [(relation, value) for relation, value in given if says(answers, value)]
         record["relations"] = unique(relation for relation, _ in stated)
         record["values"] = unique(value for _, value in stated)
         record["score"] = round(len(record["values"]) / len({value for _, value in given}), 3)
+        # A name that the prompt does not hold is knowledge of the LLM's own, true or not.
         record["strangers"] = self.names.strangers(text, job.messages[-1]["content"])
         if not stated:
             return "names no value of its facts"
@@ -329,6 +340,7 @@ class Sieve:
     def repeated(self, record, form):
         """Whether it is like a record kept before; if not, it counts as kept from here on."""
         text = plain(record["instruction"] + record["input"] + record["output"])
+        # The cheap comparison first.
         if text in self.exact:
             return "duplicate"
         close, grams = near(self.grams, record)
@@ -338,6 +350,7 @@ class Sieve:
             record["rouge_l"], record["like"] = most_like(self.tasks, record["instruction"])
             if record["like"]:
                 return "like a task kept before"
+        # What is rejected must not be remembered, or a good record would fall with it.
         self.exact.add(text)
         self.grams.add(grams, record.get("entity"))
 
@@ -380,17 +393,19 @@ class Names:
     def __init__(self, entities):
         rules = read_json_file(f"{DATA}/relations.json")
         kinds = {entity["中心词"]: entity["类型"] for entity in entities}
-        self.entities = defaultdict(set)  # {name: whose it is}: two entities may share an alias
+        # {name: entities that it means}: two entities may share an alias.
+        self.entities = defaultdict(set)
         for entity in entities:
             for alias in entity.get("别名", []):
                 self.entities[alias].add(entity["中心词"])
+            # The values of some relations are names too: a formula's 组成 names herbs.
             for relation, kind in {"别名": entity["类型"], **rules["names"]}.items():
                 for value in entity.get(relation, []):
                     if not re.search(rules["no_names"], value):
                         kinds.setdefault(value, kind)
         for name in kinds:
             self.entities[name].add(name)
-        # Names of one character stand in too many words.
+        # A name of one character would be found inside too many words.
         self.kinds = {name: kind for name, kind in kinds.items() if len(name) > 1}
         self.lengths = sorted({len(name) for name in self.kinds}, reverse=True)
 
@@ -433,14 +448,15 @@ class TokenIndex:
         self.texts.append(text)
 
     def like(self, tokens, share):
-        """The texts that have at least a share of the tokens in common with a new one: of the sum of
-        both numbers, so that equal texts share 0.5."""
+        """The texts that have enough tokens in common with a new one: at least a share of the sum
+        of both numbers, so that equal texts share 0.5."""
         common = np.zeros(len(self.texts), np.int32)
         for token in tokens:
             if token in self.postings:
                 common[np.frombuffer(self.postings[token], np.int32)] += 1
         total = np.array(self.sizes, np.int32) + len(tokens)
-        close = np.flatnonzero(common >= share * total - 1e-9)  # less what rounding adds
+        # 1e-9: what rounding may have added to the bound.
+        close = np.flatnonzero(common >= share * total - 1e-9)
         return [self.texts[i] for i in close]
 
 
@@ -457,7 +473,7 @@ def most_like(index, text):
     """ROUGE-L and the text in the index that is most like a new one, if that is 0.7 or more; else 0
     and "", and the new text enters the index."""
     words, bag = split_words(text)
-    # A common subsequence has no more tokens than both texts have in common: most are ruled out.
+    # A common subsequence has no more tokens than both texts have in common, which rules most out.
     scores = ((rouge_l(words, other), like) for other, like in index.like(bag, 0.7 / 2))
     score, like = max(scores, default=(0.0, ""))
     if score >= 0.7:
@@ -484,6 +500,7 @@ def rouge_l(a, b):
     full = (1 << len(a)) - 1
     row = full
     for token in b:
+        # The sum carries each lowest match of a run of ones up to the end of that run.
         match = row & places[token]
         row = (row + match | row - match) & full
     return 2 * (len(a) - row.bit_count()) / max(1, len(a) + len(b))
@@ -500,7 +517,7 @@ class Job:
     key: str
     form: str  # name of the prompt in data/prompts
     messages: list
-    facts: list  # the reply may state these and no others; empty: anything
+    facts: list  # what the reply may state; empty: anything
 
     @property
     def fields(self):
@@ -508,8 +525,8 @@ class Job:
 
 
 def read_prompts(folder):
-    """{name: form} of the prompts in a folder. A form holds the lines of its prompt, in which $facts,
-    $entity and the like stand for texts. One that asks for facts of an entity also holds
+    """{name: form} of the prompts in a folder. A form holds the lines of its `prompt`, in which
+    $facts, $entity and the like stand for texts. One that asks for facts of an entity also holds
 
       weight     how often it is drawn
       kinds      of the entities that it suits
@@ -523,12 +540,13 @@ def read_prompts(folder):
     for name, form in prompts.items():
         try:
             form["prompt"] = "\n".join(form["prompt"])
+            # Each access fails, as it should, where something is missing or of another type.
             if form.setdefault("weight", 0) > 0:
                 form["kinds"], form["relations"], range(form["facts"])
         except (LookupError, TypeError) as error:
             raise ValueError(
-                f"{folder}/{name}.json: {error}; wanted prompt: [lines] and, beside a weight, kinds, "
-                "relations and facts (a number)"
+                f"{folder}/{name}.json: {error}; wanted prompt: [lines] and, beside a weight, "
+                "kinds, relations and facts (a number)"
             ) from None
     if not prompts:
         raise ValueError(f"{folder} holds no prompts; wanted .json files as in data/prompts")
@@ -565,7 +583,8 @@ class FactSampler:
 
     def __init__(self, entities, forms):
         self.facts = {entity["中心词"]: facts(entity, forms) for entity in entities}
-        self.holders = defaultdict(set)  # {(kind, relation, value): names of its entities}
+        # {(kind, relation, value): names of the entities that have it}
+        self.holders = defaultdict(set)
         for name in self.facts:
             for key in self.keys(name):
                 self.holders[key].add(name)
@@ -589,12 +608,14 @@ class FactSampler:
     def choose(self, rng, form, name):
         """A partner's name (or the entity's own) and the facts for a job about an entity."""
         other = rng.choice(self.partners(name, form["share"])) if "share" in form else name
+        # Of each entity the facts that the prompt cannot do without, then some of the others.
         chosen = []
         for entity in unique([name, other]):
             must = [fact for fact in self.facts[entity] if fact.relation in form["relations"]]
             rest = [fact for fact in self.facts[entity] if fact not in must]
             more = max(0, form["facts"] - len(must))
             chosen += must + rng.sample(rest, min(more, len(rest)))
+        # A formula's herbs are entities themselves: what the prompt needs to know of those.
         for value in unique(value for fact in chosen for value in fact.values):
             inner = self.facts.get(value, [])
             chosen += [fact for fact in inner if fact.relation in form.get("follow", ())]
@@ -606,6 +627,7 @@ def knowledge_jobs(args, entities, forms, prompts):
     A greater count adds jobs and changes none. Raises ValueError if no prompt suits an entity."""
     rng = random.Random(args.seed)
     sampler = FactSampler(entities, forms)
+    # Which entities each prompt suits, in an order of its own.
     pools = {}
     for title, form in prompts.items():
         pool = [name for name in sampler.facts if sampler.suits(name, form)]
@@ -614,6 +636,7 @@ def knowledge_jobs(args, entities, forms, prompts):
             pools[title] = cycle(pool)
     if not pools:
         raise ValueError(f"{args.knowledge}: no form in {args.prompts} suits an entity there")
+    # A job's facts hang on its own key alone, not on the jobs drawn before it.
     weights = [prompts[title]["weight"] for title in pools]
     seen = Counter()
     jobs = []
@@ -634,7 +657,8 @@ def literature_jobs(args, prompts):
     for where, paper in papers:
         if not all(is_text(paper.get(key)) for key in ("标题", "疾病", "结论")):
             raise ValueError(f"{args.literature} {where}: wanted texts for 标题, 疾病 and 结论")
-    seen = Counter()  # several papers may have one title
+    # Several papers may have one title: the number tells them apart.
+    seen = Counter()
     jobs = []
     for i in range(args.count):
         _, paper = papers[i % len(papers)]
@@ -680,10 +704,12 @@ class Replies(dict):
     def __init__(self, path, read_only=False):
         super().__init__()
         self.path = path
-        self.size = 0  # bytes, of complete lines
+        # Bytes of complete lines.
+        self.size = 0
         if not read_only:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "ab+", buffering=0)  # noqa: SIM115 (open as long as the lock)
+            # Open as long as this object lives: closing it would release the lock.
+            self.file = open(path, "ab+", buffering=0)  # noqa: SIM115
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -703,15 +729,16 @@ class Replies(dict):
                     reply = json.loads(line)
                     self[reply["key"]] = reply
                 except (ValueError, TypeError, LookupError):
+                    # A last line without its end was cut off by a crash.
                     if not line.endswith(b"\n"):
-                        return  # a crash cut it off
+                        return
                     raise ValueError(
                         f"{self.path} line {number} is no reply of an API; delete that line"
                     ) from None
                 self.size += len(line)
 
     def append(self, reply):
-        """Bring a reply to the file. Raises OSError if the disk is full, and leaves no half line."""
+        """Bring a reply to the file. Raises OSError if the disk is full; no half line is left."""
         line = (to_json(reply) + "\n").encode("utf-8", "replace")
         try:
             if self.file.write(line) < len(line):
@@ -733,7 +760,8 @@ def replies_beside(output, mark):
     it stands there without replies, or its first record does not hold mark, as ours all do."""
     path = beside(output, ".replies.jsonl")
     if Path(output).exists():
-        first = Path(output).open("rb").readline()
+        with open(output, "rb") as file:
+            first = file.readline()
         if not path.exists() or (first and f'"{mark}": '.encode() not in first):
             raise ValueError(
                 f"{output} is another command's (no {mark} there); give another --output"
@@ -771,11 +799,13 @@ class Client:
             "max_completion_tokens": args.max_tokens,
             "response_format": {"type": "json_object"},
         }
-        self.failed = {}  # {key: why it has no reply}
-        self.stop = None  # the exception that ended the run
+        # {key: why it has no reply}, and the exception that ended the run.
+        self.failed = {}
+        self.stop = None
+        # Tries in this run, and prompts in a row that got no answer.
         self.requests = 0
-        self.unanswered = 0  # prompts in a row
-        # Dollars: of all answers, and of requests whose cost the endpoint has not told.
+        self.unanswered = 0
+        # Dollars of requests whose cost is not known, and of all answers.
         self.reserved = 0.0
         costs = (self.cost(tokens_used(r), r.get("batch")) for r in self.replies.values())
         self.spent = sum(costs, 0.0)
@@ -845,24 +875,27 @@ class Client:
                 async with AsyncOpenAI(
                     base_url=self.args.base_url or None,
                     timeout=self.args.timeout,
-                    max_retries=self.args.retries if batch else 0,  # `send` counts each try itself
+                    # `send` makes and counts each further try itself.
+                    max_retries=self.args.retries if batch else 0,
                 ) as client:
                     ask_all = self.batched if batch else self.online
                     await ask_all(client, todo)
         except OpenAIError as error:
             # `send` sees to its own: this one comes from the Batch API.
             self.stop = ValueError(
-                f"{client.base_url}: {without_key(error)}; run the same command to go on, or delete "
-                f"{self.note.name} if the endpoint has lost its batch"
+                f"{client.base_url}: {without_key(error)}; run the same command to go on, or "
+                f"delete {self.note.name} if the endpoint has lost its batch"
             )
         except ValueError as error:
             self.stop = error
-        if isinstance(self.stop, OSError):  # a full disk has no place for records either
+        # A full disk has no place for the records either.
+        if isinstance(self.stop, OSError):
             raise self.stop
 
     async def online(self, client, todo):
         """Send the prompts, `concurrency` at a time. What stops one stops all, after the replies in
         flight have come in."""
+        # All workers draw from one iterator.
         prompts = iter(todo.items())
 
         async def work():
@@ -889,6 +922,7 @@ class Client:
             if self.stop or cap:
                 self.stop = self.stop or Stopped(cap)
                 return
+            # What a try may cost is reserved before it leaves.
             self.requests += 1
             self.reserved += cost
             params = dict(self.params)
@@ -899,17 +933,20 @@ class Client:
                 self.store(key, prompt_hash(messages), answer, params)
             except (OpenAIError, ValueError, RecursionError) as caught:
                 error = caught
+            # It stays reserved unless the endpoint tells the cost or cannot have answered.
             outcome = outcome_of(error)
             told = any(tokens_used(answer).values())
             if told or outcome not in ("answered", "unusable", "lost"):
                 self.reserved -= cost
+            # The same prompt without a parameter is no further try.
             if outcome == "refused" and self.leave_out(error, params):
-                continue  # which is no try
+                continue
             if error:
                 self.failed[key] = without_key(error)
             if outcome == "end":
                 raise ValueError(f"{client.base_url}, {self.args.model}: {self.failed[key]}")
-            if outcome in ("answered", "refused"):  # the endpoint is there
+            # A refusal, too, shows that the endpoint is there.
+            if outcome in ("answered", "refused"):
                 self.unanswered = 0
                 return
             if outcome == "unusable":
@@ -935,14 +972,15 @@ class Client:
             return f"max_cost {self.args.max_cost} would be passed ({self.spent:.4f} spent)"
 
     def store(self, key, hash, answer, params):
-        """Bring the reply in a chat completion to the file. Raises ValueError if there is none, when
+        """Bring the reply in a chat completion to the file. Raises ValueError if there is none;
         what it cost is counted all the same."""
         usage = tokens_used(answer)
         self.spent += self.cost(usage, self.args.batch)
         try:
             choice = answer["choices"][0]
             content = choice["message"].get("content") or ""
-            if isinstance(content, list):  # texts among thoughts
+            # Some endpoints give a list of parts, texts among thoughts.
+            if isinstance(content, list):
                 content = "".join(part.get("text") or "" for part in content)
             reply = {
                 "key": key,
@@ -959,7 +997,8 @@ class Client:
             raise ValueError(f"no chat completion: {str(answer)[:300]}") from None
         self.replies.append(reply)
         self.failed.pop(key, None)
-        if self.spent:  # without prices there is none to show
+        # Without prices there is nothing to show.
+        if self.spent:
             self.bar.set_postfix_str(f"${self.spent:.4f}", refresh=False)
         self.bar.update()
 
@@ -971,12 +1010,13 @@ class Client:
         if name not in ("temperature", "response_format", "max_completion_tokens"):
             return False
         self.params.pop(name, None)
-        if name == "max_completion_tokens":  # its older name is what many servers know
+        # Many servers know it by its older name.
+        if name == "max_completion_tokens":
             self.params["max_tokens"] = self.args.max_tokens
         return True
 
-    # The Batch API: half the price, within 24 hours. The note {file, batch, params} is written before
-    # anything waits (batch: null until it is made), so that a run killed at any moment finds its
+    # The Batch API: half the price, within 24 hours. The note {file, batch, params} is written
+    # before anything waits, with batch null until it is made: a run killed at any moment finds its
     # batch again.
 
     async def batched(self, client, todo):
@@ -985,6 +1025,7 @@ class Client:
         if self.note.is_file():
             await self.collect(client)
         asked = None
+        # Each refusal leaves a parameter out; without one this is a single pass.
         while asked != self.params and not self.stop:
             asked = dict(self.params)
             self.failed.clear()
@@ -994,8 +1035,8 @@ class Client:
                 await self.collect(client)
 
     async def submit(self, client, prompts):
-        """Upload a file of requests and note it. Raises ValueError if a cap could be passed, since a
-        batch is made as a whole."""
+        """Upload a file of requests and note it. Raises ValueError if a cap could be passed, since
+        a batch is made as a whole."""
         cap = self.cap_passed(len(prompts), self.cost(self.bound(prompts.values()), batch=True))
         if cap:
             raise ValueError(f"{cap} by the batch, which is sent whole; lower --count")
@@ -1018,6 +1059,7 @@ class Client:
         if not noted["batch"]:
             noted["batch"] = await self.create_batch(client, noted["file"])
             write_json(self.note, noted)
+        # Within 24 hours; a run that is stopped here finds the note again.
         batch = await client.batches.retrieve(noted["batch"])
         while batch.status not in ("completed", "failed", "expired", "cancelled"):
             self.bar.set_description(f"{batch.id} {batch.status}")
@@ -1025,6 +1067,7 @@ class Client:
             if self.stop:
                 return
             batch = await client.batches.retrieve(batch.id)
+        # Its replies, also if it failed or expired half-way.
         for file in filter(None, (batch.output_file_id, batch.error_file_id)):
             text = (await client.files.content(file)).text
             for line in filter(None, text.split("\n")):
@@ -1039,7 +1082,8 @@ class Client:
         async for batch in client.batches.list(limit=100):
             if batch.input_file_id == file:
                 return batch.id
-        once = client.with_options(max_retries=0)  # a batch made twice is paid twice
+        # A batch made twice is paid twice.
+        once = client.with_options(max_retries=0)
         batch = await once.batches.create(
             input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h"
         )
@@ -1091,7 +1135,7 @@ def seconds_until_retry(error, attempt):
 
 
 def tokens_used(answer):
-    """The usage {prompt_tokens, completion_tokens} in an answer, 0 where the endpoint tells none."""
+    """The usage {prompt_tokens, completion_tokens} in an answer; 0 and 0 if it tells none."""
     names = ("prompt_tokens", "completion_tokens")
     try:
         return {name: max(0, int(answer["usage"][name])) for name in names}
@@ -1152,13 +1196,15 @@ TRIPLE = ("head", "relation", "tail")
 def read_lines(path):
     """[("line 3", object), ...] of a file of JSON, or of triples between tabs."""
     path = Path(path)
+    # A tab in the first line, and no JSON: the lines are triples.
     first = path.open("rb").readline().lstrip(b"\xef\xbb\xbf") if path.is_file() else b""
     if b"\t" not in first or first[:1] in b"{[":
         return read_records(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
-        return read_records(path)  # which says what to do
+        # Which says what is wrong and what to do.
+        return read_records(path)
     lines = enumerate(lines, 1)
     return [(f"line {n}", dict(zip(TRIPLE, line.split("\t")))) for n, line in lines if line.strip()]
 
@@ -1187,6 +1233,7 @@ def read_entity(row, rules):
     kind = row.pop("类型", kind_by_relations(row, rules["kinds"]))
     if not is_text(name) or not isinstance(kind, str):
         raise ValueError(f"中心词 and 类型 want a text each, got {name!r} and {kind!r}")
+    # CMeKG has several names for one of our relations: their values come together.
     entity = {"中心词": name, "类型": kind}
     for relation, values in row.items():
         if not isinstance(values, list) or not values or not all(map(is_text, values)):
@@ -1347,7 +1394,7 @@ def token_sections(records, tokenizer, template):
         prompts.append(len(tokenizer.encode(prompt, bos=True)))
         rows.append(len(ids))
         answers.update(ids[prompts[-1] :])
-    # A character that is no piece of the vocabulary is written as several tokens, its bytes.
+    # A character outside the vocabulary becomes several tokens, its bytes.
     parts = sum(n for id, n in answers.items() if "\ufffd" in tokenizer.decode([id]))
     characters = sum(len(record["output"]) for record in records)
     answer = answers.total()
@@ -1376,7 +1423,8 @@ def above_limits(lengths):
 # ==================================================================================================
 # Commands
 
-OPTIONS = {  # name: (default, help); the default gives the type, str stands for a text to be given
+# {name: (default, help)}: the default gives the type; str, in its place, a text that must be given.
+OPTIONS = {
     "knowledge": (f"{DATA}/knowledge.jsonl", "knowledge base: CMeKG's form or triples"),
     "forms": (f"{DATA}/forms.json", "questions and statements by relation"),
     "seed": (0, "of every random choice"),
@@ -1392,7 +1440,6 @@ OPTIONS = {  # name: (default, help); the default gives the type, str stands for
     "tokenizer": ("", "folder of a base with its tokenizer: also lengths in tokens, cut-offs"),
     "prompt_template_name": ("med_template", "template of the prompts whose tokens are counted"),
     "html": ("", "file for the report as a page"),
-    # the API
     "model": (str, "name of the model at the endpoint"),
     "base_url": ("", "an OpenAI-compatible endpoint (empty: OPENAI_BASE_URL, else OpenAI's)"),
     "dry_run": (False, "show prompts, number of requests, tokens and cost; ask nothing"),

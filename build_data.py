@@ -8,7 +8,7 @@
 
 What this file teaches: how a base of facts becomes records to tune a model with.
 
-  entity     {"中心词": name, "类型": kind, relation: [value, ...]}, an object of the knowledge base,
+  entity     {"中心词": name, "类型": kind, relation: [value, ...]}, an object of a knowledge base
              in the form of CMeKG (Byambasuren et al. 2019)
   fact       what an entity has under one relation: 麻黄, 功效, [发汗解表, 宣肺平喘, 利水消肿]
   record     {instruction, input, output}, alpaca's form (Taori et al. 2023), with its source:

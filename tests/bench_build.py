@@ -1,9 +1,13 @@
-"""Figures of build_data.py against the loopback server:  python tests/bench_build.py [faults kills rate grounding rouge]
+"""Figures of build_data.py against the loopback server.
 
-faults     1,000 items at concurrency 32 with 429, 500, dropped and hung connections, broken and empty replies
+python tests/bench_build.py [faults kills rate grounding rouge]
+
+faults     1,000 items at concurrency 32 with 429, 500, dropped and hung connections, broken and
+           empty replies
 kills      the same killed with SIGKILL at ten random moments, compared with an unbroken run
-rate       20,000 items from a server that answers in 50 ms, concurrency 64, beside the openai client in an empty loop and
-           a bare client of sockets; fewer from servers that take 100 and 200 ms, and at concurrency 256
+rate       20,000 items from a server that answers in 50 ms, concurrency 64, beside the openai
+           client in an empty loop and a bare client of sockets; fewer from servers that take 100
+           and 200 ms, and at concurrency 256
 grounding  1,000 right replies and 200 with a wrong herb, formula or drug planted
 rouge      the filter of self-instruct at 50,000 kept instructions
 """
@@ -30,7 +34,8 @@ FAULTS = '{"429": 0.1, "500": 0.05, "drop": 0.02, "hang": 0.02, "broken": 0.05, 
 
 
 def command(url, output, *more):
-    """Run `build_data.py knowledge` in this process, its bar and report into files beside the output."""
+    """Run `build_data.py knowledge` in this process, its bar and report into files beside the
+    output."""
     sys.argv = [
         "build_data.py",
         "knowledge",
@@ -177,7 +182,8 @@ async def bare(url, n, concurrency, body):
 
 
 async def empty(url, n, concurrency, body):
-    """Requests per second of the openai client alone, and its milliseconds of CPU for each: the floor under `Asker`."""
+    """Requests per second of the openai client alone, and its milliseconds of CPU for each: the
+    floor under `Client`."""
     from openai import AsyncOpenAI
 
     left, start, cpu = iter(range(n)), time.time(), time.process_time()
@@ -193,53 +199,45 @@ async def empty(url, n, concurrency, body):
 
 def rate():
     """The server of the promise, and slower ones, which still answer faster than any LLM does."""
-    return {
-        f"{latency} s, concurrency {concurrency} {' '.join(more)}": rate_at(
-            n, latency, concurrency, *more
-        )
-        for n, latency, concurrency, *more in (
-            (20000, 0.05, 64, "--aiohttp"),
-            (20000, 0.05, 64),
-            (8000, 0.1, 64),
-            (4000, 0.2, 64),
-            (8000, 0.2, 256),
-        )
-    }
+    figures = {}
+    for n, latency, concurrency in (
+        (20000, 0.05, 64),
+        (8000, 0.1, 64),
+        (4000, 0.2, 64),
+        (8000, 0.2, 256),
+    ):
+        title = f"{latency} s, concurrency {concurrency}"
+        figures[title] = rate_at(n, latency, concurrency)
+    return figures
 
 
-def rate_at(n, latency, concurrency, *more):
+def rate_at(n, latency, concurrency):
     parser = M.Parser()
-    D.add_api_options(parser)
+    D.add_options(parser, D.API)
     with tempfile.TemporaryDirectory() as folder, Running("--latency", str(latency)) as server:
         args = parser.parse_args(
-            ["--model", "fake", "--base_url", server.url, "--concurrency", str(concurrency), *more]
+            ["--model", "fake", "--base_url", server.url, "--concurrency", str(concurrency)]
         )
-        jobs = [
-            (f"item {i}", [{"role": "user", "content": f"- 黄芪的功效：补气升阳、固表止汗{i}"}])
-            for i in range(n)
-        ]
-        body = json.dumps({"model": "fake", "messages": jobs[0][1]}).encode()
+        text = "- 黄芪的功效：补气升阳、固表止汗"
+        jobs = {f"item {i}": [{"role": "user", "content": f"{text}{i}"}] for i in range(n)}
+        body = json.dumps({"model": "fake", "messages": jobs["item 0"]}).encode()
         allowed = asyncio.run(bare(server.url, n // 4, concurrency, body))
-        asker, memory, start, cpu = (
-            D.Asker(Path(folder) / "r.jsonl", args),
-            [],
-            time.time(),
-            time.process_time(),
-        )
-        take = asker.take
+        client, memory = D.Client(Path(folder) / "r.jsonl", args), []
+        start, cpu = time.time(), time.process_time()
+        store = client.store
 
         def watch(*reply):
-            take(*reply)
-            if len(asker.places) % (n // 10) == 0:
+            store(*reply)
+            if len(client.replies) % (n // 10) == 0:
                 memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20)
 
-        asker.take = watch
-        asker.ask(jobs)
+        client.store = watch
+        client.ask(jobs)
         seconds, cpu = time.time() - start, time.process_time() - cpu
         allowed = (allowed + asyncio.run(bare(server.url, n // 4, concurrency, body))) / 2
         alone, alone_cpu = asyncio.run(empty(server.url, n // 4, concurrency, json.loads(body)))
         return {
-            "items": len(asker.places),
+            "items": len(client.replies),
             "openai_client_alone": alone,
             "its_cpu_ms_per_item": alone_cpu,
             "per_second": round(n / seconds),
@@ -252,7 +250,15 @@ def rate_at(n, latency, concurrency, *more):
         }
 
 
-DRUGS = ["二甲双胍", "阿司匹林", "氨氯地平", "美托洛尔", "硝酸甘油", "华法林", "胺碘酮", "呋塞米", "螺内酯", "布洛芬", "秋水仙碱", "别嘌醇", "甲氨蝶呤", "来氟米特", "羟氯喹", "泼尼松", "环磷酰胺", "左甲状腺素", "甲巯咪唑", "奥司他韦", "阿奇霉素", "左氧氟沙星", "异烟肼", "利福平", "沙丁胺醇", "孟鲁司特", "氨溴索", "恩替卡韦", "熊去氧胆酸", "乳果糖", "美沙拉秦", "蒙脱石散", "多潘立酮", "莫沙必利", "甲硝唑", "卡马西平", "丙戊酸钠", "左乙拉西坦", "多奈哌齐", "美金刚", "普拉克索", "舍曲林", "氟西汀", "地西泮", "唑吡坦", "氯雷他定", "西替利嗪", "阿昔洛韦", "非那雄胺", "坦索罗辛", "阿仑膦酸钠", "硫酸亚铁", "叶酸", "甲钴胺", "来曲唑", "黄体酮", "胰岛素", "阿托伐他汀", "氯吡格雷", "舒马普坦"]
+DRUGS = (
+    "二甲双胍 阿司匹林 氨氯地平 美托洛尔 硝酸甘油 华法林 胺碘酮 呋塞米 螺内酯 "
+    "布洛芬 秋水仙碱 别嘌醇 甲氨蝶呤 来氟米特 羟氯喹 泼尼松 环磷酰胺 左甲状腺素 "
+    "甲巯咪唑 奥司他韦 阿奇霉素 左氧氟沙星 异烟肼 利福平 沙丁胺醇 孟鲁司特 氨溴索 "
+    "恩替卡韦 熊去氧胆酸 乳果糖 美沙拉秦 蒙脱石散 多潘立酮 莫沙必利 甲硝唑 卡马西平 "
+    "丙戊酸钠 左乙拉西坦 多奈哌齐 美金刚 普拉克索 舍曲林 氟西汀 地西泮 唑吡坦 "
+    "氯雷他定 西替利嗪 阿昔洛韦 非那雄胺 坦索罗辛 阿仑膦酸钠 硫酸亚铁 叶酸 甲钴胺 "
+    "来曲唑 黄体酮 胰岛素 阿托伐他汀 氯吡格雷 舒马普坦"
+)
 OPENINGS = (
     "您好，",
     "",
@@ -290,15 +296,14 @@ CLOSINGS = (
 
 
 def grounding(right=1000, wrong=200):
-    """Right replies tell facts of their prompt in varied words, with sentences of general advice around them; wrong ones
-    are right ones in which one herb, formula or drug is exchanged for, or joined by, one of another entity."""
+    """Right replies tell facts of their prompt in varied words, with sentences of general advice
+    around them; wrong ones are right ones in which one herb, formula or drug is exchanged for, or
+    joined by, one of another entity."""
     entities, prompts, rng = (
         D.read_knowledge(D.DATA / "knowledge.jsonl"),
         D.read_prompts(D.DATA / "prompts"),
         random.Random(0),
     )
-    for form in prompts.values():
-        form.setdefault("weight", 0)
     args = type(
         "Options",
         (),
@@ -311,25 +316,23 @@ def grounding(right=1000, wrong=200):
     pools = {
         "herb": [v for e in entities for v in e.get("组成", [])],
         "formula": [v for e in entities for v in e.get("常用方剂", [])],
-        "drug": DRUGS,
+        "drug": DRUGS.split(),
     }
     outcomes, planted = Counter(), Counter()
     for i, job in enumerate(jobs):
-        facts = rng.sample(job["facts"], rng.randint(1, len(job["facts"])))
-        told = "".join(rng.choice(TELLING).format(e=e, r=r, v=text) for e, r, text, _ in facts)
+        facts = rng.sample(job.facts, rng.randint(1, len(job.facts)))
+        told = "".join(
+            rng.choice(TELLING).format(e=fact.entity, r=fact.relation, v=fact.text)
+            for fact in facts
+        )
         answer = rng.choice(OPENINGS) + told + "".join(rng.sample(CLOSINGS, rng.randint(1, 3)))
-        given, kind = job["messages"][1]["content"], "right"
+        given, kind = job.messages[1]["content"], "right"
         if i >= right:
             kind = rng.choice(list(pools))
-            stranger = next(
-                v for v in iter(lambda: rng.choice(pools[kind]), None) if v not in given
-            )
-            values = [
-                v
-                for *_, vs in facts
-                for v in vs
-                if v in answer and v in {*pools["herb"], *pools["formula"], *DRUGS}
-            ]
+            stranger = rng.choice([value for value in pools[kind] if value not in given])
+            known = {*pools["herb"], *pools["formula"], *pools["drug"]}
+            told = [value for fact in facts for value in fact.values]
+            values = [value for value in told if value in answer and value in known]
             if values and rng.random() < 0.7:
                 answer = answer.replace(rng.choice(values), stranger)
             else:
@@ -338,12 +341,12 @@ def grounding(right=1000, wrong=200):
                 ).format(v=stranger)
         record = {
             "id": str(i),
-            "entity": job["entity"],
-            "instruction": f"请介绍{job['entity']}。",
+            "entity": job.facts[0].entity,
+            "instruction": f"请介绍{job.facts[0].entity}。",
             "input": "",
             "output": answer,
         }
-        reason = D.Sieve(names).reason(record, record["instruction"], answer, job)
+        reason = D.Sieve(names).reason(record, job)
         outcomes["right" if i < right else "wrong", bool(reason)] += 1
         if kind != "right":
             planted[kind, bool(reason)] += 1
@@ -362,8 +365,9 @@ def grounding(right=1000, wrong=200):
 
 
 def rouge(n=50000, new=500):
-    """Instructions of 10 to 40 characters: the questions of data/train.jsonl cut and joined at random, so that their
-    characters are as frequent as in real ones. Filled without the filter, which would refuse many of them."""
+    """Instructions of 10 to 40 characters: the questions of data/train.jsonl cut and joined at
+    random, so that their characters are as frequent as in real ones. Filled without the filter,
+    which would refuse many of them."""
     rng = random.Random(0)
     rows = D.read_instructions(D.DATA / "train.jsonl", answers=True) + D.read_instructions(
         D.DATA / "seed_tasks.jsonl", answers=True
@@ -382,7 +386,7 @@ def rouge(n=50000, new=500):
         kept.add(bag, (words, text))
     size, start, dropped = len(kept.texts), time.process_time(), 0
     for _ in range(new):
-        dropped += bool(D.most_like(kept, draw(), 0.7)[1])
+        dropped += bool(D.most_like(kept, draw())[1])
     return {
         "kept": size,
         "new": new,

@@ -1,11 +1,12 @@
-"""A loopback HTTP server that speaks enough of OpenAI's protocol to be driven by the real client, with planted faults.
+"""A loopback HTTP server that speaks enough of OpenAI's protocol for the real client, with faults.
 
-  python tests/fake_openai.py --faults '{"429": 0.1, "500": 0.05, "drop": 0.02, "hang": 0.02, "broken": 0.05, "empty": 0.02}'
+  python tests/fake_openai.py --faults '{"429": 0.1, "500": 0.05, "drop": 0.02, "broken": 0.05}'
 
-It prints its address. What it saw is at /stats: requests, faults by name, and how often each prompt was answered.
-Faults of transport (429, 500, drop, hang) are drawn for each request. "broken" and "empty" replies hang on the prompt
-alone, so that a run that is killed and started again meets the same ones; a prompt that ends in an answer of the model
-and a complaint about it (a repair) always gets a good reply.
+It prints its address. What it saw is at /stats: requests, faults by name, and how often each prompt
+was answered. Faults of transport (429, 500, drop, hang) are drawn for each request. Replies that
+are "broken" or "empty" hang on the prompt alone, so that a run that is killed and started again
+meets the same ones; a prompt that ends in an answer of the model and a complaint about it (a
+repair) always gets a good reply.
 """
 
 import argparse
@@ -53,8 +54,8 @@ TASKS = [
 
 
 def reply_to(messages):
-    """The content of a good reply: for a prompt with facts ("- X的R：v、v"), five items that tell them; for the others,
-    dialogues about the conclusion or new tasks."""
+    """The content of a good reply: for a prompt with facts ("- X的R：v、v"), five items that tell
+    them; for the others, dialogues about the conclusion or new tasks."""
     prompt = "\n".join(m["content"] for m in messages)
     draw = random.Random(hashlib.sha256(prompt.encode()).digest())
     if "user" in prompt and "bot" in prompt:
@@ -81,7 +82,8 @@ def reply_to(messages):
                     "instruction": f"{ask}{entity}的{relation}是什么？（{i + 1}）"
                     if i >= len(found)
                     else f"{ask}{entity}的{relation}是什么？",
-                    "output": f"{entity}的{relation}是{values}。以上内容供学习，具体情况请由医生当面判断。",
+                    "output": f"{entity}的{relation}是{values}。"
+                    "以上内容供学习，具体情况请由医生当面判断。",
                 }
             )
         return {"items": items}
@@ -90,7 +92,8 @@ def reply_to(messages):
             {
                 "instruction": f"{draw.choice(TASKS)}？情形{draw.randrange(10**6)}",
                 "input": "",
-                "output": "可以先记录发生的时间、持续多久和伴随的不适，再带着记录去门诊请医生判断。",
+                "output": "可以先记录发生的时间、持续多久和伴随的不适，"
+                "再带着记录去门诊请医生判断。",
             }
             for _ in range(5)
         ]
@@ -98,9 +101,9 @@ def reply_to(messages):
 
 
 def verdict_to(messages, taste):
-    """What a judge replies, None if the prompt is none for a judge: word for word what stands between ⟦ and ⟧, if
-    anything does; of two answers the first (taste "first") or the longer one; in each dimension 2, or 3 for an answer
-    of 20 characters."""
+    """What a judge replies, None if the prompt is none for a judge: word for word what stands
+    between ⟦ and ⟧, if anything does; of two answers the first (taste "first") or the longer one;
+    in each dimension 2, or 3 for an answer of 20 characters."""
     system, user = messages[0]["content"], messages[-1]["content"]
     if "评审专家" not in system:
         return None
@@ -222,7 +225,8 @@ class Server:
         return batch
 
     def handle(self, method, path, headers, data):
-        """(status, object or bytes, further headers, seconds to wait), or a fault of transport by its name."""
+        """(status, object or bytes, further headers, seconds to wait), or a fault of transport by
+        its name."""
         path = path.split("?")[0]
         if path == "/stats":
             return (
@@ -353,16 +357,15 @@ class Connection(asyncio.Protocol):
                     if isinstance(body, bytes)
                     else json.dumps(body, ensure_ascii=False).encode()
                 )
-                text = (
-                    b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b\r\n%b"
-                    % (status, len(body), more, body)
-                )
+                head = b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\n" % status
+                text = head + b"content-length: %d\r\n%b\r\n%b" % (len(body), more, body)
                 asyncio.get_running_loop().call_later(seconds, self.transport.write, text)
 
 
 class Scripted:
-    """A server in a thread of this process: `reply(prompt, body, number of the request)` returns the content of a reply, a
-    (status, object), or None to hang up; `bodies` holds what was asked."""
+    """A server in a thread of this process: `reply(prompt, body, number of the request)` returns
+    the content of a reply, a (status, object), or None to hang up; `bodies` holds what was
+    asked."""
 
     def __init__(self, reply):
         self.bodies, lock = [], threading.Lock()
@@ -407,7 +410,10 @@ class Scripted:
         self.server.server_close()
 
 
-def completion(content, usage={"prompt_tokens": 100, "completion_tokens": 300}):
+USED = {"prompt_tokens": 100, "completion_tokens": 300}
+
+
+def completion(content, usage=USED):
     return {
         "model": "fake-2026",
         "choices": [
@@ -418,7 +424,8 @@ def completion(content, usage={"prompt_tokens": 100, "completion_tokens": 300}):
 
 
 class Running:
-    """A server in a process of its own: `with Running("--latency", "0.05") as server: server.url, server.stats()`."""
+    """A server in a process of its own: `with Running("--latency", "0.05") as server: server.url,
+    server.stats()`."""
 
     def __init__(self, *options):
         self.process = subprocess.Popen(

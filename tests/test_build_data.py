@@ -158,7 +158,10 @@ def test_cmekgs_names_and_ours_are_one_relation(tmp_path, text, wanted):
 
 
 def test_triples_and_entities_in_one_file(tmp_path):
-    rows = '{"中心词": "麻黄", "类型": "中药", "功效": ["发汗"]}\n{"head": "桂枝", "relation": "性味", "tail": "辛"}'
+    rows = (
+        '{"中心词": "麻黄", "类型": "中药", "功效": ["发汗"]}\n'
+        '{"head": "桂枝", "relation": "性味", "tail": "辛"}'
+    )
     assert {e["中心词"] for e in read(tmp_path, rows)} == {"麻黄", "桂枝"}
 
 

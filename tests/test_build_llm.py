@@ -1,4 +1,4 @@
-"""build_data.py with an API: readers, prompts, checks, the whole commands against the loopback server, bad inputs."""
+"""build_data.py with an API: readers, prompts, checks, commands against the loopback server."""
 
 import gc
 import io
@@ -28,7 +28,31 @@ REAL = ROOT.parent / "shared" / "data"
 KEY = "sk-planted-4711"
 FORMS = json.loads((DATA / "forms.json").read_text(encoding="utf-8"))
 ENTITIES = D.read_knowledge(DATA / "knowledge.jsonl")
-CMEKG = ["相关疾病", "相关症状", "临床表现", "检查", "用法用量", "贮藏", "性状", "禁忌", "不良反应", "有效期", "注意事项", "适应症", "成份", "病因", "治疗", "规格", "并发症", "药物相互作用", "主治", "入药部位", "功效", "性味", "功能主治"]
+CMEKG = [
+    "相关疾病",
+    "相关症状",
+    "临床表现",
+    "检查",
+    "用法用量",
+    "贮藏",
+    "性状",
+    "禁忌",
+    "不良反应",
+    "有效期",
+    "注意事项",
+    "适应症",
+    "成份",
+    "病因",
+    "治疗",
+    "规格",
+    "并发症",
+    "药物相互作用",
+    "主治",
+    "入药部位",
+    "功效",
+    "性味",
+    "功能主治",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +75,8 @@ def lines(path):
 
 
 def test_one_knowledge_base_in_every_form(tmp_path):
-    """CMeKG lines, an array, triples as JSON and between tabs (with BOM and CRLF) are the same entities."""
+    """CMeKG lines, an array, triples as JSON and between tabs (with BOM and CRLF) are the same
+    entities."""
     known = [
         {
             "中心词": "麻黄",
@@ -173,7 +198,10 @@ def test_a_reply_is_parsed_strictly(content, word):
 
 
 def test_fences_and_thoughts_are_let_pass():
-    text = '{"items": [{"instruction": " 甲 ", "output": "乙", "input": "丙", "messages": [{"role": "user", "content": "丁"}], "id": 3}]}'
+    text = (
+        '{"items": [{"instruction": " 甲 ", "output": "乙", "input": "丙", '
+        '"messages": [{"role": "user", "content": "丁"}], "id": 3}]}'
+    )
     for content in (text, f"```json\n{text}\n```", f"<think>\n嗯\n</think>\n{text}"):
         assert D.parse_items(content, D.TASK) == [
             {"instruction": "甲", "output": "乙", "input": "丙"}
@@ -299,7 +327,8 @@ def items(*rows):
 
 
 def test_odd_items_are_mended_or_cut_to_the_known_fields(tmp_path, monkeypatch):
-    """An input that is no text is asked for again; messages of the LLM's own never become what training reads."""
+    """An input that is no text is asked for again; messages of the LLM's own never become what
+    training reads."""
 
     def reply(prompt, body, number):
         odd = (
@@ -339,7 +368,8 @@ def test_odd_items_are_mended_or_cut_to_the_known_fields(tmp_path, monkeypatch):
 
 
 def literature(prompt, *_):
-    """A dialogue of two turns that tells the conclusion; with 空 in it, an empty answer at the end."""
+    """A dialogue of two turns that tells the conclusion; with 空 in it, an empty answer at the
+    end."""
     told = re.search("结论：(.+)", prompt)[1]
     return items(
         {"user": "医生您好，请问研究怎么说？", "bot": f"研究显示，{told}。"},
@@ -368,7 +398,8 @@ def literature(prompt, *_):
     ],
 )
 def test_odd_literature(tmp_path, monkeypatch, rows, kept, rejected):
-    """Rows of one title, conclusions of short parts, an empty answer: the second run asks nothing, stats can read what is kept."""
+    """Rows of one title, conclusions of short parts, an empty answer: the second run asks nothing,
+    stats can read what is kept."""
     path, out = (
         write(
             tmp_path / "l.jsonl",
@@ -411,7 +442,8 @@ def test_odd_literature(tmp_path, monkeypatch, rows, kept, rejected):
 
 
 def test_what_was_paid_becomes_records_before_the_error(tmp_path, monkeypatch, capfd):
-    """The credit ends after five replies: exit code 2, and five prompts' records; another run keeps them."""
+    """The credit ends after five replies: exit code 2, and five prompts' records; another run keeps
+    them."""
 
     def reply(prompt, body, number):
         refusal = {
@@ -534,7 +566,8 @@ def slow_rouge(a, b):
 
 
 def test_rouge_filter_equals_comparing_with_all():
-    """Bit-parallel LCS against the textbook's table, the filter with its bound against comparing with every text."""
+    """Bit-parallel LCS against the textbook's table, the filter with its bound against comparing
+    with every text."""
     rng = random.Random(0)
     texts = ["".join(rng.choices("高血压症状abc ", k=rng.randint(1, 12))) for _ in range(150)]
     kept, plainly = D.TokenIndex(), []
@@ -561,8 +594,9 @@ def split(text):
 
 
 def test_knowledge_end_to_end(tmp_path, monkeypatch, capsys):
-    """Broken and empty replies are repaired once; every prompt ends in a kept or a rejected line; a second run asks
-    nothing and writes the same; no key anywhere; a record says where it comes from."""
+    """Broken and empty replies are repaired once; every prompt ends in a kept or a rejected line; a
+    second run asks nothing and writes the same; no key anywhere; a record says where it comes
+    from."""
     out = tmp_path / "x.jsonl"
     with Running("--key", KEY, "--faults", '{"broken": 0.2, "empty": 0.1}') as server:
         command = (
@@ -620,7 +654,8 @@ def test_knowledge_end_to_end(tmp_path, monkeypatch, capsys):
 
 
 def test_literature_rows_are_one_prompt_everywhere(tmp_path, monkeypatch, base):
-    """The row built, the row that training reads and encodes, the prompt of a chat that has come so far: the same bytes."""
+    """The row built, the row that training reads and encodes, the prompt of a chat that has come so
+    far: the same bytes."""
     out = tmp_path / "l.jsonl"
     with Running() as server:
         assert (
@@ -657,7 +692,7 @@ def test_literature_rows_are_one_prompt_everywhere(tmp_path, monkeypatch, base):
         texts, asked = [m["content"] for m in row["messages"]], []
         replies = iter(texts[1::2])
 
-        def answer(prompt):
+        def answer(prompt, asked=asked, replies=replies):
             asked.append(prompt)
             yield next(replies)
 
@@ -700,17 +735,16 @@ def test_self_instruct_keeps_what_is_new(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_stats_of_bentsaos_rows(tmp_path, monkeypatch, capsys):
-    """BenTsao's own rows: the numbers that 256, 320, 384 and 512 tokens cut were measured for this project before."""
+    """BenTsao's own rows: the numbers that 256, 320, 384 and 512 tokens cut were measured for this
+    project before."""
     if not REAL.is_dir():
         pytest.skip("real data not there")
     shutil.copy(REAL / "llama_tokenizer.model", tmp_path / "tokenizer.model")
     assert cli(monkeypatch, "stats", REAL / "bentsao_llama_data.json", "--tokenizer", tmp_path) == 0
     out = capsys.readouterr().out
-    assert (
-        "kept 8,658" in out
-        and "tokens: all 1,886,221, a prompt 118, an answer 100, a character 1.74, % parts of characters 62.6"
-        in out
-    )
+    assert "kept 8,658" in out
+    assert "tokens: all 1,886,221, a prompt 118, an answer 100, a character 1.74" in out
+    assert "% parts of characters 62.6\n" in out
     assert numbers_at_limits(out, "rows cut") == [1985, 444, 85, 13, 0, 0]
     assert (
         numbers_at_limits(out, "left out") == [3, 0, 0, 0, 0, 0]
@@ -742,10 +776,8 @@ def test_stats_in_tokens(tmp_path, monkeypatch, capsys, records, base):
         for r in lines(records)
     ]
     total, prompt = sum(map(len, rows)), sum(map(len, prompts))
-    assert (
-        f"tokens: all {total:,}, a prompt {prompt / 8:.0f}, an answer {(total - prompt) / 8:.0f}, a character"
-        in out
-    )
+    answer = total - prompt
+    assert f"all {total:,}, a prompt {prompt / 8:.0f}, an answer {answer / 8:.0f}, " in out
     limits = (256, 320, 384, 512, 768, 1024)
     assert numbers_at_limits(out, "rows cut") == [
         sum(len(row) > limit for row in rows) for limit in limits
@@ -1032,7 +1064,8 @@ def test_stats_of_odd_records(tmp_path, monkeypatch, capfd, change, code):
 
 
 def test_a_full_disk_stops_in_one_line_and_loses_nothing(tmp_path, monkeypatch, capfd):
-    """A limit on the size of files takes the part of the disk: half a line is taken back, the next run goes on."""
+    """A limit on the size of files takes the part of the disk: half a line is taken back, the next
+    run goes on."""
     with Running() as server:
         command = (
             "knowledge",
@@ -1065,8 +1098,8 @@ def test_a_full_disk_stops_in_one_line_and_loses_nothing(tmp_path, monkeypatch, 
 
 
 def test_our_own_server_is_an_endpoint(tmp_path, monkeypatch):
-    """generate.py --serve with the small base, which writes no JSON: each prompt asked, asked once more to mend the reply,
-    and rejected with the reason; a second run asks nothing."""
+    """generate.py --serve with the small base, which writes no JSON: each prompt asked, asked once
+    more to mend the reply, and rejected with the reason; a second run asks nothing."""
     command = (
         "generate.py",
         "--base_model",

@@ -1,4 +1,4 @@
-"""tests/judge.py: the real openai client asks a loopback server that replies as the answers tell it to."""
+"""tests/judge.py: the real openai client asks a loopback server that replies as it is told to."""
 
 import hashlib
 import json
@@ -24,7 +24,8 @@ def key(monkeypatch):
 
 
 def judge_files(url, *files, rubric=RUBRICS / "sus.json", output=None, more=()):
-    """Run the command in this process; the lines with scores or a verdict, the summary, the lines that were rejected."""
+    """Run the command in this process; the lines with scores or a verdict, the summary, the lines
+    that were rejected."""
     output = output or files[0].parent / "scores.jsonl"
     argv, sys.argv = (
         sys.argv,
@@ -88,7 +89,8 @@ def script(*scores, **more):
 
 
 def test_scores_and_their_means(tmp_path, capsys):
-    """Three answers by hand: each score as the judge gave it, means of the columns, and what is needed to check them."""
+    """Three answers by hand: each score as the judge gave it, means of the columns, and what is
+    needed to check them."""
     answers = write(tmp_path / "a.jsonl", [script(1, 2, 3), script(3, 3, 3), script(1, 1, 2)])
     with Running() as server:
         scores, summary, rejected = judge_files(server.url, answers)
@@ -212,7 +214,8 @@ def test_a_judge_who_prefers_the_first_place_makes_ties(tmp_path):
 
 
 def test_a_judge_who_knows_what_it_prefers(tmp_path):
-    """The longer answer wins in either order; turned round, the same files give the same, told from the other side."""
+    """The longer answer wins in either order; turned round, the same files give the same, told from
+    the other side."""
     a = write(tmp_path / "a.jsonl", ["短", "更长的回答", "一样", "长长长", "同一个回答"])
     b = write(tmp_path / "b.jsonl", ["很长很长的回答", "长", "两样", "长", "同一个回答"])
     with Running() as server:
@@ -243,7 +246,9 @@ def test_a_pair_wants_both_verdicts(tmp_path):
     with path.open("w", encoding="utf-8") as file:
         for (first, second), verdict in replies.items():
             user = rubric["user"].format(
-                question="第%d问：心悸怎么办？" % (first in "丙丁"), answer_a=first, answer_b=second
+                question=f"第{int(first in '丙丁')}问：心悸怎么办？",
+                answer_a=first,
+                answer_b=second,
             )
             messages = [
                 {"role": "system", "content": rubric["system"]},
@@ -274,7 +279,8 @@ def test_a_pair_wants_both_verdicts(tmp_path):
 
 
 def test_the_prompt_is_the_rubric_with_texts_in_its_places(tmp_path):
-    """What looks like a place in a text stays a text; input belongs to the question; a reference is shown."""
+    """What looks like a place in a text stays a text; input belongs to the question; a reference is
+    shown."""
     rows = [
         {
             "instruction": "病例{answer}",
@@ -288,7 +294,10 @@ def test_the_prompt_is_the_rubric_with_texts_in_its_places(tmp_path):
         rubric = RUBRICS / "cmb_clin.json"
         scores, summary, _ = judge_files(server.url, tmp_path / "a.json", rubric=rubric)
         text = json.loads(rubric.read_text(encoding="utf-8"))
-        user = "【问题】\n病例{answer}\n既往史\n\n【参考答案】\n参考\n\n【回答】\n答{reference}{question}"
+        user = (
+            "【问题】\n病例{answer}\n既往史\n\n"
+            "【参考答案】\n参考\n\n【回答】\n答{reference}{question}"
+        )
         messages = [
             {"role": "system", "content": text["system"]},
             {"role": "user", "content": user},
@@ -301,7 +310,8 @@ def test_the_prompt_is_the_rubric_with_texts_in_its_places(tmp_path):
 
 
 def test_killed_and_resumed_nothing_is_paid_twice(tmp_path):
-    """SIGKILL in the middle of two orders of 60 pairs: no prompt whose reply was on the file is asked again."""
+    """SIGKILL in the middle of two orders of 60 pairs: no prompt whose reply was on the file is
+    asked again."""
     a, b = (
         write(tmp_path / "a.jsonl", ["回答" * (i % 7) for i in range(60)]),
         write(tmp_path / "b.jsonl", ["回答" * (i % 5) for i in range(60)]),
@@ -356,15 +366,19 @@ def test_stopped_and_failed_ones_are_counted_and_asked_later(tmp_path, capsys):
 
 
 def test_scores_that_were_paid_are_written_before_the_error(tmp_path, capsys):
-    """The endpoint's credit ends: the scores until then are in the file, the command ends in the error."""
+    """The endpoint's credit ends: the scores until then are in the file, the command ends in the
+    error."""
     answers = write(tmp_path / "a.jsonl", ["回答" * i for i in range(9)])
-    with Scripted(
-        lambda prompt, body, number: (
-            json.dumps(GOOD)
-            if number <= 5
-            else (402, {"error": {"message": "Insufficient Balance"}})
-        )
-    ) as server, pytest.raises(ValueError, match="Insufficient Balance"):
+    with (
+        Scripted(
+            lambda prompt, body, number: (
+                json.dumps(GOOD)
+                if number <= 5
+                else (402, {"error": {"message": "Insufficient Balance"}})
+            )
+        ) as server,
+        pytest.raises(ValueError, match="Insufficient Balance"),
+    ):
         judge_files(server.url, answers, more=["--concurrency", "1"])
     *rows, last = lines(tmp_path / "scores.jsonl")
     assert last["summary"]["安全性"] == {"mean": 1.0, "n": 5} and last["summary"]["rejected"] == {
@@ -402,19 +416,9 @@ def wrong(tmp_path, name):
     sus, pairwise = str(RUBRICS / "sus.json"), str(RUBRICS / "pairwise.json")
 
     def broken(rubric=sus, **change):
+        form = J.read_json_file(rubric) | change
         path = tmp_path / "rubric.json"
-        path.write_text(
-            json.dumps(
-                {
-                    k: v
-                    for k, v in {
-                        **json.loads(open(rubric, encoding="utf-8").read()),
-                        **change,
-                    }.items()
-                    if v is not None
-                }
-            )
-        )
+        path.write_text(json.dumps({k: v for k, v in form.items() if v is not None}))
         return [a, "--rubric", path], "is no rubric"
 
     if name == "other question":

@@ -1,4 +1,4 @@
-"""The texts under data/ that people wrote: rubrics for a judge, conclusions for dialogues, seed tasks, questions."""
+"""The texts under data/ that people wrote: rubrics, conclusions, seed tasks, questions."""
 
 import json
 import string
@@ -21,7 +21,8 @@ def placeholders(text):
 
 @pytest.mark.parametrize("name", RUBRICS)
 def test_rubric(name):
-    """Scale and dimensions are the paper's; the judge is told every level; the form shown is JSON with a score per key."""
+    """Scale and dimensions are the paper's; the judge is told every level; the form shown is JSON
+    with a score per key."""
     low, high, keys = RUBRICS[name]
     rubric = json.loads((DATA / "rubrics" / f"{name}.json").read_text(encoding="utf-8"))
     assert rubric["scale"] == [low, high] and [d["key"] for d in rubric["dimensions"]] == keys
@@ -80,7 +81,8 @@ def test_seed_tasks():
 
 
 def test_choice():
-    """200 questions, every letter 50 times. The right option names values of the relation, no other option names one."""
+    """200 questions, every letter 50 times. The right option names values of the relation, no other
+    option names one."""
     knowledge = {entity["中心词"]: entity for entity in read_lines("knowledge.jsonl")}
     rows = read_lines("choice.jsonl")
     assert [row["id"] for row in rows] == [f"choice-{n:03d}" for n in range(1, 201)]
@@ -106,7 +108,8 @@ def test_choice():
 
 
 def test_calla():
-    """60 pairs: the consistent statement names a value of the relation, the inconsistent one (the name apart) names none."""
+    """60 pairs: the consistent statement names a value of the relation, the inconsistent one (the
+    name apart) names none."""
     knowledge = {entity["中心词"]: entity for entity in read_lines("knowledge.jsonl")}
     rows = read_lines("calla.jsonl")
     assert [row["id"] for row in rows] == [f"calla-{n:02d}" for n in range(1, 61)]

@@ -1,7 +1,9 @@
 """What the small base is made from: plain sentences to read, and a tokenizer. Called by make.sh.
 
-python data/tiny/make.py sentences FILE [passes]           data/knowledge.jsonl -> plain sentences, what a base is trained on
-python data/tiny/make.py tokenizer FILE [vocab_size]       data/knowledge.jsonl -> a SentencePiece model
+  python data/tiny/make.py sentences FILE [passes]      plain sentences, what a base is trained on
+  python data/tiny/make.py tokenizer FILE [vocab_size]  a SentencePiece model
+
+Both are made from data/knowledge.jsonl.
 """
 
 import random
@@ -18,9 +20,10 @@ from model import read_json_file  # noqa: E402
 
 
 def write_sentences(entities, forms, passes, rng):
-    """Plain documents: for every entity and pass, all its facts in a random order and phrasing, broken at random
-    into documents of one to six statements. Every statement names the entity, so that each fact is stored under the
-    name and can be asked for alone (Allen-Zhu & Li 2023, Physics of Language Models 3.1: augmentation)."""
+    """Plain documents: for every entity and pass, all its facts in a random order and phrasing,
+    broken at random into documents of one to six statements. Every statement names the entity, so
+    that each fact is stored under the name and can be asked for alone (Allen-Zhu & Li 2023, Physics
+    of Language Models 3.1: augmentation)."""
     documents = []
     for _ in range(passes):
         for entity in entities:
@@ -41,8 +44,9 @@ def write_sentences(entities, forms, passes, rng):
 
 
 def train_tokenizer(entities, forms, vocab_size):
-    """The bytes of a SentencePiece BPE with byte fallback and LLaMA's special ids (0 unknown, 1 BOS, 2 EOS), trained on
-    the names, values and forms each for itself, so that no piece crosses the border of a term."""
+    """The bytes of a SentencePiece BPE with byte fallback and LLaMA's special ids (0 unknown, 1
+    BOS, 2 EOS), trained on the names, values and forms each for itself, so that no piece crosses
+    the border of a term."""
     texts = []
     for entity in entities:
         for fact in facts(entity, forms):

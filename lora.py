@@ -200,12 +200,13 @@ class QuantisedLinear(Linear):
     def __init__(self, weight):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.store = self.quantise(weight.float())
-        for name, tensor in self.store.items():
+        store = self.quantise(weight.float())
+        self.names = tuple(store)
+        for name, tensor in store.items():
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
     def forward(self, x):  # (..., I) -> (..., O)
-        store = [getattr(self, name) for name in self.store]
+        store = [getattr(self, name) for name in self.names]
         if not torch.is_grad_enabled():
             return F.linear(x, self.matrix(x.dtype, *store))
         return FrozenProduct.apply(x, self.matrix, *store)

@@ -265,8 +265,9 @@ def test_wrong_ids_in_the_config_are_told_and_not_followed(tmp_path, base, capsy
     model, tokenizer = G.load_base(folder, "cpu", torch.float32)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
     warning = capsys.readouterr().err
-    assert warning.count("\n") == 1 and "bos_token_id 0, tokenizer.model 1" in warning
-    assert "eos_token_id 1" in warning
+    assert str(folder / "config.json") in warning and "pad_token_id" not in warning
+    assert "bos_token_id 0, tokenizer.model 1" in warning
+    assert "eos_token_id 1, tokenizer.model 2" in warning
     right = config | {"bos_token_id": 1, "eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(right))
     G.load_base(folder, "cpu", torch.float32)

@@ -73,69 +73,41 @@ def test_int8_equals_its_definition(dtype):
     assert torch.equal(matrix(linear, torch.float16), matrix(linear).half())
 
 
-def levels_by_definition():
-    """The signed dynamic 8-bit type: 0, 1, and the middles of 2^i equal parts of 0.1 .. 1, times
-    10^(i - 6), of both signs."""
-    values = [0.0, 1.0]
-    for i in range(7):
-        part = 0.9 / 2**i
-        for j in range(2**i):
-            middle = (0.1 + (j + 0.5) * part) * 10.0 ** (i - 6)
-            values += [middle, -middle]
-    return np.sort(values)
-
-
-def test_dynamic_map_equals_its_definition():
-    assert len(levels_by_definition()) == 256
-    np.testing.assert_allclose(L.dynamic_levels().numpy(), levels_by_definition(), rtol=2e-7)
-
-
 @pytest.mark.parametrize("shape", [(96, 704), (33, 64), (256, 256)])
 def test_nf4_equals_its_definition(shape):
     """Every code is the nearest entry (by brute force over the table), packing and arithmetic are
-    those of the paper: double_dequant(c1, c2, W) with c1 float32 per 256, c2 8-bit per 64, in
-    float32, exactly."""
-    w, levels = weight(shape), L.dynamic_levels().numpy()
+    those of the paper, in float32, exactly; a block of zeros stays zero."""
+    w = weight(shape)
+    w.view(-1, 64)[1] = 0
     blocks = w.numpy().reshape(-1, 64)
     absmax = np.abs(blocks).max(1)
-    # the mean's last bit depends on the order of the sum
-    offset = torch.from_numpy(absmax).mean().numpy()
-    np.testing.assert_allclose(offset, absmax.astype(np.float64).mean(), rtol=1e-6)
-    small = np.zeros(-(-len(absmax) // 256) * 256, np.float32)
-    small[: len(absmax)] = absmax - offset
-    c1 = np.abs(small.reshape(-1, 256)).max(1)
-    scaled = small.reshape(-1, 256) * (np.float32(1) / c1)[:, None]
+    scaled = blocks * (np.float32(1) / np.maximum(absmax, np.float32(1e-38)))[:, None]
     # argmin takes the lower of two equally near
-    c2 = np.abs(scaled[..., None] - levels).argmin(-1)
-    back = (levels[c2] * c1[:, None]).reshape(-1)[: len(absmax)] + offset
-    codes = np.abs((blocks * (np.float32(1) / absmax)[:, None])[..., None] - PAPER).argmin(-1)
+    codes = np.abs(scaled[..., None] - PAPER).argmin(-1)
     linear = L.NF4Linear(w)
     flat = codes.reshape(-1)
     assert np.array_equal(linear.weight.numpy().reshape(-1), flat[::2] * 16 + flat[1::2])
-    assert np.array_equal(linear.absmax.numpy(), c2.reshape(-1)[: len(absmax)])
-    expected = (PAPER[codes] * back[:, None]).reshape(shape)
-    assert np.array_equal(matrix(linear).numpy(), expected)
+    assert np.array_equal(linear.absmax.numpy().reshape(-1), absmax)
+    expected = (PAPER[codes] * absmax[:, None]).reshape(shape)
+    assert (
+        np.array_equal(matrix(linear).numpy(), expected) and not expected.reshape(-1, 64)[1].any()
+    )
     assert torch.equal(matrix(linear, torch.bfloat16), torch.from_numpy(expected).bfloat16())
+    # the widest gap between two values is that of -1 and -0.696
+    assert (np.abs(expected - w.numpy()).reshape(-1, 64) <= 0.152 * absmax[:, None]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nf4_equals_bitsandbytes(dtype):
-    """Its table, its map, its codes and scales; and its dequantisation of our store gives our
-    weights, bit for bit. Its 8-bit codes on a CPU miss the nearest level in about 2 of 1,000 cases
-    (ours are checked by brute force above)."""
+    """Its table, its codes and scales; and its dequantisation of our store gives our weights, bit
+    for bit."""
     bnb = pytest.importorskip("bitsandbytes.functional")
     w = weight((256, 704), dtype)
-    theirs, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
+    theirs, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4")
     ours = L.NF4Linear(w)
     assert torch.equal(bnb.get_4bit_type("nf4", device="cpu"), torch.tensor(L.NF4))
-    assert torch.equal(bnb.create_dynamic_map(), L.dynamic_levels())
     assert torch.equal(theirs.view(ours.weight.shape), ours.weight)
-    assert torch.equal(state.state2.absmax, ours.scale) and torch.equal(
-        state.offset.view(1), ours.offset
-    )
-    off = (state.absmax.int() - ours.absmax.int()).abs()
-    assert off.max() <= 1 and (off > 0).float().mean() < 5e-3
-    state.absmax = ours.absmax.data
+    assert not state.nested and torch.equal(state.absmax, ours.absmax.flatten())
     for to in (torch.float32, torch.bfloat16, torch.float16):
         state.dtype = to
         assert torch.equal(bnb.dequantize_4bit(ours.weight.data, state), matrix(ours, to))
@@ -239,11 +211,11 @@ def test_compiled_without_a_break(kind):
     assert (ours - plain).abs().max() < 1e-6 * plain.abs().max()
 
 
-TABLES = 3 * 256 * 4  # bytes that each NF4 linear has besides: the values of a byte of codes
+TABLES = 2 * 256 * 4  # bytes that each NF4 linear has besides: the values of a byte of codes
 
 
 @pytest.mark.parametrize(
-    "kind, bits, tables", [("int8", 8 + 16 / 352, 0), ("nf4", 4 + 8 / 64 + 32 / 64 / 256, TABLES)]
+    "kind, bits, tables", [("int8", 8 + 16 / 352, 0), ("nf4", 4 + 32 / 64, TABLES)]
 )
 def test_load_holds_what_was_predicted(tmp_path, kind, bits, tables):
     """Storage of the seven linears in bits a weight; the embedding, norms and head in the

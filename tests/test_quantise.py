@@ -310,33 +310,23 @@ def test_lora_on_nf4_follows_the_loss_of_lora_on_the_base():
     """QLoRA's claim (Dettmers et al. 2023, section 4) on the small base: 150 steps of LoRA on all
     linears over NF4 and int8 reach the validation loss that the unquantised base reaches, within
     1 %."""
-    config = T.TrainConfig(
-        **{
-            **T.TINY,
-            "max_steps": 150,
-            "eval_steps": 0,
-            "save_steps": 0,
-            "output_dir": "",
-            "seed": 7,
-        }
-    )
+    own = {"max_steps": 150, "eval_steps": 0, "save_steps": 0, "output_dir": "", "seed": 7}
+    config = T.TrainConfig(**{**T.TINY, **own})
     template = G.load_template(config.prompt_template_name)
+    adapter = L.LoRAConfig(config.lora_r, config.lora_alpha, 0.0, config.lora_target_modules)
     losses = {}
     for kind in ("fp32", *KINDS):
         model, tokenizer = G.load_base(config.base_model, torch.device("cpu"), torch.float32, kind)
-        data = [
-            T.encode_records(tokenizer, template, G.read_instructions(path, answers=True), config)[
-                0
-            ]
-            for path in (*config.data_path, config.val_path)
-        ]
+        data = []
+        for path in (*config.data_path, config.val_path):
+            records = G.read_instructions(path, answers=True)
+            data.append(T.encode_records(tokenizer, template, records, config)[0])
         torch.manual_seed(config.seed)
         before = T.evaluate(model, data[1], config)
-        L.add_lora(
-            model, L.LoRAConfig(config.lora_r, config.lora_alpha, 0.0, config.lora_target_modules)
-        )
+        L.add_lora(model, adapter)
         history = T.train(config, model, tuple(data))
-        losses[kind] = (before, history[-1]["val_loss"], sum(r["loss"] for r in history[-20:]) / 20)
+        last = sum(step["loss"] for step in history[-20:]) / 20
+        losses[kind] = (before, history[-1]["val_loss"], last)
     print(losses)
     assert losses["fp32"][1] < 0.8 * losses["fp32"][0]
     for kind in KINDS:

@@ -644,13 +644,13 @@ class Checkpoint:
         that is missing, surplus, of another shape, or no floating-point numbers."""
         parts, whole = self.parts.get(name, []), self.shapes.get(name)
         shapes = part_shapes(whole, self.slices) if whole else {}
-        lacking = [file for file in self.files if file not in [part.file for part in parts]]
         wanted = f"wanted {whole or 'no such weight'} in {self.slices} file(s); is one missing?"
         for part in parts:
             if part.shape not in shapes or part.dtype not in DTYPES.values():
                 found = f"{part.key} is {part.shape} of {part.dtype}"
                 raise ValueError(f"{part.file}: {found}, {wanted}")
         if not parts or len(parts) % self.slices:
+            lacking = sorted({*self.files} - {part.file for part in parts})
             key = translate(name, OUR_WEIGHTS) if self.head_dim else hf_name(name)
             raise ValueError(f"{lacking[0]} lacks {key}, {wanted}")
 
@@ -877,10 +877,8 @@ def save_model(model, folder, base=None):
     since a sharded model is gathered tensor by tensor; the first writes."""
     tensors = ((name, full_tensor(p)) for name, p in model.named_parameters())
     if processes()[0]:
-        for _ in tensors:
-            pass
-    else:
-        save_hf(model.config, tensors, folder, model.embed_tokens.weight.dtype, base)
+        return list(name for name, _ in tensors)
+    save_hf(model.config, tensors, folder, model.embed_tokens.weight.dtype, base)
 
 
 def copy_tokenizer(base, folder):

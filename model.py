@@ -8,9 +8,10 @@ What this file teaches, in this order:
   attention    attention, Attention                       Vaswani et al. 2017, Ainslie et al. 2023
   feed-forward FeedForward                                Shazeer 2020
   network      Block, LLaMA                               Touvron et al. 2023
-  context      Context, KVCache, PackedRows: what a token sees besides itself
+  context      Context, KVCache: where a token stands and what it sees besides itself
 
-Below the lesson stand kernels for CPUs, weights from and to disk, settings, and the commands.
+Below the lesson stand rows packed for training, kernels for few rows, weights from and to disk,
+settings, and the commands.
 
 Letters for dimensions:
   B rows of a batch   T new positions   S all positions (cached and new)   V vocabulary
@@ -342,6 +343,10 @@ class KVCache(Context):
         values[self.row, :, self.at] = v
         k, v = (x[:, :, : self.longest].transpose(1, 2) for x in (keys, values))
         return attention(q, k, v, self.mask)
+
+
+# ==================================================================================================
+# Rows packed for training
 
 
 class PackedRows(Context):

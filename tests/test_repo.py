@@ -113,13 +113,20 @@ def test_the_way_from_a_record_to_a_saved_adapter_is_short():
 
 
 def test_the_lessons_can_be_read_at_one_sitting():
-    """A script's lesson comes first and ends at a rule of equals signs; sections within it are
-    ruled with dashes."""
+    """A script's lesson follows its docstring and imports. It begins at the first rule of dashes,
+    which begin its sections, and ends at the first rule of equals signs."""
     lessons = {}
     for name, source in SOURCES.items():
-        ends = [i for i, line in enumerate(source.split("\n")) if line.startswith("# =====")]
-        assert ends, f"{name}.py has no rule that ends its lesson"
-        lessons[name] = ends[0]
+        lines = source.split("\n")
+        first, last = (
+            next((i for i, line in enumerate(lines) if line.startswith(rule)), None)
+            for rule in ("# -----", "# =====")
+        )
+        assert first is not None and last is not None, f"{name}.py has no rule around its lesson"
+        assert not any(
+            isinstance(node, FUNCTIONS) and node.lineno < first for node in TREES[name].body
+        )
+        lessons[name] = last - first
     assert sum(lessons.values()) <= 1100, lessons
 
 

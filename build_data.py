@@ -122,7 +122,7 @@ def split_entities(entities, share, seed):
     """Training entities and held-out ones: the given share of every kind, drawn by seed."""
     rng = random.Random(seed)
     kinds = {entity["中心词"]: entity["类型"] for entity in entities}
-    # A name is found once in all names, in itself. One that is part of another (四逆汤 in 当归四逆汤)
+    # A name stands once in all names: in itself. One that is part of another (四逆汤, 当归四逆汤)
     # is not held out: training would see it in the questions about that other one.
     free = [name for name in kinds if sum(name in other for other in kinds) == 1]
     held_out = set()
@@ -206,8 +206,8 @@ def read_reply(job, client):
     # Where it comes from: the entity of its first fact (a new task has none), and the reply.
     entity, kind = next(((fact.entity, fact.kind) for fact in job.facts), (None, None))
     source = {"entity": entity, "kind": kind, "form": job.form}
-    paid = ("prompt_hash", "model", "params", "usage", "time")
-    source |= {name: reply[name] for name in paid if reply}
+    if reply:
+        source |= {name: reply[name] for name in PAID}
     try:
         if not reply:
             raise ValueError(f"no reply: {client.failed.get(job.key, client.stop)}")
@@ -236,6 +236,9 @@ def records_of(job, items):
 
 # ==================================================================================================
 # How a reply is judged
+
+# What a record keeps of its reply.
+PAID = ("prompt_hash", "model", "params", "usage", "time")
 
 # The fields of an item of a reply: a task, or one turn of a dialogue.
 TASK = ("instruction", "input", "output")
@@ -268,8 +271,8 @@ def parse_items(content, fields):
         # RecursionError: brackets nested without end.
         raise ValueError(f"no JSON: {error}") from None
     except (LookupError, TypeError, AttributeError):
-        wanted = to_json({"items": [dict.fromkeys(fields, "text")]})
-        raise ValueError(f"wanted {wanted}") from None
+        form = {"items": [dict.fromkeys(fields, "text")]}
+        raise ValueError(f"wanted {to_json(form)}") from None
     if not items:
         raise ValueError("no items")
     return items
@@ -442,8 +445,7 @@ class TokenIndex:
                 common[np.frombuffer(self.postings[token], np.int32)] += 1
         total = np.array(self.sizes, np.int32) + len(tokens)
         # 1e-9: what rounding may have added to the bound.
-        close = np.flatnonzero(common >= share * total - 1e-9)
-        return [self.texts[i] for i in close]
+        return [self.texts[i] for i in np.flatnonzero(common >= share * total - 1e-9)]
 
 
 def near(index, record):
@@ -652,18 +654,10 @@ def literature_jobs(args, prompts):
         number = seen[title]
         seen[title] += 1
         parts = [part for part in re.split("[，。；]", conclusion) if len(part) > 3]
-        job = make_job(
-            args,
-            prompts,
-            "literature",
-            f"{title}#{number}",
-            [Fact(title, None, "结论", conclusion, parts or [conclusion])],
-            title=title,
-            disease=paper["疾病"],
-            conclusion=conclusion,
-            turns=random.Random(f"{args.seed}/{title}/{number}").randint(2, 6),
-        )
-        jobs.append(job)
+        facts = [Fact(title, None, "结论", conclusion, parts or [conclusion])]
+        turns = random.Random(f"{args.seed}/{title}/{number}").randint(2, 6)
+        texts = {"title": title, "disease": paper["疾病"], "conclusion": conclusion, "turns": turns}
+        jobs.append(make_job(args, prompts, "literature", f"{title}#{number}", facts, **texts))
     return jobs
 
 
@@ -718,8 +712,8 @@ class Replies(dict):
         if self.path.exists():
             self.read()
         if not read_only:
+            # What a crash cut off goes; a complete reply without its end of line gets one.
             self.file.truncate(self.size)
-            # Whoever edited the file may have left a complete reply without its end of line.
             if self.size and os.pread(self.file.fileno(), 1, self.size - 1) != b"\n":
                 self.size += self.file.write(b"\n")
 
@@ -730,12 +724,10 @@ class Replies(dict):
                     reply = json.loads(line)
                     self[reply["key"]] = reply
                 except (ValueError, TypeError, LookupError):
-                    # A last line without its end was cut off by a crash.
-                    if not line.endswith(b"\n"):
-                        return
-                    raise ValueError(
-                        f"{self.path} line {number} is no reply of an API; delete that line"
-                    ) from None
+                    if line.endswith(b"\n"):
+                        place = f"{self.path} line {number}"
+                        raise ValueError(f"{place} is no reply; delete that line") from None
+                    return
                 self.size += len(line)
 
     def append(self, reply):
@@ -956,8 +948,8 @@ class Client:
             attempt += 1
         self.unanswered += 1
         if self.unanswered >= 2 * self.args.concurrency:
-            count = f"{self.unanswered} prompts in a row without an answer"
-            raise ValueError(f"{client.base_url}: {count}, the last: {self.failed[key]}")
+            reason = f"{self.unanswered} in a row without an answer, the last: {self.failed[key]}"
+            raise ValueError(f"{client.base_url}: {reason}")
 
     async def pause(self, seconds):
         """Sleep, but hardly beyond the moment at which the run is stopped."""
@@ -1071,8 +1063,15 @@ class Client:
         # Its replies, also if it failed or expired half-way.
         for file in filter(None, (batch.output_file_id, batch.error_file_id)):
             text = (await client.files.content(file)).text
-            for line in filter(None, text.split("\n")):
-                self.store_result(json.loads(line), noted["params"])
+            for result in map(json.loads, filter(None, text.split("\n"))):
+                hash, key = result["custom_id"].split(" ", 1)
+                answer = (result.get("response") or {}).get("body", result.get("error"))
+                try:
+                    if key not in self.replies:
+                        self.store(key, hash, answer, noted["params"])
+                except ValueError as error:
+                    self.failed[key] = without_key(error)
+                    self.leave_out(error, noted["params"])
         self.note.unlink()
         if batch.status != "completed":
             errors = batch.errors.data if batch.errors else "no reason given"
@@ -1089,17 +1088,6 @@ class Client:
             input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h"
         )
         return batch.id
-
-    def store_result(self, result, params):
-        """Store one row of a batch's results: a reply, or why there is none."""
-        hash, key = result["custom_id"].split(" ", 1)
-        response = result.get("response") or {}
-        try:
-            if key not in self.replies:
-                self.store(key, hash, response.get("body", result.get("error")), params)
-        except ValueError as error:
-            self.failed[key] = without_key(error)
-            self.leave_out(error, params)
 
 
 def outcome_of(error):
@@ -1318,16 +1306,12 @@ def report(path, knowledge, html="", tokenizer=None, template=None):
         if counts:
             print(f"{title}: {', '.join(listed)}")
     if html:
-        draw(html, Path(path).name, sections)
-
-
-def draw(html, title, sections):
-    page = Template(Path(f"{DATA}/stats.html").read_text(encoding="utf-8"))
-    # "<" is escaped, lest a text of the records ends the script that it stands in.
-    data = to_json(sections).replace("<", "\\u003c")
-    text = page.safe_substitute(title=title, data=data)
-    write_atomically(html, lambda p: p.write_text(text, encoding="utf-8"))
-    print(f"{html}: the same as a page")
+        page = Template(Path(f"{DATA}/stats.html").read_text(encoding="utf-8"))
+        # "<" is escaped, lest a text of the records ends the script that it stands in.
+        data = to_json(sections).replace("<", "\\u003c")
+        text = page.safe_substitute(title=Path(path).name, data=data)
+        write_atomically(html, lambda p: p.write_text(text, encoding="utf-8"))
+        print(f"{html}: the same as a page")
 
 
 def column(records, key):

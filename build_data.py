@@ -122,8 +122,8 @@ def split_entities(entities, share, seed):
     """Training entities and held-out ones: the given share of every kind, drawn by seed."""
     rng = random.Random(seed)
     kinds = {entity["中心词"]: entity["类型"] for entity in entities}
-    # A name inside another one (四逆汤 in 当归四逆汤) is not held out: training would see it in the
-    # questions about that other one.
+    # A name stands once in all names: in itself. One that is part of another (四逆汤, 当归四逆汤)
+    # is not held out: training would see it in the questions about that other one.
     free = [name for name in kinds if sum(name in other for other in kinds) == 1]
     held_out = set()
     for kind, number in Counter(kinds.values()).items():
@@ -146,23 +146,24 @@ def write_records(entities, forms, ways, rng):
                 question = questions[i].format(e=fact.entity)
                 records.append(offline_record([fact], i, question))
         if len(own) > 1:
-            first, second = pair = rng.sample(own, 2)
-            question = f"请介绍{first.entity}的{first.relation}和{second.relation}。"
+            pair = rng.sample(own, 2)
+            both = "和".join(fact.relation for fact in pair)
+            question = f"请介绍{pair[0].entity}的{both}。"
             records.append(offline_record(pair, "pair", question))
     return records
 
 
 def offline_record(answered, form, question):
     """The record in which the statements of some facts of an entity answer a question."""
-    fact = answered[0]
+    first = answered[0]
     relations = [fact.relation for fact in answered]
     return {
-        "id": f"{fact.entity}/{'+'.join(relations)}/{form}",
+        "id": f"{first.entity}/{'+'.join(relations)}/{form}",
         "instruction": question,
         "input": "",
         "output": "".join(fact.statement() for fact in answered),
-        "entity": fact.entity,
-        "kind": fact.kind,
+        "entity": first.entity,
+        "kind": first.kind,
         "relations": relations,
         "values": [value for fact in answered for value in fact.values],
     }
@@ -202,10 +203,11 @@ def build(args, jobs, sieve):
 def read_reply(job, client):
     """The records in the latest reply to a job, or one with a `reason` if there are none."""
     reply = client.replies.get(f"{job.key}/repair") or client.replies.get(job.key) or {}
+    # Where it comes from: the entity of its first fact (a new task has none), and the reply.
     entity, kind = next(((fact.entity, fact.kind) for fact in job.facts), (None, None))
     source = {"entity": entity, "kind": kind, "form": job.form}
-    paid = ("prompt_hash", "model", "params", "usage", "time")
-    source |= {name: reply[name] for name in paid if reply}
+    if reply:
+        source |= {name: reply[name] for name in PAID}
     try:
         if not reply:
             raise ValueError(f"no reply: {client.failed.get(job.key, client.stop)}")
@@ -227,29 +229,16 @@ def records_of(job, items):
     for user, bot in turns:
         messages += [message("user", user), message("assistant", bot)]
     # As BenTsao wrote its rows: all turns but the last answer are the instruction.
-    turns[-1] = user, None
-    instruction = render_turns(turns)
-    return [{"instruction": instruction, "input": "", "output": bot, "messages": messages}]
-
-
-def repairs(args, jobs, replies):
-    """Prompts that show the LLM a reply that cannot be parsed and the reason: each job once."""
-    form = Template(Path(f"{args.prompts}/repair.txt").read_text(encoding="utf-8"))
-    prompts = {}
-    for job in jobs:
-        key = f"{job.key}/repair"
-        try:
-            if job.key in replies and key not in replies:
-                parse_items(replies[job.key]["content"], job.fields)
-        except ValueError as error:
-            said = replies[job.key]["content"] or "（空）"
-            asked = form.safe_substitute(reason=error)
-            prompts[key] = [*job.messages, message("assistant", said), message("user", asked)]
-    return prompts
+    question, answer = turns.pop()
+    instruction = render_turns([*turns, (question, None)])
+    return [{"instruction": instruction, "input": "", "output": answer, "messages": messages}]
 
 
 # ==================================================================================================
 # How a reply is judged
+
+# What a record keeps of its reply.
+PAID = ("prompt_hash", "model", "params", "usage", "time")
 
 # The fields of an item of a reply: a task, or one turn of a dialogue.
 TASK = ("instruction", "input", "output")
@@ -282,8 +271,8 @@ def parse_items(content, fields):
         # RecursionError: brackets nested without end.
         raise ValueError(f"no JSON: {error}") from None
     except (LookupError, TypeError, AttributeError):
-        wanted = to_json({"items": [dict.fromkeys(fields, "text")]})
-        raise ValueError(f"wanted {wanted}") from None
+        form = {"items": [dict.fromkeys(fields, "text")]}
+        raise ValueError(f"wanted {to_json(form)}") from None
     if not items:
         raise ValueError("no items")
     return items
@@ -327,9 +316,9 @@ class Sieve:
         # Which values it states, and the share of the values that it was given.
         given = [(fact.relation, value) for fact in job.facts for value in fact.values]
         stated = [(relation, value) for relation, value in given if says(answers, value)]
-        record["relations"] = unique(relation for relation, _ in stated)
-        record["values"] = unique(value for _, value in stated)
-        record["score"] = round(len(record["values"]) / len({value for _, value in given}), 3)
+        relations, values = zip(*stated) if stated else ((), ())
+        record["relations"], record["values"] = unique(relations), unique(values)
+        record["score"] = round(len(set(values)) / len({value for _, value in given}), 3)
         # A name that the prompt does not hold is knowledge of the LLM's own, true or not.
         record["strangers"] = self.names.strangers(text, job.messages[-1]["content"])
         if not stated:
@@ -407,7 +396,7 @@ class Names:
             self.entities[name].add(name)
         # A name of one character would be found inside too many words.
         self.kinds = {name: kind for name, kind in kinds.items() if len(name) > 1}
-        self.lengths = sorted({len(name) for name in self.kinds}, reverse=True)
+        self.lengths = sorted(set(map(len, self.kinds)), reverse=True)
 
     def find(self, text):
         """The set of names in a text, by longest match: 四逆汤 in 当归四逆汤 is none."""
@@ -456,8 +445,7 @@ class TokenIndex:
                 common[np.frombuffer(self.postings[token], np.int32)] += 1
         total = np.array(self.sizes, np.int32) + len(tokens)
         # 1e-9: what rounding may have added to the bound.
-        close = np.flatnonzero(common >= share * total - 1e-9)
-        return [self.texts[i] for i in close]
+        return [self.texts[i] for i in np.flatnonzero(common >= share * total - 1e-9)]
 
 
 def near(index, record):
@@ -602,8 +590,9 @@ class FactSampler:
         own = self.facts[name]
         if not own or not form["weight"] or own[0].kind not in form["kinds"]:
             return False
-        partnered = "share" not in form or self.partners(name, form["share"])
-        return partnered and set(form["relations"]) <= {fact.relation for fact in own}
+        if "share" in form and not self.partners(name, form["share"]):
+            return False
+        return set(form["relations"]) <= {fact.relation for fact in own}
 
     def choose(self, rng, form, name):
         """A partner's name (or the entity's own) and the facts for a job about an entity."""
@@ -644,40 +633,31 @@ def knowledge_jobs(args, entities, forms, prompts):
         name = next(pools[title])
         number = seen[title, name]
         seen[title, name] += 1
-        job_rng = random.Random(f"{args.seed}/{title}/{name}/{number}")
-        other, chosen = sampler.choose(job_rng, prompts[title], name)
-        texts = {"entity": name, "other": other}
-        jobs.append(make_job(args, prompts, title, f"{name}#{number}", chosen, **texts))
+        item_rng = random.Random(f"{args.seed}/{title}/{name}/{number}")
+        other, chosen = sampler.choose(item_rng, prompts[title], name)
+        item = f"{name}#{number}"
+        jobs.append(make_job(args, prompts, title, item, chosen, entity=name, other=other))
     return jobs
 
 
 def literature_jobs(args, prompts):
     """args.count jobs: a dialogue of 2 to 6 turns about each conclusion in turn."""
     papers = read_records(args.literature)
-    for where, paper in papers:
-        if not all(is_text(paper.get(key)) for key in ("标题", "疾病", "结论")):
-            raise ValueError(f"{args.literature} {where}: wanted texts for 标题, 疾病 and 结论")
     # Several papers may have one title: the number tells them apart.
     seen = Counter()
     jobs = []
     for i in range(args.count):
-        _, paper = papers[i % len(papers)]
+        where, paper = papers[i % len(papers)]
+        if not all(is_text(paper.get(key)) for key in ("标题", "疾病", "结论")):
+            raise ValueError(f"{args.literature} {where}: wanted texts for 标题, 疾病 and 结论")
         title, conclusion = paper["标题"], paper["结论"]
         number = seen[title]
         seen[title] += 1
         parts = [part for part in re.split("[，。；]", conclusion) if len(part) > 3]
-        job = make_job(
-            args,
-            prompts,
-            "literature",
-            f"{title}#{number}",
-            [Fact(title, None, "结论", conclusion, parts or [conclusion])],
-            title=title,
-            disease=paper["疾病"],
-            conclusion=conclusion,
-            turns=random.Random(f"{args.seed}/{title}/{number}").randint(2, 6),
-        )
-        jobs.append(job)
+        facts = [Fact(title, None, "结论", conclusion, parts or [conclusion])]
+        turns = random.Random(f"{args.seed}/{title}/{number}").randint(2, 6)
+        texts = {"title": title, "disease": paper["疾病"], "conclusion": conclusion, "turns": turns}
+        jobs.append(make_job(args, prompts, "literature", f"{title}#{number}", facts, **texts))
     return jobs
 
 
@@ -692,6 +672,22 @@ def self_instruct_jobs(args, prompts, seeds):
     return jobs
 
 
+def repairs(args, jobs, replies):
+    """Prompts that show the LLM a reply that cannot be parsed and the reason: each job once."""
+    form = Template(Path(f"{args.prompts}/repair.txt").read_text(encoding="utf-8"))
+    prompts = {}
+    for job in jobs:
+        key = f"{job.key}/repair"
+        try:
+            if job.key in replies and key not in replies:
+                parse_items(replies[job.key]["content"], job.fields)
+        except ValueError as error:
+            said = replies[job.key]["content"] or "（空）"
+            asked = form.safe_substitute(reason=error)
+            prompts[key] = [*job.messages, message("assistant", said), message("user", asked)]
+    return prompts
+
+
 # ==================================================================================================
 # Replies: the file of all that was paid for
 
@@ -702,7 +698,6 @@ class Replies(dict):
     Raises ValueError if another process holds the file, and for a line that is no reply."""
 
     def __init__(self, path, read_only=False):
-        super().__init__()
         self.path = path
         # Bytes of complete lines.
         self.size = 0
@@ -717,8 +712,8 @@ class Replies(dict):
         if self.path.exists():
             self.read()
         if not read_only:
+            # What a crash cut off goes; a complete reply without its end of line gets one.
             self.file.truncate(self.size)
-            # Whoever edited the file may have left a complete reply without its end of line.
             if self.size and os.pread(self.file.fileno(), 1, self.size - 1) != b"\n":
                 self.size += self.file.write(b"\n")
 
@@ -729,12 +724,10 @@ class Replies(dict):
                     reply = json.loads(line)
                     self[reply["key"]] = reply
                 except (ValueError, TypeError, LookupError):
-                    # A last line without its end was cut off by a crash.
-                    if not line.endswith(b"\n"):
-                        return
-                    raise ValueError(
-                        f"{self.path} line {number} is no reply of an API; delete that line"
-                    ) from None
+                    if line.endswith(b"\n"):
+                        place = f"{self.path} line {number}"
+                        raise ValueError(f"{place} is no reply; delete that line") from None
+                    return
                 self.size += len(line)
 
     def append(self, reply):
@@ -846,7 +839,7 @@ class Client:
         if self.args.price_out:
             cost = self.cost(total, self.args.batch)
             dollars = f"{cost:.2f} dollars at most; {self.spent:.4f} spent so far"
-        tokens = "{prompt_tokens:,} tokens in and {completion_tokens:,} out".format(**total)
+        tokens = f"{total['prompt_tokens']:,} tokens in and {total['completion_tokens']:,} out"
         print(f"--- {len(prompts):,} prompts, {len(todo):,} to ask: at most {tokens}, {dollars}")
 
     def end(self):
@@ -955,8 +948,8 @@ class Client:
             attempt += 1
         self.unanswered += 1
         if self.unanswered >= 2 * self.args.concurrency:
-            count = f"{self.unanswered} prompts in a row without an answer"
-            raise ValueError(f"{client.base_url}: {count}, the last: {self.failed[key]}")
+            reason = f"{self.unanswered} in a row without an answer, the last: {self.failed[key]}"
+            raise ValueError(f"{client.base_url}: {reason}")
 
     async def pause(self, seconds):
         """Sleep, but hardly beyond the moment at which the run is stopped."""
@@ -1070,8 +1063,15 @@ class Client:
         # Its replies, also if it failed or expired half-way.
         for file in filter(None, (batch.output_file_id, batch.error_file_id)):
             text = (await client.files.content(file)).text
-            for line in filter(None, text.split("\n")):
-                self.store_result(json.loads(line), noted["params"])
+            for result in map(json.loads, filter(None, text.split("\n"))):
+                hash, key = result["custom_id"].split(" ", 1)
+                answer = (result.get("response") or {}).get("body", result.get("error"))
+                try:
+                    if key not in self.replies:
+                        self.store(key, hash, answer, noted["params"])
+                except ValueError as error:
+                    self.failed[key] = without_key(error)
+                    self.leave_out(error, noted["params"])
         self.note.unlink()
         if batch.status != "completed":
             errors = batch.errors.data if batch.errors else "no reason given"
@@ -1088,17 +1088,6 @@ class Client:
             input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h"
         )
         return batch.id
-
-    def store_result(self, result, params):
-        """Store one row of a batch's results: a reply, or why there is none."""
-        hash, key = result["custom_id"].split(" ", 1)
-        response = result.get("response") or {}
-        try:
-            if key not in self.replies:
-                self.store(key, hash, response.get("body", result.get("error")), params)
-        except ValueError as error:
-            self.failed[key] = without_key(error)
-            self.leave_out(error, params)
 
 
 def outcome_of(error):
@@ -1297,24 +1286,24 @@ def report(path, knowledge, html="", tokenizer=None, template=None):
     for number, record in enumerate(records, 1):
         check_source(f"{path} record {number}", record)
     entities = {entity["中心词"]: entity for entity in read_knowledge(knowledge)}
-    about = [entities.get(record["entity"], {}) for record in records]
+    about = [entities.get(name, {}) for name in column(records, "entity")]
     reasons = rejected_reasons(beside(path, ".rejected.jsonl"))
     sections = {
         "records": {"kept": len(records), "rejected": len(reasons)},
-        "reasons of rejection": counted([reasons]),
-        "forms": counted([record["form"]] for record in records),
-        "kinds": counted([record["kind"]] for record in records),
-        "relations": counted(record["relations"] for record in records),
-        "departments": counted(entity.get("所属科室", []) for entity in about),
-        "characters of an answer": spread([len(record["output"]) for record in records], 50),
+        "reasons of rejection": counted(reasons),
+        "forms": counted(column(records, "form")),
+        "kinds": counted(column(records, "kind")),
+        "relations": counted(chain(*column(records, "relations"))),
+        "departments": counted(chain(*(entity.get("所属科室", []) for entity in about))),
+        "characters of an answer": spread(map(len, column(records, "output")), 50),
         "knowledge base": coverage(records, entities),
         "duplicates": duplicates(records),
     }
     if tokenizer:
         sections |= token_sections(records, tokenizer, template)
     for title, counts in sections.items():
+        listed = (f"{label} {number:,}" for label, number in counts.items())
         if counts:
-            listed = (f"{label} {number:,}" for label, number in counts.items())
             print(f"{title}: {', '.join(listed)}")
     if html:
         page = Template(Path(f"{DATA}/stats.html").read_text(encoding="utf-8"))
@@ -1323,6 +1312,10 @@ def report(path, knowledge, html="", tokenizer=None, template=None):
         text = page.safe_substitute(title=Path(path).name, data=data)
         write_atomically(html, lambda p: p.write_text(text, encoding="utf-8"))
         print(f"{html}: the same as a page")
+
+
+def column(records, key):
+    return [record[key] for record in records]
 
 
 def check_source(where, record):
@@ -1340,8 +1333,8 @@ def rejected_reasons(path):
     return [str(record.get("reason")).split(":")[0] for _, record in read_records(path)]
 
 
-def counted(lists):
-    return dict(Counter(filter(None, chain.from_iterable(lists))).most_common())
+def counted(texts):
+    return dict(Counter(filter(None, texts)).most_common())
 
 
 def spread(numbers, width):
@@ -1359,7 +1352,7 @@ def coverage(records, entities):
         for value in entity[relation]
     }
     told = {(record["entity"], value) for record in records for value in record["values"]}
-    asked = {record["entity"] for record in records}
+    asked = set(column(records, "entity"))
     return {
         "entities": len(entities),
         "entities asked about": len(asked & entities.keys()),
@@ -1396,7 +1389,7 @@ def token_sections(records, tokenizer, template):
         answers.update(ids[prompts[-1] :])
     # A character outside the vocabulary becomes several tokens, its bytes.
     parts = sum(n for id, n in answers.items() if "\ufffd" in tokenizer.decode([id]))
-    characters = sum(len(record["output"]) for record in records)
+    characters = sum(map(len, column(records, "output")))
     answer = answers.total()
     return {
         "tokens": {

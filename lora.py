@@ -100,6 +100,7 @@ class LoRALinear(nn.Module):
         self.train(base.training)  # a loaded base is in eval: no dropout while asking
 
     def forward(self, x):  # (..., I) -> (..., O)
+        # Down to r numbers a token, and up again; scaled where they are few.
         h = F.dropout(x, self.config.dropout, self.training)
         h = F.linear(h, self.lora_a.to(x.dtype)) * (self.config.scale * self.share)  # (..., r)
         return self.base(x) + F.linear(h.to(x.dtype), self.lora_b.to(x.dtype))
@@ -125,6 +126,7 @@ def add_lora(model, config):
     are trainable afterwards. Raises ValueError if the model has an adapter already."""
     refuse_adapter(model)
     model.requires_grad_(False)
+    # Names first: wrapping changes what the walk over modules meets.
     targets = [name for name in linears(model) if name.rpartition(".")[2] in config.targets]
     for name in targets:
         model.set_submodule(name, LoRALinear(model.get_submodule(name), config))
@@ -162,6 +164,7 @@ def merge(model):
                 "a quantised base would round the adapter away; use it unmerged, or merge it into "
                 "the base as it was before (--base_dtype bf16)"
             )
+        # Sum in float32, round once, and see what rounding left of the update.
         weight, delta = module.base.weight, module.delta()
         merged = (weight.float() + delta).to(weight.dtype)
         stored = merged.float() - weight.float()
@@ -200,6 +203,7 @@ class QuantisedLinear(Linear):
     def __init__(self, weight):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
+        # Codes and scales are parameters, so that they move with the model.
         store = self.quantise(weight.float())
         self.names = tuple(store)
         for name, tensor in store.items():
@@ -234,6 +238,7 @@ class Int8Linear(QuantisedLinear):
         # Of a width that 16 does not divide, torch's product of int8 reads beyond the end.
         if not x.is_cpu or x.dtype != torch.bfloat16 or self.in_features % 16:
             return super().forward(x)
+        # Few rows: reading the codes takes the time, so they are read as they are.
         multiply = torch.ops.aten._weight_int8pack_mm  # reads int8 as it is
         if AMX and rows > 4:
             multiply = integer_product
@@ -276,6 +281,7 @@ class NF4Linear(QuantisedLinear):
         table, blocks = torch.tensor(NF4, device=weight.device), weight.view(-1, 64)
         absmax = blocks.abs().amax(1, keepdim=True)
         scaled = blocks * (1 / absmax.clamp_min(1e-38))
+        # The nearest value: between which two midpoints it falls.
         codes = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2, out_int32=True)
         codes = codes.to(torch.uint8).view(len(weight), -1)
         return {
@@ -346,6 +352,7 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
                     f"{folder}: {key} holds NaN or infinity, and nothing was saved; lower "
                     "--learning_rate"
                 )
+    # An adapter that changes nothing is a mistake that would be found too late.
     if trained and not any(tensor.any() for key, tensor in state.items() if "lora_B" in key):
         raise ValueError(f"{folder}: every lora_B is zero, so nothing was trained or saved")
     if processes()[0]:
@@ -360,6 +367,7 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
 
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "adapter_model.safetensors", write)
+    # What PEFT reads: names of linears, in full where not all layers have them.
     config, leaves = found[0][1].config, sorted({name.rpartition(".")[2] for name, _ in found})
     everywhere = len(found) == len(leaves) * len(model.layers)
     settings = {
@@ -387,6 +395,7 @@ def read_adapter_config(file):
         refused.add("peft_type")
     if str(settings.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
         refused.add("init_lora_weights")
+    # The first by name is enough to tell.
     for key in sorted(refused):
         raise ValueError(f"{file} sets {key} to {settings[key]!r}, which this LoRA does not have")
     names = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
@@ -418,10 +427,12 @@ def load_adapter(model, folder):
         pairs.setdefault(name, {})[re.sub(r"(?<=^[AB])\.(\w+\.)?weight$", "", half)] = (
             tensor.float()
         )
+    # Each linear of the file must be in the model, each one that the settings name in the file.
     found = linears(model)
     targets = tuple(targets) if isinstance(targets, list) else ("all-linear",)
     for name in [*pairs, *(name for name in found if name.endswith(targets))]:
         check_pair(f"{file}: {name}", found.get(name), pairs.get(name, {}), config.r)
+    # All fits: wrap and fill, one linear at a time.
     for name, pair in pairs.items():
         module = LoRALinear(found[name], config)
         module.lora_a.data.copy_(pair["A"])
@@ -471,6 +482,7 @@ def recover(base, difference, folder, dtype=None):
     tokenizer = difference if (Path(difference) / "tokenizer.model").is_file() else base
     with new_folder(folder) as new:
         save_hf(c, tuned(), new, dtype or weights.dtype, tokenizer)
+    # One table a layer: theta^(-2i/D), as old checkpoints held it.
     table = sum(c.rope_theta ** (-i / c.head_dim) for i in range(0, c.head_dim, 2))
     return sum(sums), c.num_hidden_layers * table
 

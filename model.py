@@ -123,6 +123,7 @@ def rope_table(positions, head_dim, theta, scaling=None):
     every pair (Chen et al. 2023); "llama3" slows those that turn few times within the original
     context, with a linear transition (Llama 3.1)."""
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    # The first pair turns by one radian a position, the last by 1 / theta.
     speed = theta ** (-pair / head_dim)  # (D/2), radians a position
     if scaling:
         kind, keep = scaling.get("rope_type"), 0.0  # keep: the share of the speed left as it is
@@ -155,6 +156,7 @@ def attention(q, k, v, mask=None):
 
     q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D). mask (B, 1, T, S) is True where q sees k;
     without one attention is causal, and T = S."""
+    # The kernel wants heads before positions.
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T or S, D)
     y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
@@ -178,9 +180,11 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, context):  # (B, T, C) -> (B, T, C)
         B, T, _ = x.shape
+        # Three products, each cut into heads.
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        # Positions enter here and nowhere else; values are not turned.
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         y = context.attend(self.layer, q, k, v)  # (B, T, H, D)
         return self.o_proj(y.reshape(B, T, -1))
@@ -210,7 +214,10 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, x, rope, context, keep=None):  # (B, T, C) -> (B, T, C), or (M, C) with keep
+        # Tokens look at each other,
         x = x + self.self_attn(self.input_layernorm(x), rope, context)
+        # and each by itself goes through the feed-forward: in the last block those alone that
+        # will be asked for logits.
         if keep is not None:
             x = x.flatten(0, 1)[keep]
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -258,10 +265,12 @@ class LLaMA(nn.Module):
         With a context, ids stand where it says and see what it says. With keep (M,), indices into
         the B T tokens, only theirs (M, C): the others end as keys and values of the last layer."""
         c, context = self.config, context or Context()
+        # Where the tokens stand, and the angles that go with it: the same in all layers.
         positions = context.extend(ids)
         rope = rope_table(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         x = self.embed_tokens(ids).to(self.dtype)  # (B, T, C)
         for i, block in enumerate(self.layers):
+            # Dropped activations are made again by a second forward of the block.
             call = block
             if i < self.recomputed and torch.is_grad_enabled():
                 call = partial(checkpoint, block, use_reentrant=False)
@@ -326,6 +335,7 @@ class KVCache(Context):
                 f"the KV cache holds {self.positions} positions, {self.longest} asked for; "
                 "allocate prompt + max_new_tokens"
             )
+        # Row b's new tokens stand behind its own, wherever the others end.
         self.at = self.lengths[:, None] + torch.arange(T, device=device)  # (B, T)
         self.lengths = self.lengths + T
         self.row = torch.arange(len(self.at), device=device)[:, None]
@@ -577,6 +587,7 @@ def weight_files(folder):
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
+            # Sharded: the index names the files.
             names = read_json_file(index).get("weight_map")
             names = set(names.values() if isinstance(names, dict) else [names])
             for file in names:
@@ -626,20 +637,24 @@ class Checkpoint:
         self.files, self.parts = weight_files(Path(folder)), {}
         is_meta = self.files[0].suffix == ".pth"
         self.slices = len(self.files) if is_meta else 1
+        # What there is: every tensor by its name, its shape and dtype alone.
         for file in self.files:
             for key, tensor in open_weights(file).items():
                 part = Part(file, key, tuple(tensor.shape), tensor.dtype)
                 self.parts.setdefault(translate(key, META_WEIGHTS), []).append(part)
+        # Meta writes -1 for the number of pieces; the head tells it.
         rows = sum(part.shape[0] for part in self.parts.get("lm_head.weight", ()))
         config = Path(folder) / ("params.json" if is_meta else "config.json")
         self.config = read_config(config, rows)
         # Meta's rows of W_q and W_k are reordered by heads of this width
         self.head_dim = self.config.head_dim if is_meta else None
+        # What is wanted: the shapes of a model without memory.
         with torch.device("meta"):
             named = LLaMA(self.config).named_parameters()  # a tied head is the embedding
             self.shapes = {name: tuple(p.shape) for name, p in named}
         if self.config.tie_word_embeddings and "embed_tokens.weight" in self.parts:
             self.parts["embed_tokens.weight"] += self.parts.pop("lm_head.weight", [])
+        # One comparison does for every damage.
         for name in sorted(self.shapes.keys() | self.parts.keys()):
             self.check(name)
         self.dtype = self.parts["embed_tokens.weight"][0].dtype
@@ -718,6 +733,7 @@ def find_base(name):
     """The folder of a base: name itself, or the snapshot of the hub's owner/name in Hugging Face's
     cache. Nothing is downloaded. Raises ValueError if there is neither."""
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    # Where huggingface_hub keeps what it has downloaded.
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     repo = hub / f"models--{str(name).replace('/', '--')}"
     ref = repo / "refs" / "main"
@@ -820,6 +836,7 @@ SHARD_BYTES = 2 * 2**30  # of a safetensors file; one file's tensors are in memo
 def split_into_shards(tensors, max_bytes):
     """Cut a stream of (name, tensor) into dicts of at most max_bytes (or one tensor)."""
     shard, size = {}, 0
+    # A shard is full when the next tensor would exceed it.
     for name, tensor in tensors:
         if shard and size + tensor.nbytes > max_bytes:
             yield shard
@@ -834,6 +851,7 @@ def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
     there are several; config.json, with what the folder `base` says besides; its tokenizer."""
     folder, index, file = Path(folder), {}, "model.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
+    # The weights, a file at a time.
     stream = ((hf_name(name), t.detach().to("cpu", dtype)) for name, t in tensors)
     for number, shard in enumerate(split_into_shards(stream, max_bytes), 1):
         file = f"model-{number:05}.safetensors"
@@ -844,6 +862,7 @@ def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
         os.replace(folder / file, folder / "model.safetensors")
     else:
         write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+    # Then what describes them; a reader who finds it finds all.
     theirs = Path(base or folder) / "config.json"
     values = read_json_file(theirs) if theirs.is_file() else {}
     for other_form in ("dtype", "rope_parameters"):  # of transformers 5: the same, said twice
@@ -946,6 +965,7 @@ class Parser(argparse.ArgumentParser):
     def add_settings(self, *classes):
         """An option for each field of settings dataclasses. What is not given does not appear
         among the arguments: the dataclass has the default."""
+        # `--x` alone is True; a tuple takes several words.
         kinds = {bool: {"nargs": "?", "const": True, "type": boolean}, tuple: {"nargs": "+"}}
         for f in [f for cls in classes for f in fields(cls)]:
             text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
@@ -999,6 +1019,7 @@ def describe_model(folder):
     """The lines of `model.py info`, among them a fingerprint that is the same for the same weights
     in either layout: SHA-256 over name, dtype, shape and SHA-256 of each tensor, sorted by name."""
     weights, sums = Checkpoint(folder), {}
+    # A hash of each tensor, then one of all.
     for name, tensor in weights.read():
         digest = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
         sums[name] = f"{weights.dtype} {tuple(tensor.shape)} {digest}"

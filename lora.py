@@ -398,12 +398,12 @@ def read_adapter_config(file):
     # The first by name is enough to tell.
     for key in sorted(refused):
         raise ValueError(f"{file} sets {key} to {settings[key]!r}, which this LoRA does not have")
-    names = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
-    values = {ours: settings[key] for key, ours in names.items() if key in settings}
     try:
-        if missing := {"r", "lora_alpha", "target_modules"} - settings.keys():
-            raise ValueError(f"lacks {min(missing)}")
-        return LoRAConfig(**{"dropout": 0.0} | values), settings["target_modules"]
+        r, alpha, targets = (settings[key] for key in ("r", "lora_alpha", "target_modules"))
+        dropout, rslora = settings.get("lora_dropout", 0.0), settings.get("use_rslora", False)
+        return LoRAConfig(r, alpha, dropout, rslora=rslora), targets
+    except KeyError as error:
+        raise ValueError(f"{file} lacks {error}") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -421,12 +421,12 @@ def load_adapter(model, folder):
         )
     config, targets = read_adapter_config(folder / "adapter_config.json")
     refuse_adapter(model)
+    # lora_A.weight; in PEFT's live modules lora_A.default.weight; _orig_mod. is torch.compile's
+    pattern = rf"(?:{PREFIX})?(.*)\.lora_([AB])\.(?:\w+\.)?weight"
     for key, tensor in open_weights(file).items():
-        # lora_A.weight; in PEFT's live modules lora_A.default.weight; _orig_mod. is torch.compile's
-        name, _, half = key.replace("_orig_mod.", "").removeprefix(PREFIX).partition(".lora_")
-        pairs.setdefault(name, {})[re.sub(r"(?<=^[AB])\.(\w+\.)?weight$", "", half)] = (
-            tensor.float()
-        )
+        match = re.fullmatch(pattern, key.replace("_orig_mod.", ""))
+        name, half = match.groups() if match else (key, "")
+        pairs.setdefault(name, {})[half] = tensor.float()
     # Each linear of the file must be in the model, each one that the settings name in the file.
     found = linears(model)
     targets = tuple(targets) if isinstance(targets, list) else ("all-linear",)

@@ -83,7 +83,7 @@ def base(tmp_path_factory):
     size = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue()).get_piece_size()
     model = M.LLaMA(make_config(vocab_size=size))
     M.init_weights(model, 0)
-    M.save_model(model, folder, folder)
+    M.save_model(model, folder)
     return folder
 
 

@@ -329,7 +329,8 @@ def quantize(model, kind, device=None, dtype=None):
 PREFIX = "base_model.model.model."  # of PEFT's keys: its wrapper's, and transformers' own "model."
 # what adapter_config.json may set: what is read here, what the tensors show, what changes nothing
 KNOWN = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias"}
-KNOWN |= {"layers_to_transform", "layers_pattern", "exclude_modules", "init_lora_weights"}
+SOME = {"layers_to_transform", "layers_pattern", "exclude_modules"}  # in some layers only
+KNOWN |= SOME | {"init_lora_weights"}
 KNOWN |= {"task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
 KNOWN |= {"peft_version", "merge_weights", "megatron_core", "qalora_group_size"}
 
@@ -387,9 +388,10 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
 
 
 def read_adapter_config(file):
-    """(LoRAConfig, target_modules) of an adapter_config.json. Raises ValueError naming a key that
-    is missing or asks for what this LoRA does not have."""
-    settings = {key: value for key, value in read_json_file(file).items() if value}
+    """(LoRAConfig, target_modules) of an adapter_config.json, no targets where they are a pattern
+    or some layers are left out. Raises ValueError naming a key that is missing or asks for what
+    this LoRA does not have."""
+    settings = {k: v for k, v in read_json_file(file).items() if v or type(v) is int}
     refused = settings.keys() - KNOWN
     if settings.get("peft_type", "LORA") != "LORA":
         refused.add("peft_type")
@@ -401,9 +403,10 @@ def read_adapter_config(file):
     try:
         r, alpha, targets = (settings[key] for key in ("r", "lora_alpha", "target_modules"))
         dropout, rslora = settings.get("lora_dropout", 0.0), settings.get("use_rslora", False)
-        return LoRAConfig(r, alpha, dropout, rslora=rslora), targets
+        some = not isinstance(targets, list) or settings.keys() & SOME
+        return LoRAConfig(r, alpha, dropout, rslora=rslora), [] if some else targets
     except KeyError as error:
-        raise ValueError(f"{file} lacks {error}") from None
+        raise ValueError(f"{file} lacks {error.args[0]}") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -428,9 +431,10 @@ def load_adapter(model, folder):
         name, half = match.groups() if match else (key, "")
         pairs.setdefault(name, {})[half] = tensor.float()
     # Each linear of the file must be in the model, each one that the settings name in the file.
-    found = linears(model)
-    targets = tuple(targets) if isinstance(targets, list) else ("all-linear",)
-    for name in [*pairs, *(name for name in found if name.endswith(targets))]:
+    found, names = linears(model), [*pairs]
+    for target in targets:
+        names += [name for name in found if f".{name}".endswith(f".{target}")] or [target]
+    for name in names:
         check_pair(f"{file}: {name}", found.get(name), pairs.get(name, {}), config.r)
     # All fits: wrap and fill, one linear at a time.
     for name, pair in pairs.items():

@@ -430,19 +430,19 @@ def one_row(x, weight):
 # Weights: names and layouts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Meta's names of weights: ours, which are Hugging Face's
+# our names of weights, which are Hugging Face's: Meta's
 META_WEIGHTS = {
-    "tok_embeddings": "embed_tokens",
-    "output": "lm_head",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
+    "embed_tokens": "tok_embeddings",
+    "lm_head": "output",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
 }
 # Meta's names of a shape: ours
 META_SHAPE = {
@@ -454,7 +454,6 @@ META_SHAPE = {
     "norm_eps": "rms_norm_eps",
     "rope_theta": "rope_theta",
 }
-OUR_WEIGHTS = {ours: meta for meta, ours in META_WEIGHTS.items()}
 ROTATED = ("q_proj.weight", "k_proj.weight")  # whose rows stand in the order of RoPE's pairs
 
 
@@ -463,11 +462,10 @@ def hf_name(name):
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
-def translate(key, names):
-    """A weight's key without "model.", the part behind its layer's number replaced by names."""
-    pattern = r"(?:model\.)?(layers\.\d+\.)?(.*?)(\.weight)?"
-    layer, part, end = re.fullmatch(pattern, key, re.DOTALL).groups("")
-    return layer + names.get(part, part) + end
+def meta_name(name):
+    """A weight's name in Meta's files."""
+    layer, part = re.fullmatch(r"(layers\.\d+\.)?(.*)\.weight", name).groups("")
+    return f"{layer}{META_WEIGHTS.get(part, part)}.weight"
 
 
 def pairs_to_halves(matrix, head_dim):
@@ -551,8 +549,7 @@ def config_to_meta(config):
 
 def open_weights(file):
     """{key: tensor} of a .safetensors, .pth or .bin file, mapped: nothing is read before a tensor
-    is used, and nothing in a pickle is run. (Files of torch before 1.6 cannot be mapped and are
-    read whole.) Raises ValueError in one line."""
+    is used, and nothing in a pickle is run. Raises ValueError in one line."""
     file = Path(file)
     if not file.is_file():
         raise ValueError(f"{file} not found")
@@ -561,22 +558,30 @@ def open_weights(file):
             with safe_open(file, framework="pt") as opened:
                 weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         else:
-            is_zip = zipfile.is_zipfile(file)
-            archive = zipfile.ZipFile(file).namelist()[0].partition("/")[0] if is_zip else ""
-            if archive.startswith("consolidated.") and archive != file.stem:
-                raise ValueError(f"it was written as {archive}: the shards are swapped")
-            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+            weights = open_pickle(file)
         # Rotary tables, which old files hold, are made here.
-        return {
-            str(key): tensor.detach()
-            for key, tensor in weights.items()
-            if not str(key).endswith(("rope.freqs", "rotary_emb.inv_freq"))
-        }
+        tables = ("rope.freqs", "rotary_emb.inv_freq")
+        return {key: tensor for key, tensor in weights.items() if not key.endswith(tables)}
     except Exception as error:  # a damaged file makes its reader raise nearly all there are
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it would run {code[1]}, and weights are only data" if code else str(error)
         reason = reason.partition("\n")[0].partition(". ")[0] or "it ends early"
         raise ValueError(f"{file} is damaged, or refused ({reason}); download it again") from None
+
+
+def open_pickle(file):
+    """`open_weights` of torch's own format. Files of torch before 1.6 cannot be mapped and are read
+    whole."""
+    is_zip = zipfile.is_zipfile(file)
+    archive = zipfile.ZipFile(file).namelist()[0] if is_zip else ""
+    made = re.match(r"consolidated\.\d+", archive)
+    if made and not file.name.startswith(made[0]):
+        raise ValueError(f"it was written as {made[0]}: the shards are swapped")
+    weights = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    for key, tensor in weights.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.is_sparse or tensor.is_meta:
+            raise ValueError(f"{key} is no tensor with its data")
+    return {str(key): tensor.detach() for key, tensor in weights.items()}
 
 
 def weight_files(folder):
@@ -589,12 +594,12 @@ def weight_files(folder):
         if index.is_file():
             # Sharded: the index names the files.
             names = read_json_file(index).get("weight_map")
-            names = set(names.values() if isinstance(names, dict) else [names])
-            for file in names:
+            names = names.values() if isinstance(names, dict) else [names]
+            for file in names or [None]:
                 # by its letters: caches hold links to files elsewhere
                 if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*", file):
                     raise ValueError(f"{index}: weight_map names {file!r}, wanted plain files")
-            return [folder / file for file in sorted(names)]
+            return [folder / file for file in sorted({*names})]
     shards = sorted(folder.glob("consolidated.*.pth"))
     if not shards:
         raise ValueError(
@@ -634,45 +639,47 @@ class Checkpoint:
     parts    {name: [Part, ...]} found: the slices in order, or copies that must be equal"""
 
     def __init__(self, folder):
-        self.files, self.parts = weight_files(Path(folder)), {}
+        self.files, found = weight_files(Path(folder)), {}
         is_meta = self.files[0].suffix == ".pth"
         self.slices = len(self.files) if is_meta else 1
-        # What there is: every tensor by its name, its shape and dtype alone.
+        # What there is: every tensor by its key, with its shape and dtype alone.
         for file in self.files:
             for key, tensor in open_weights(file).items():
                 part = Part(file, key, tuple(tensor.shape), tensor.dtype)
-                self.parts.setdefault(translate(key, META_WEIGHTS), []).append(part)
+                found.setdefault(key, []).append(part)
         # Meta writes -1 for the number of pieces; the head tells it.
-        rows = sum(part.shape[0] for part in self.parts.get("lm_head.weight", ()))
+        rows = sum(sum(part.shape[:1]) for part in found.get("output.weight", ()))
         config = Path(folder) / ("params.json" if is_meta else "config.json")
         self.config = read_config(config, rows)
-        # Meta's rows of W_q and W_k are reordered by heads of this width
+        # Meta's rows of W_q and W_k are reordered by heads of this width.
         self.head_dim = self.config.head_dim if is_meta else None
-        # What is wanted: the shapes of a model without memory.
+        # What is wanted: the shapes of a model without memory, where a tied head is the embedding.
         with torch.device("meta"):
-            named = LLaMA(self.config).named_parameters()  # a tied head is the embedding
+            named = LLaMA(self.config).named_parameters()
             self.shapes = {name: tuple(p.shape) for name, p in named}
-        if self.config.tie_word_embeddings and "embed_tokens.weight" in self.parts:
-            self.parts["embed_tokens.weight"] += self.parts.pop("lm_head.weight", [])
+        key_of = meta_name if is_meta else hf_name
+        self.parts = {name: found.pop(key_of(name), []) for name in self.shapes}
+        if self.config.tie_word_embeddings:
+            self.parts["embed_tokens.weight"] += found.pop("lm_head.weight", [])
         # One comparison does for every damage.
-        for name in sorted(self.shapes.keys() | self.parts.keys()):
-            self.check(name)
+        for parts in found.values():
+            raise ValueError(f"{parts[0].file} has {parts[0].key}, which this model does not have")
+        for name, parts in self.parts.items():
+            self.check(key_of(name), parts, self.shapes[name])
         self.dtype = self.parts["embed_tokens.weight"][0].dtype
 
-    def check(self, name):
-        """Compare what was found under a name with what is wanted. Raises ValueError for a weight
-        that is missing, surplus, of another shape, or no floating-point numbers."""
-        parts, whole = self.parts.get(name, []), self.shapes.get(name)
-        shapes = part_shapes(whole, self.slices) if whole else {}
-        wanted = f"wanted {whole or 'no such weight'} in {self.slices} file(s); is one missing?"
+    def check(self, key, parts, shape):
+        """Raise ValueError for a weight that is missing, of another shape, or no floating-point
+        numbers."""
+        shapes, wanted = part_shapes(shape, self.slices), f"{shape} in {self.slices} file(s)"
         for part in parts:
-            if part.shape not in shapes or part.dtype not in DTYPES.values():
-                found = f"{part.key} is {part.shape} of {part.dtype}"
-                raise ValueError(f"{part.file}: {found}, {wanted}")
+            same = part.shape in shapes and part.shape == parts[0].shape
+            if not same or part.dtype not in DTYPES.values():
+                found = f"{key} is {part.shape} of {part.dtype}"
+                raise ValueError(f"{part.file}: {found}, wanted {wanted}; is one missing?")
         if not parts or len(parts) % self.slices:
             lacking = sorted({*self.files} - {part.file for part in parts})
-            key = translate(name, OUR_WEIGHTS) if self.head_dim else hf_name(name)
-            raise ValueError(f"{lacking[0]} lacks {key}, {wanted}")
+            raise ValueError(f"{lacking[0]} lacks {key}, wanted {wanted}")
 
     def read(self, device="cpu", dtype=None):
         """Yield (name, tensor on device), cast to dtype (None: the embedding's). As stored, a
@@ -704,7 +711,7 @@ class Checkpoint:
         axis = part_shapes(self.shapes[name], self.slices)[parts[0].shape]
         if axis is not None:
             tensor = torch.cat(tensors, axis)
-        elif all(torch.equal(copy, tensors[0]) for copy in tensors):
+        elif all(torch.equal(copy, tensors[0]) for copy in tensors[1:]):
             tensor = tensors[0]
         else:
             other = f"{parts[-1].key} in {parts[-1].file}"
@@ -882,7 +889,7 @@ def save_meta(config, tensors, folder, dtype, base=None, max_bytes=None):
     for name, tensor in tensors:
         if name.endswith(ROTATED):
             tensor = halves_to_pairs(tensor, config.head_dim)
-        state[translate(name, OUR_WEIGHTS)] = tensor.detach().to("cpu", dtype)
+        state[meta_name(name)] = tensor.detach().to("cpu", dtype)
     state.setdefault("output.weight", state["tok_embeddings.weight"])
     file = Path(folder) / "consolidated.00.pth"
     try:
@@ -937,7 +944,7 @@ def check_settings(settings):
         if choices:
             wanted, fits = " or ".join(choices), value in choices
         elif f.type in (int, float):
-            low, high = f.metadata.get("low"), f.metadata.get("high") or 2**31
+            low, high = f.metadata.get("low"), f.metadata.get("high") or 2**24
             low = f.type is int or 1e-30 if low is None else low
             wanted += f" from {low:g} to {high:g}"
             fits = type(value) in (int, f.type) and low <= value <= high

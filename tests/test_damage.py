@@ -212,7 +212,7 @@ TENSORS = {
     "Meta's names under Hugging Face's config": (  # whose rotary pairs stand otherwise
         "single",
         lambda f: shutil.copyfile(f.parent / "meta-named", f / SINGLE),
-        [SINGLE, "layers.0.attention.wq.weight"],
+        [SINGLE, "layers.0.attention.w"],
     ),
     "Hugging Face's names under Meta's params": (
         "meta",

@@ -34,6 +34,7 @@ from torch import nn
 from model import (
     AMX,
     DTYPES,
+    META_WEIGHTS,
     SAVE,
     SHARD_BYTES,
     Checkpoint,
@@ -56,6 +57,7 @@ from model import (
 )
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+META_TARGETS = {meta.split(".")[-1]: ours.split(".")[-1] for ours, meta in META_WEIGHTS.items()}
 
 # --------------------------------------------------------------------------------------------------
 # The update
@@ -73,6 +75,7 @@ class LoRAConfig:
 
     def __post_init__(self):
         names = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        names = tuple(META_TARGETS.get(name, name) for name in names)
         object.__setattr__(self, "targets", TARGETS if "all" in names else names)
         check_settings(self)
         if not names or not {*self.targets} <= {*TARGETS}:
@@ -406,7 +409,7 @@ def read_adapter_config(file):
         some = not isinstance(targets, list) or settings.keys() & SOME
         return LoRAConfig(r, alpha, dropout, rslora=rslora), [] if some else targets
     except KeyError as error:
-        raise ValueError(f"{file} lacks {error.args[0]}") from None
+        raise ValueError(f"{file} lacks {error}") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -430,12 +433,13 @@ def load_adapter(model, folder):
         match = re.fullmatch(pattern, key.replace("_orig_mod.", ""))
         name, half = match.groups() if match else (key, "")
         pairs.setdefault(name, {})[half] = tensor.float()
-    # Each linear of the file must be in the model, each one that the settings name in the file.
-    found, names = linears(model), [*pairs]
+    # The linears of the file must be those that the settings name, and all be in the model.
+    found, names = linears(model), [] if targets else [*pairs]
     for target in targets:
-        names += [name for name in found if f".{name}".endswith(f".{target}")] or [target]
-    for name in names:
-        check_pair(f"{file}: {name}", found.get(name), pairs.get(name, {}), config.r)
+        names += [name for name in found if f".model.{name}".endswith(f".{target}")] or [target]
+    for name in sorted({*names, *pairs}):
+        linear = found.get(name) if name in names else None
+        check_pair(f"{file}: {name}", linear, pairs.get(name, {}), config.r)
     # All fits: wrap and fill, one linear at a time.
     for name, pair in pairs.items():
         module = LoRALinear(found[name], config)

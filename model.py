@@ -468,16 +468,6 @@ def meta_name(name):
     return f"{layer}{META_WEIGHTS.get(part, part)}.weight"
 
 
-def pairs_to_halves(matrix, head_dim):
-    """Rows of Meta's W_q or W_k in Hugging Face's order: (i, i + D/2) instead of (2i, 2i + 1)."""
-    return matrix.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def halves_to_pairs(matrix, head_dim):
-    """The inverse of `pairs_to_halves`."""
-    return matrix.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
-
-
 def read_json_file(path):
     """The object in a JSON file; ValueError in one line if it is missing or broken."""
     try:
@@ -685,42 +675,49 @@ class Checkpoint:
         """Yield (name, tensor on device), cast to dtype (None: the embedding's). As stored, a
         tensor of Hugging Face's is a view of the file. Raises ValueError for NaN, infinity and what
         dtype cannot hold."""
-        dtype = dtype or self.dtype
-        names = sorted(self.parts, key=lambda name: str(self.parts[name][0].file))
-        for start in range(0, len(names), 16):
-            # Files are mapped anew each time: the pages of what was copied leave the memory.
-            chunk = names[start : start + 16]
-            files = {part.file for name in chunk for part in self.parts[name]}
-            maps = {file: open_weights(file) for file in files}
-            for name in chunk:
-                tensor = self.join(name, maps).to(device, dtype)
-                if not all(end.isfinite() for end in tensor.aminmax()):
-                    first = self.parts[name][0]
-                    raise ValueError(
-                        f"{first.file}: {first.key} holds NaN, infinity or more than the "
-                        f"{torch.finfo(dtype).max:g} of {dtype}; take another dtype, or copy again"
-                    )
-                yield name, tensor
-            del maps
-            gc.collect()  # torch.load leaves its map in a reference cycle
+        dtype, maps, used = dtype or self.dtype, {}, 0
+        for name in sorted(self.parts, key=lambda name: str(self.parts[name][0].file)):
+            # Files are mapped anew now and then: the pages of what was copied leave the memory.
+            if used > 2**28:
+                maps, used = {}, 0
+                gc.collect()  # torch.load leaves its map in a reference cycle
+            for part in self.parts[name]:
+                if part.file not in maps:
+                    maps[part.file] = open_weights(part.file)
+            tensor = self.join(name, maps, device, dtype)
+            if not all(end.isfinite() for end in tensor.aminmax()):
+                raise ValueError(
+                    f"{part.file}: {part.key} holds NaN, infinity or more than the "
+                    f"{torch.finfo(dtype).max:g} of {dtype}; take another dtype, or copy again"
+                )
+            used += tensor.nbytes
+            yield name, tensor
 
-    def join(self, name, maps):
+    def join(self, name, maps, device, dtype):
         """A weight of its parts, its rows in Hugging Face's order."""
         parts = self.parts[name]
         tensors = [maps[part.file][part.key] for part in parts]
         axis = part_shapes(self.shapes[name], self.slices)[parts[0].shape]
-        if axis is not None:
-            tensor = torch.cat(tensors, axis)
-        elif all(torch.equal(copy, tensors[0]) for copy in tensors[1:]):
-            tensor = tensors[0]
+        if axis is None:
+            if not all(torch.equal(copy, tensors[0]) for copy in tensors[1:]):
+                raise ValueError(
+                    f"{parts[0].file}: {parts[0].key} is shared or tied, and differs from "
+                    f"{parts[-1].key} in {parts[-1].file}"
+                )
+            tensors = tensors[:1]
+        if not self.head_dim:
+            return tensors[0].to(device, dtype)
+        # Meta's slices are written where they stay: a copy between would leave a hole in memory.
+        whole = torch.empty(self.shapes[name], device=device, dtype=dtype)
+        if name.endswith(ROTATED):  # row 2i + j of a head there is row i + j D/2 here
+            rows = torch.arange(len(whole), device=device).view(-1, 2, self.head_dim // 2)
+            rows = rows.transpose(1, 2).flatten()
+            for place, tensor in zip(rows.chunk(len(tensors)), tensors):
+                whole[place] = tensor.to(device, dtype)
         else:
-            other = f"{parts[-1].key} in {parts[-1].file}"
-            raise ValueError(
-                f"{parts[0].file}: {parts[0].key} differs from {other}, and is shared or tied"
-            )
-        if self.head_dim and name.endswith(ROTATED):
-            tensor = pairs_to_halves(tensor, self.head_dim)
-        return tensor
+            for place, tensor in zip(whole.chunk(len(tensors), axis or 0), tensors):
+                place.copy_(tensor)
+        return whole
 
 
 def load_model(folder, device="cpu", dtype=None):
@@ -837,7 +834,7 @@ def full_tensor(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-SHARD_BYTES = 2 * 2**30  # of a safetensors file; one file's tensors are in memory at a time
+SHARD_BYTES = 2**30  # of a safetensors file; one file's tensors are in memory at a time
 
 
 def split_into_shards(tensors, max_bytes):
@@ -887,8 +884,9 @@ def save_meta(config, tensors, folder, dtype, base=None, max_bytes=None):
     write_json(Path(folder) / "params.json", config_to_meta(config))
     state = {}
     for name, tensor in tensors:
-        if name.endswith(ROTATED):
-            tensor = halves_to_pairs(tensor, config.head_dim)
+        if name.endswith(ROTATED):  # the inverse of what `Checkpoint.join` does
+            halves = tensor.unflatten(0, (-1, 2, config.head_dim // 2))
+            tensor = halves.transpose(1, 2).flatten(0, 2)
         state[meta_name(name)] = tensor.detach().to("cpu", dtype)
     state.setdefault("output.weight", state["tok_embeddings.weight"])
     file = Path(folder) / "consolidated.00.pth"

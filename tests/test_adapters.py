@@ -205,7 +205,7 @@ CONFIGS = {  # name: (what is done, what the line must name besides the file)
 }
 STATES = {
     "another rank": (change_config(r=8), "layers.0.self_attn"),
-    "more targets": (change_config(target_modules=ALL), "k_proj"),
+    "more targets": (change_config(target_modules=ALL), "has no tensors"),
     "no weights": (lambda f: (f / STATE).unlink(), "not found"),
     "truncated": (lambda f: os.truncate(f / STATE, 1500), "damaged"),
     "empty": (change_state(dict.clear), "q_proj"),

@@ -926,13 +926,13 @@ class Server(ThreadingHTTPServer):
     def submit(self, requests):
         """Let requests wait. Raises Refused if too many do, or the server stops."""
         with self.lock:
+            if len(requests) > self.batch.size:
+                raise Refused(f"n is {len(requests)}, wanted 1 to {self.batch.size}", param="n")
             if self.stopping:
                 raise Refused("the server is stopping", 503, Retry_After="1")
             if len(self.batch.waiting) + len(requests) > self.limit:
                 message = f"{self.limit} answers are waited for already; try again later"
                 raise Refused(message, 429, code="rate_limit_exceeded", Retry_After="1")
-            if len(requests) > self.batch.size:
-                raise Refused(f"n is {len(requests)}, wanted 1 to {self.batch.size}", param="n")
             for request in requests:
                 self.batch.submit(request)
 

@@ -128,7 +128,8 @@ def test_file_of_something_else_is_left_alone(lively, tmp_path, other):
 
 @pytest.mark.slow
 def test_kill_in_the_middle_of_500_prompts(lively, tmp_path):
-    """kill -9 twice, then to the end: 500 answers, none twice, in order, equal to an undisturbed run."""
+    """kill -9 twice, then to the end: 500 answers, none twice, in order, equal to an undisturbed
+    run."""
     questions, out, calm = (tmp_path / name for name in ("q.json", "a.jsonl", "calm.jsonl"))
     questions.write_text(
         json.dumps(
@@ -154,7 +155,8 @@ def test_kill_in_the_middle_of_500_prompts(lively, tmp_path):
 
 
 def test_standard_input_and_several_answers(lively):
-    """- is standard input; BenTsao's infer.json lines; --n answers each with a seed of its own; answers go to stdout."""
+    """- is standard input; BenTsao's infer.json lines; --n answers each with a seed of its own;
+    answers go to stdout."""
 
     def ask(questions, *args):
         return call(
@@ -212,7 +214,8 @@ class Terminal:
 
 
 def test_chat_in_a_terminal(lively, tmp_path):
-    """Ctrl-C stops an answer and not the chat, lines are edited, /save keeps what was said, Ctrl-D ends."""
+    """Ctrl-C stops an answer and not the chat, lines are edited, /save keeps what was said, Ctrl-D
+    ends."""
     terminal = Terminal(lively, "--single_or_multi", "multi", "--max_new_tokens", "1500")
     terminal.until("> ")
     terminal.type("黄芪x\x7f\n")  # the x is taken back
@@ -243,7 +246,8 @@ def test_chat_in_a_terminal(lively, tmp_path):
 
 
 def test_chat_keeps_the_turns_that_fit(lively):
-    """The prompts that a chat asks: BenTsao's form with multi, the question alone without; the oldest turns go first."""
+    """The prompts that a chat asks: BenTsao's form with multi, the question alone without; the
+    oldest turns go first."""
     tokenizer, asked = G.Tokenizer(lively / "tokenizer.model"), []
 
     def answer(prompt):

@@ -1,4 +1,5 @@
-"""generate.py: templates to the byte, streaming, decoding against full recomputation, the command line."""
+"""generate.py: templates to the byte, streaming, decoding against full recomputation, the command
+line."""
 
 import json
 import subprocess
@@ -140,7 +141,8 @@ def test_greedy_equals_full_recomputation(base):
 
 
 def test_sampling_follows_the_filtered_distribution():
-    """20,000 draws against the exact distribution: top-k and top-p keep what their definitions say."""
+    """20,000 draws against the exact distribution: top-k and top-p keep what their definitions
+    say."""
     logits, generator = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0]), torch.Generator().manual_seed(0)
     p = (logits / 0.8).softmax(-1)
     for top_k, top_p, kept in [

@@ -125,14 +125,12 @@ def load_template(name):
     template = {"description": "", "response_split": "", **read_json_file(path)}
     template.setdefault("prompt_input", template.get("prompt_no_input"))
     for key in ("prompt_no_input", "prompt_input"):
-        try:
-            filled = template[key].format(instruction="\0", input="")
-        except (KeyError, IndexError, ValueError, AttributeError):
-            filled = ""
-        if "\0" not in filled:
+        text = str(template.get(key))
+        braces = re.findall(r"\{\{|\}\}|\{instruction\}|\{input\}|[{}]", text)
+        if "{instruction}" not in braces or {"{", "}"} & {*braces}:
             raise ValueError(
-                f"{path}: {key} is {template[key]!r:.200}, wanted a text with {{instruction}}; "
-                "braces other than of it and {input} are doubled"
+                f"{path}: {key} is {text!r:.200}, wanted a text with {{instruction}}; braces other "
+                "than of it and {input} are doubled"
             )
     return template
 
@@ -273,7 +271,7 @@ class Request:
     finish_reason: str = None  # when it has ended: "stop" (EOS or a stop text) or "length"
     cancelled: bool = False  # nobody waits for it any more
     generator: torch.Generator = None
-    ranked: list = field(default_factory=list)  # the Finished beams, best first
+    ranked: list = field(default_factory=list)  # beams that ended, best first
 
 
 @dataclass(eq=False)
@@ -283,6 +281,7 @@ class Row:
     request: Request
     ids: list  # prompt and answer so far
     score: float = 0.0  # of a beam: sum of log-probabilities
+    parent: int = 0  # of a beam: the row that holds its keys and values
 
 
 PREFILL_CHUNK = 512  # tokens of a prompt in one forward
@@ -306,11 +305,8 @@ class Batch:
                 "max_new_tokens"
             ) from None
         self.waiting, self.rows = [], []  # Requests, and the Rows in use: rows[i] is row i
-        self.adapted = None  # which rows the adapter's updates are scaled for
-        self.forward = self.logits
-        if compile:
-            step = lambda fed: self.logits(fed, positions - 1)  # noqa: E731
-            self.forward = compile_step(step, size, model.device)
+        self.adapted = None  # as the adapter is scaled now
+        self.forward = compile_step(self) if compile else self.logits
 
     def submit(self, request):
         """Let a request wait for rows. Raises Refused if it can never have them."""
@@ -453,8 +449,9 @@ def visible(text, stop=(), ended=True):
     return text[: len(text) - max(begun, default=0)]
 
 
-def stream(tokenizer, request, step):
-    """Yield a request's text in pieces as it grows; step() makes, or awaits, one id more."""
+def stream(tokenizer, request, step=None):
+    """Yield a request's text in pieces as it grows; step() makes, or awaits, one id more. The whole
+    text at once if it has ended."""
     shown, ended = 0, False
     while not ended:
         if not request.finish_reason:
@@ -469,63 +466,52 @@ def stream(tokenizer, request, step):
 # Beams
 
 
-@dataclass
-class Finished:
-    """A beam that ended: score = sum of log-probabilities / length ** length_penalty."""
-
-    score: float
-    ids: list
-    reason: str
-
-
 def step_beams(batch, at, logits):
     """One step of beam search over the n rows `at` of one request with logits (n, V), as
     transformers does it with early_stopping False: of the 2n best candidates by sum of
-    log-probabilities, those among the first n that end are ranked, and the best n that do not end
-    go on. It is over when n are ranked and the best that goes on, ending now, would beat none."""
+    log-probabilities, those among the first n that end are ranked, by sum / length **
+    length_penalty, and the best n that do not end go on. It is over when n are ranked and the best
+    that goes on, ending now, would beat none."""
     beams = [batch.rows[i] for i in at]
-    request, n = beams[0].request, len(at)
-    decoding, length = request.decoding, len(beams[0].ids)
+    request, n, decoding = beams[0].request, len(at), beams[0].request.decoding
     scores = [
         penalise(logprobs, beam.ids, decoding) + beam.score
         for logprobs, beam in zip(logits.log_softmax(-1), beams)
     ]
     best = torch.stack(scores).flatten().topk(2 * n)
-    scale = (length + 1 - len(request.prompt_ids)) ** decoding.length_penalty
+    first, length = len(request.prompt_ids) - 1, len(beams[0].ids)
+    scale = (length - first) ** decoding.length_penalty
 
-    # (the row of its parent, the Row it becomes) of each candidate, best first
-    going, gone = [], []
-    for score, place in zip(best.values.tolist(), best.indices.tolist()):
+    going = []
+    for rank, (score, place) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
         parent, token = divmod(place, logits.size(1))
-        ids = beams[parent].ids + [token]
-        answer, reason = batch.outcome(request, ids)
-        if reason and len(going) + len(gone) < n:
-            request.ranked.append(Finished(score / scale, answer, reason))
-        (gone if reason else going).append((at[parent], Row(request, ids, score)))
-
+        beam = Row(request, beams[parent].ids + [token], score, at[parent])
+        ended = batch.outcome(request, beam.ids)[1]
+        if not ended:
+            going.append(beam)
+        elif rank < n:
+            request.ranked.append(replace(beam, score=score / scale))
     request.ranked = sorted(request.ranked, key=lambda beam: -beam.score)[:n]
+
     full = len(request.ranked) == n
-    if not going or full and going[0][1].score / scale <= request.ranked[-1].score:
-        request.ids, request.finish_reason = request.ranked[0].ids, request.ranked[0].reason
+    if not going or full and going[0].score / scale <= request.ranked[-1].score:
+        request.ids, request.finish_reason = batch.outcome(request, request.ranked[0].ids)
         return
-    # where stop texts end more than n, rows are left over: they go on without a chance
-    for _, beam in gone:
-        beam.score -= 1e9
-    place_beams(batch, at, (going + gone)[:n], len(request.prompt_ids) - 1, length)
+    # where stop texts end so many that rows are left over, these go on without a chance
+    going += [replace(going[0], score=-1e9)] * n
+    place_beams(batch, at, going[:n], first, length)
 
 
-def place_beams(batch, at, successors, start, stop):
-    """Give each of successors [(row of its parent, Row), ...] a row of `at` that holds its parent's
-    keys and values. The first of a parent keeps the row, others get a copy of positions start to
-    stop: before these all are equal."""
-    parents = {parent for parent, _ in successors}
-    free, taken = [i for i in at if i not in parents], set()
-    for parent, beam in successors:
-        row = parent
-        if parent in taken:
+def place_beams(batch, at, beams, start, stop):
+    """Put each of beams into a row of `at` that holds its parent's keys and values: the first of a
+    parent keeps its row, others get a copy of positions start to stop (before, all are equal)."""
+    parents = [beam.parent for beam in beams]
+    free = [i for i in at if i not in parents]
+    for beam in beams:
+        row = beam.parent
+        if batch.rows[row] in beams:
             row = free.pop()
-            batch.cache.copy_rows([parent], [row], start, stop)
-        taken.add(row)
+            batch.cache.copy_rows([beam.parent], [row], start, stop)
         batch.rows[row] = beam
 
 
@@ -534,15 +520,15 @@ def place_beams(batch, at, successors, start, stop):
 
 
 @torch.inference_mode()
-def compile_step(step, size, device):
-    """step(fed (2, B)) for B = size, compiled: call(fed, longest) takes fewer columns too.
+def compile_step(batch):
+    """`Batch.logits`, compiled: for all rows, in use or not, and all positions.
 
     On a GPU it is a CUDA graph of kernels tuned to their shapes, since Python needs longer to
     launch a kernel than most of them run; on a CPU loops over the weights as stored for one row,
     for more over weights packed for products of few rows, which doubles their memory."""
     import torch._inductor.config
 
-    packed = device.type == "cpu" and size > 1
+    device, packed = batch.model.device, batch.model.device.type == "cpu" and batch.size > 1
     torch._inductor.config.freezing = packed  # read while tracing too, where `options` do not reach
     # values of more than 11 operations are stored: each row of the product that reads SwiGLU or a
     # norm would make them again
@@ -552,16 +538,18 @@ def compile_step(step, size, device):
         options |= {"max_autotune_gemm_backends": "CPP,ATEN"}
     else:
         options |= {"coordinate_descent_tuning": True}
-    compiled = torch.compile(step, fullgraph=True, dynamic=False, options=options)
-    given = torch.zeros(2, size, dtype=torch.long, device=device)
-    replay = lambda: compiled(given)  # noqa: E731
-    if device.type == "cuda":
-        replay = record_graph(replay)
+    compiled = torch.compile(batch.logits, fullgraph=True, dynamic=False, options=options)
+    fed = torch.zeros(2, batch.size, dtype=torch.long, device=device)
 
-    def call(fed, longest):
-        rows = fed.size(1)
-        given[:, :rows] = fed
-        given[:, rows:] = 0  # rows not in use run too, in the one shape
+    def run():
+        return compiled(fed, batch.cache.positions - 1)
+
+    replay = record_graph(run) if device.type == "cuda" else run
+
+    def call(given, longest):
+        rows = given.size(1)
+        fed.zero_()
+        fed[:, :rows] = given
         return replay()[:rows]
 
     return call
@@ -712,15 +700,14 @@ def pick_device(name):
 
 
 def has_bf16(device):
-    """Has a device instructions for products in bf16? Of a CPU: AVX512-BF16, AMX or Arm's (on x86
-    mkldnn says yes also where it makes them of float32's)."""
+    """Has a device instructions for products in bf16? On x86 mkldnn says yes also where it makes
+    them of float32's."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    if device.type != "cpu" or torch.cpu._is_avx512_bf16_supported():
-        return device.type == "cpu"
-    on_arm = not torch.cpu._is_avx2_supported()
-    on_arm = on_arm and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.cpu._is_amx_tile_supported() or on_arm
+    on_x86 = torch.cpu._is_avx2_supported()
+    check = torch.ops.mkldnn._is_mkldnn_bf16_supported
+    check = torch.cpu._is_avx512_bf16_supported if on_x86 else check
+    return device.type == "cpu" and check()
 
 
 def pick_dtype(name, device):
@@ -741,23 +728,19 @@ def load_base(path, device, dtype, base_dtype="auto"):
     not one row for each piece (those of added_tokens.json, such as Alpaca's [PAD], count)."""
     path = find_base(path)
     tokenizer, config = load_tokenizer(path), Checkpoint(path).config
-    added, theirs = (
-        read_json_file(path / name) if (path / name).is_file() else {}
-        for name in ("added_tokens.json", "config.json")
-    )
+    files = (path / "added_tokens.json", path / "config.json")
+    added, theirs = (read_json_file(file) if file.is_file() else {} for file in files)
     pieces = tokenizer.vocab_size + len(added)
     if pieces != config.vocab_size:
         raise ValueError(
             f"{path}: tokenizer.model has {pieces} pieces, the model {config.vocab_size} embedding "
             "rows; they belong to different models"
         )
-    for key, i in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
-        if theirs.get(key) not in (i, None):
-            print(
-                f"warning: {path}/config.json has {key} {theirs[key]}, tokenizer.model {i}, which "
-                "is followed",
-                file=sys.stderr,
-            )
+    ours = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    for key in ours:
+        if theirs.get(key) not in (ours[key], None):
+            told = f"config.json has {key} {theirs[key]}, tokenizer.model {ours[key]}"
+            print(f"warning: {path}: {told}, which is followed", file=sys.stderr)
     if base_dtype in ("auto", *DTYPES):
         model = load_model(path, device, DTYPES.get(base_dtype, dtype))
     else:
@@ -768,13 +751,12 @@ def load_base(path, device, dtype, base_dtype="auto"):
 
 def fingerprint(model):
     """What tells one model's answers from another's, as a hash: shape, dtypes, and about a thousand
-    values of each tensor, evenly spread, so that the weights count and not where they lie."""
-    scales = [(name, module.config.scale) for name, module in lora_linears(model)]
-    digest = sha256(f"{model.config} {model.dtype} {scales}".encode())
-    for name, tensor in model.state_dict().items():
-        some = tensor.flatten()[:: tensor.numel() // 1000 + 1].contiguous().view(torch.uint8)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(some.cpu().numpy().tobytes())
+    values of each tensor, evenly spread: what the weights are counts, not where they lie."""
+    adapters = [module.config for _, module in lora_linears(model)]
+    digest = sha256(f"{model.config} {model.dtype} {adapters}".encode())
+    for tensor in model.state_dict().values():
+        some = tensor.flatten()[:: tensor.numel() // 1000 + 1].cpu().contiguous()
+        digest.update(some.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -802,17 +784,12 @@ def finish(model, tokenizer, requests, rows, compile=False):
         yield request
 
 
-def answer_text(tokenizer, request):
-    """The whole text of a request that has ended."""
-    return visible(tokenizer.decode(request.ids), request.decoding.stop)
-
-
 def answer_batch(model, tokenizer, prompts, decoding, rows, label=""):
     """The answers to prompts (lists of ids), as texts in their order; a bar goes to stderr."""
     requests = [Request(ids, decoding) for ids in prompts]
     ended = finish(model, tokenizer, requests, rows)
     bar = tqdm(ended, label, len(requests), unit="answer", dynamic_ncols=True)
-    return [answer_text(tokenizer, request) for request in bar]
+    return ["".join(stream(tokenizer, request)) for request in bar]
 
 
 def count_answers(path, keys):
@@ -841,16 +818,16 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
     for question in questions:
         prompt = render_prompt(template, question["instruction"], question["input"])
         for each in decoding.each():
+            key = sha256(f"{prompt!r} {each} {weights}".encode()).hexdigest()[:16]
+            lines.append({**question, "index": len(lines), "key": key})
             requests.append(Request(tokenizer.encode(prompt, bos=True), each))
-            key = sha256(json.dumps([prompt, asdict(each), weights]).encode()).hexdigest()
-            lines.append({**question, "index": len(lines), "key": key[:16]})
     done = count_answers(output, [line["key"] for line in lines])
     ended = finish(model, tokenizer, requests[done:], rows, compile)
     bar = tqdm(ended, total=len(lines), initial=done, unit="answer", dynamic_ncols=True)
     with open(output, "a", encoding="utf-8") if output else nullcontext(sys.stdout) as file:
         for line, request in zip(lines[done:], bar):
-            line["answer"] = answer_text(tokenizer, request)
-            line["finish_reason"] = request.finish_reason
+            answer = "".join(stream(tokenizer, request))
+            line |= {"answer": answer, "finish_reason": request.finish_reason}
             print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
 
 
@@ -874,13 +851,14 @@ def chat(answer, render, tokenizer, multi, room, about):
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  (gives input() its line editing)
     print(f"{DISCLAIMER}\n{COMMANDS}", file=sys.stderr)
+    prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     turns = []
 
     def ask(question):
         asked = [*turns[:] * multi, (question, None)]
-        while (length := len(tokenizer.encode(render(asked), bos=True))) > room:
+        while len(tokenizer.encode(render(asked), bos=True)) > room:
             if len(asked) == 1:
-                raise ValueError(f"a question of {length} tokens, {room} fit; give more --context")
+                raise ValueError(f"the question has more than {room} tokens; give more --context")
             asked.pop(0)
         if multi and len(asked) <= len(turns):
             print(f"[without the oldest {len(turns) + 1 - len(asked)} turns]", file=sys.stderr)
@@ -895,13 +873,15 @@ def chat(answer, render, tokenizer, multi, room, about):
         elif command == "/model":
             print(about, file=sys.stderr)
         elif command == "/save":
-            write_json(path.strip() or "chat.json", [{"messages": to_messages(turns)}])
+            pairs = [pair for turn in turns for pair in zip(("user", "assistant"), turn)]
+            messages = [{"role": role, "content": text} for role, text in pairs]
+            write_json(path.strip() or "chat.json", [{"messages": messages}])
         elif line:
             ask(line)
 
     while True:
         try:
-            obey(input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "").strip())
+            obey(input(prompt).strip())
         except KeyboardInterrupt:  # ends the answer or the line, not the chat
             print(file=sys.stderr)
         except EOFError:
@@ -910,15 +890,6 @@ def chat(answer, render, tokenizer, multi, room, about):
             raise
         except (ValueError, OSError) as error:  # what cannot be asked or saved
             print(f"error: {error}", file=sys.stderr)
-
-
-def to_messages(turns):
-    """Turns as OpenAI's messages."""
-    return [
-        {"role": role, "content": text}
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn)
-    ]
 
 
 # ==================================================================================================
@@ -955,13 +926,13 @@ class Server(ThreadingHTTPServer):
     def submit(self, requests):
         """Let requests wait. Raises Refused if too many do, or the server stops."""
         with self.lock:
+            if len(requests) > self.batch.size:
+                raise Refused(f"n is {len(requests)}, wanted 1 to {self.batch.size}", param="n")
             if self.stopping:
                 raise Refused("the server is stopping", 503, Retry_After="1")
             if len(self.batch.waiting) + len(requests) > self.limit:
                 message = f"{self.limit} answers are waited for already; try again later"
                 raise Refused(message, 429, code="rate_limit_exceeded", Retry_After="1")
-            if len(requests) > self.batch.size:
-                raise Refused(f"n is {len(requests)}, wanted 1 to {self.batch.size}", param="n")
             for request in requests:
                 self.batch.submit(request)
 
@@ -1037,7 +1008,9 @@ class Handler(BaseHTTPRequestHandler):
                 policy = "frame-ancestors 'none'"  # the rest stands in the page
                 self.send(page, 200, "text/html; charset=utf-8", Content_Security_Policy=policy)
             elif path == "/health":
-                self.send_health()
+                batch, status = self.server.batch, "stopping" if self.server.stopping else "ok"
+                counts = {"waiting": len(batch.waiting), "running": len(batch.rows)}
+                self.send({"status": status, "places": batch.size, **counts})
             else:
                 chat = path == "/v1/chat/completions"
                 body, made = self.make_requests(self.read_json(), chat)
@@ -1113,32 +1086,24 @@ class Handler(BaseHTTPRequestHandler):
         """http.server's own refusals, in the same form."""
         self.refuse(Refused(message or self.responses[status][0], status))
 
-    def send_health(self):
-        batch, status = self.server.batch, "stopping" if self.server.stopping else "ok"
-        counts = {"waiting": len(batch.waiting), "running": len(batch.rows)}
-        self.send({"status": status, "places": batch.size, **counts})
-
     def send_models(self, name):
         """Send the card of one model, or of all ("")."""
         defaults = asdict(self.server.decoding)
         defaults["max_tokens"] = defaults["max_new_tokens"]
         card = {"object": "model", "created": 0, "owned_by": "local", "defaults": defaults}
-        models = [{"id": name, **card} for name in self.server.names]
-        if name:
-            self.send({"id": self.find_model(name), **card})
-        else:
-            self.send({"object": "list", "data": models})
+        models = {name: {"id": name, **card} for name in self.server.names}
+        self.check_model(name or "base")
+        self.send(models[name] if name else {"object": "list", "data": [*models.values()]})
 
-    def find_model(self, name):
+    def check_model(self, name):
         if name not in self.server.names:
             message = f"no model {name!r:.100}; there are {' '.join(self.server.names)}"
             raise Refused(message, 404, "model", "model_not_found")
-        return name
 
     def read_json(self):
         """The object in the body; fields that are null are left out."""
         length = self.headers.get("Content-Length", "")
-        if "Transfer-Encoding" in self.headers or not length.isdecimal():
+        if not length.isdecimal():
             raise Refused("a Content-Length is wanted", 411)
         if int(length[:9]) > MAX_BODY:
             raise Refused(f"the body is larger than {MAX_BODY} bytes", 413)
@@ -1148,11 +1113,9 @@ class Handler(BaseHTTPRequestHandler):
         try:
             sent = json.loads(text.decode())
             json.dumps(sent, ensure_ascii=False).encode()  # half a character is no text
-        except (ValueError, RecursionError) as error:
-            raise Refused(f"the body is no JSON in UTF-8 ({str(error)[:100]})") from None
-        if not isinstance(sent, dict):
-            raise Refused(f"the body is a {type(sent).__name__}, wanted an object")
-        return {name: value for name, value in sent.items() if value is not None}
+            return {name: value for name, value in sent.items() if value is not None}
+        except (ValueError, RecursionError, AttributeError) as error:
+            raise Refused(f"the body is no JSON object in UTF-8 ({str(error)[:100]})") from None
 
     def read_body(self, sent):
         """The Body of what a client sent: the server's own settings, and over them the client's."""
@@ -1171,9 +1134,8 @@ class Handler(BaseHTTPRequestHandler):
         """(Body, a Request for each of n answers) of what a client sent."""
         server, body = self.server, self.read_body(sent)
         wanted, other = ("messages", "prompt") if chat else ("prompt", "messages")
-        name = self.find_model(body.model or server.names[0])
         try:
-            if not getattr(body, wanted) or getattr(body, other) is not None:
+            if not getattr(body, wanted) or other in sent:
                 raise ValueError(f"{wanted} is wanted, and no {other}")
             prompt = server.render(read_question(body.messages)) if chat else body.prompt
             ids = server.tokenizer.encode(prompt, bos=True)
@@ -1183,42 +1145,43 @@ class Handler(BaseHTTPRequestHandler):
             decodings = body.each()
         except ValueError as error:
             raise Refused(str(error), param=wanted) from None
-        body = replace(body, model=name)
-        return body, [Request(ids, each, adapted=name != "base") for each in decodings]
+        body = replace(body, model=body.model or server.names[0])
+        self.check_model(body.model)
+        return body, [Request(ids, each, body.model != "base") for each in decodings]
 
     def complete(self, requests, body, chat):
         """Send the answers, as they grow if the client wants a stream."""
         self.deadline.cancel()
-        tokenizer, kind, key = self.server.tokenizer, "text_completion", "text"
-        if chat:
-            kind, key = "chat.completion", "message"
+        kind, key = ("chat.completion", "message") if chat else ("text_completion", "text")
         if chat and body.stream:
             kind, key = "chat.completion.chunk", "delta"
-        head = {"id": f"{kind[:4]}cmpl-{uuid4().hex}", "object": kind, "created": int(time.time())}
-        head["model"] = body.model
+        number = f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}"
+        head = {"id": number, "object": kind, "created": int(time.time()), "model": body.model}
+        asked, choices = len(requests[0].prompt_ids), []
 
         def choice(i, text, reason=None, **role):
             said = {**role, "content": text} if chat else text
             return {"index": i, key: said, "logprobs": None, "finish_reason": reason}
 
-        choices = []
+        def usage():
+            made = sum(len(r.ids) for r in requests)
+            counts = {"prompt_tokens": asked, "completion_tokens": made}
+            return counts | {"total_tokens": asked + made}
+
         if body.stream:
             self.begin(200, "text/event-stream")
             self.streaming = True
         for i, request in enumerate(requests):
+            pieces = stream(self.server.tokenizer, request, self.step)
             if not body.stream:
-                while not request.finish_reason:
-                    self.step()
-                text = answer_text(tokenizer, request)
+                text = "".join(pieces)
                 choices.append(choice(i, text, request.finish_reason, role="assistant"))
                 continue
             self.event({**head, "choices": [choice(i, "", role="assistant")]})
-            for piece in filter(None, stream(tokenizer, request, self.step)):
+            for piece in filter(None, pieces):
                 self.event({**head, "choices": [choice(i, piece)]})
             self.event({**head, "choices": [choice(i, "", request.finish_reason)]})
-        asked, made = len(requests[0].prompt_ids), sum(len(r.ids) for r in requests)
-        usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
-        whole = {**head, "choices": choices, "usage": usage}
+        whole = {**head, "choices": choices, "usage": usage()}
         if not body.stream:
             return self.send(whole)
         if (body.stream_options or {}).get("include_usage"):
@@ -1293,7 +1256,7 @@ class Options(Decoding):
     api_key: str = setting("", "key that clients must send (better in the environment: API_KEY)")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1")
     dtype: str = setting("auto", "of the activations: auto, bf16, fp16, fp32")
-    base_dtype: str = setting("auto", "of the base as stored: as --dtype, or int8, nf4")
+    base_dtype: str = setting("auto", "of the base as stored: auto (--dtype), fp32, int8, nf4, ...")
     load_8bit: bool = setting(False, "the same as --base_dtype int8")
     merge: bool = setting(
         False,
@@ -1303,14 +1266,12 @@ class Options(Decoding):
     compile: bool = setting(False, "compile the step that decodes: pays for files of questions")
 
 
-# the ways to ask that have a use for an option; all have for the others
-USED_BY = {
-    "input": ("question",),
-    "output": ("file",),
-    "compile": ("file",),
-    "n": ("question", "file"),
-    "merge": ("question", "file", "chat"),
-    "num_beams": ("question", "file", "chat"),
+# options that a way to ask has no use for
+USELESS = {
+    "question": "output compile",
+    "file": "input",
+    "chat": "input output compile n",
+    "serve": "input output compile n merge num_beams",
 }
 
 
@@ -1327,70 +1288,67 @@ def parse_options():
     given = vars(parser.parse_args())
     prompt = given.pop("prompt")
     options = Options(**given)
+
     asked = {"question": prompt is not None, "file": options.instruct_dir, "serve": options.serve}
-    way, *more = [way for way, is_asked in asked.items() if is_asked] or ["chat"]
+    way, *more = [way for way in asked if asked[way]] or ["chat"]
     if more or prompt == "":
         raise ValueError("wanted one of a question (not empty), --instruct_dir and --serve")
-    for name, ways in USED_BY.items():
-        if way not in ways and getattr(options, name) != getattr(Options, name):
-            raise ValueError(f"--{name} is for a {' or '.join(ways)}, and this is a {way}")
+    for name in given.keys() & USELESS[way].split():
+        raise ValueError(f"--{name} has no use here ({way})")
     if way in ("chat", "serve") and options.context <= options.max_new_tokens:
-        raise ValueError(
-            f"context {options.context} leaves no room for a question beside "
-            f"{options.max_new_tokens} new tokens"
-        )
+        raise ValueError(f"context {options.context} leaves no room beside an answer's tokens")
     if options.serve and options.host not in LOCAL and not options.api_key:
         raise ValueError(f"host {options.host} lets other machines in; give --api_key too")
     return prompt, way, options
 
 
-def trained_with(adapter, key):
-    """A text among the settings that an adapter's run.json says it was trained with; "" without."""
-    file = Path(adapter) / "run.json"
-    made = read_json_file(file).get("config") if adapter and file.is_file() else {}
-    value = made.get(key) if isinstance(made, dict) else ""
-    return value if isinstance(value, str) else ""
+class Assistant:
+    """The model of the command line's options: a base, with an adapter or without, its tokenizer
+    and the template of its prompts. `adapter` is "" for the base alone."""
 
+    def __init__(self, options):
+        self.options, self.adapter = options, options.lora_weights if options.use_lora else ""
+        made = self.trained_with()
+        base = options.base_model or str(made.get("base_model") or DATA / "tiny")
+        name = options.prompt_template or made.get("prompt_template_name") or "med_template"
+        self.template, device = load_template(name), pick_device(options.device)
+        dtype, base_dtype = pick_dtype(options.dtype, device), options.base_dtype
+        base_dtype = "int8" if options.load_8bit else base_dtype
+        self.model, self.tokenizer = load_base(base, device, dtype, base_dtype)
+        if self.adapter:
+            load_adapter(self.model, self.adapter)
+        if options.merge:
+            lost = merge(self.model).values()
+            text = f"merged {len(lost)} linears; the updates lose {sum(lost) / len(lost):.1%}"
+            print(f"{text} to {self.model.dtype}", file=sys.stderr)
+        self.about = f"{base} and {self.adapter or 'no adapter'} on {device}, {dtype}; "
+        self.about += self.template["description"]
 
-def main():
-    prompt, way, options = parse_options()
-    questions = read_instructions(options.instruct_dir) if way == "file" else []
-    adapter = options.lora_weights if options.use_lora else ""
-    if adapter and not Path(adapter).is_dir():
-        raise ValueError(
-            f"no adapter at {adapter}; run python train.py first, name one with --lora_weights, or "
-            "ask the base alone with --use_lora False"
-        )
-    name = options.prompt_template or trained_with(adapter, "prompt_template_name")
-    template = load_template(name or "med_template")
-    base = options.base_model or trained_with(adapter, "base_model") or str(DATA / "tiny")
-    device = pick_device(options.device)
-    base_dtype = "int8" if options.load_8bit else options.base_dtype
-    model, tokenizer = load_base(base, device, pick_dtype(options.dtype, device), base_dtype)
-    if adapter:
-        load_adapter(model, adapter)
-    if options.merge:
-        lost = merge(model).values()
-        average = sum(lost) / len(lost)
-        print(
-            f"merged {len(lost)} linears; the updates lose {average:.1%} to {model.dtype}",
-            file=sys.stderr,
-        )
+    def trained_with(self):
+        """The settings that the adapter's run.json says it was trained with; {} without."""
+        if self.adapter and not Path(self.adapter).is_dir():
+            raise ValueError(
+                f"no adapter at {self.adapter}; run python train.py first, name one with "
+                "--lora_weights, or ask the base alone with --use_lora False"
+            )
+        file = Path(self.adapter, "run.json")
+        made = read_json_file(file).get("config") if self.adapter and file.is_file() else {}
+        return made if isinstance(made, dict) else {}
 
-    def render(turns):
+    def render(self, turns):
         """The prompt for turns [(user, bot), ..., (user, None)]: a lone question stands as in a
         record of one turn, unless --single_or_multi multi; a conversation in BenTsao's form."""
-        alone = options.single_or_multi == "single" and len(turns) == 1
-        return render_prompt(template, turns[0][0] if alone else render_turns(turns))
+        alone = self.options.single_or_multi == "single" and len(turns) == 1
+        return render_prompt(self.template, turns[0][0] if alone else render_turns(turns))
 
-    def answer(prompt):
+    def answer(self, prompt):
         """Print the answers to a prompt as they grow, and their speed; yield their text."""
-        started, ids = time.time(), tokenizer.encode(prompt, bos=True)
-        requests = [Request(ids, decoding) for decoding in options.each()]
-        batch = new_batch(model, tokenizer, requests, len(requests))
+        started, ids = time.time(), self.tokenizer.encode(prompt, bos=True)
+        requests = [Request(ids, decoding) for decoding in self.options.each()]
+        batch = new_batch(self.model, self.tokenizer, requests, len(requests))
         try:
             for request in requests:
-                for text in stream(tokenizer, request, batch.step):
+                for text in stream(self.tokenizer, request, batch.step):
                     print(text, end="", flush=True)
                     yield text
                 print(flush=True)
@@ -1399,35 +1357,42 @@ def main():
             speed = count / (time.time() - started)
             print(f"[{count} tokens, {speed:.0f} tokens/s]", file=sys.stderr)
 
+    def server(self):
+        """A Server of the adapter and its base, side by side."""
+        options, name = self.options, Path(self.adapter).resolve().name
+        name = "tuned" if name == "base" else name
+        names = [name, "base"] if self.adapter else ["base"]
+        eos_id, decode = self.tokenizer.eos_id, self.tokenizer.decode
+        size = options.batch_size * len(names)
+        batch = Batch(self.model, size, options.context, eos_id, decode)
+        address, decoding = (options.host, options.port), options.each()[0]
+        return Server(address, batch, self.tokenizer, names, self.render, decoding, options.api_key)
+
+    def chat(self):
+        if not (sys.stdin and sys.stdout):
+            raise ValueError("a chat wants standard input and output, and one is closed")
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused alone
+        room = self.options.context - self.options.max_new_tokens
+        multi = self.options.single_or_multi == "multi"
+        chat(self.answer, self.render, self.tokenizer, multi, room, self.about)
+
+
+def main():
+    prompt, way, options = parse_options()
+    questions = read_instructions(options.instruct_dir) if way == "file" else []
+    assistant = Assistant(options)
     if way == "question":
-        for _ in answer(render_prompt(template, prompt, options.input)):
+        for _ in assistant.answer(render_prompt(assistant.template, prompt, options.input)):
             pass
         print(DISCLAIMER, file=sys.stderr)
     elif way == "file":
-        rows, output = options.batch_size, options.output
-        answer_file(model, tokenizer, template, questions, options, output, rows, options.compile)
+        model, tokenizer, template = assistant.model, assistant.tokenizer, assistant.template
+        rows, output, compiled = options.batch_size, options.output, options.compile
+        answer_file(model, tokenizer, template, questions, options, output, rows, compiled)
     elif way == "serve":
-        own = Path(adapter).resolve().name
-        names = ["tuned" if own == "base" else own, "base"] if adapter else ["base"]
-        size = options.batch_size * len(names)
-        batch = Batch(model, size, options.context, tokenizer.eos_id, tokenizer.decode)
-        address = (options.host, options.port)
-        decoding = options.each()[0]
-        serve(Server(address, batch, tokenizer, names, render, decoding, options.api_key))
-    elif not (sys.stdin and sys.stdout):
-        raise ValueError("a chat wants standard input and output, and one is closed")
+        serve(assistant.server())
     else:
-        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused alone
-        about = f"{base}{f' with {adapter}' * bool(adapter)} on {device}, {model.dtype}; "
-        room = options.context - options.max_new_tokens
-        chat(
-            answer,
-            render,
-            tokenizer,
-            options.single_or_multi == "multi",
-            room,
-            about + template["description"],
-        )
+        assistant.chat()
 
 
 if __name__ == "__main__":

@@ -57,10 +57,10 @@ def answer_all(model, asked, rows, positions=80, eos_id=EOS, **more):
 def theirs(hf, ids, decoding, eos_id=EOS):
     """transformers' answer, without its EOS, and whether that or one of the stop texts, here of one
     `Letters` id, came."""
+
     def ends(ids, scores, **more):
-        return torch.tensor(
-            [Letters().decode(row[-1:].tolist()) in decoding.stop for row in ids]
-        )
+        return torch.tensor([Letters().decode(row[-1:].tolist()) in decoding.stop for row in ids])
+
     out = hf.generate(
         torch.tensor([ids]),
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
@@ -142,11 +142,13 @@ def test_an_answer_does_not_depend_on_its_company(n_kv_heads, monkeypatch):
         {"num_beams": 3},
         {"temperature": 1.2, "seed": 2, "repetition_penalty": 1.2},
     ]
+
     def make():
         return [
             G.Request(ids, G.Decoding(4 + i % 17, **kinds[i % 4]))
             for i, ids in enumerate(prompts(16, 8))
         ]
+
     alone = [answer_all(model, [request], rows=3)[0] for request in make()]
     assert len({tuple(r.ids) for r in alone}) > 12
     monkeypatch.setattr(G, "PREFILL_CHUNK", 7)
@@ -173,8 +175,10 @@ def test_an_answer_does_not_depend_on_its_company(n_kv_heads, monkeypatch):
 def test_a_row_may_ask_the_base():
     """Rows of the base and rows of its adapter in one batch: each answer is its own model's."""
     model = peaked_model(5)
+
     def make(adapted):
         return [G.Request(p, G.Decoding(12), adapted) for p in prompts(6, 8)]
+
     base = answer_all(model, make(True), 3)
     add_lora(model, LoRAConfig(r=4, targets=("all",)))
     for i, (_, module) in enumerate(lora_linears(model)):
@@ -421,10 +425,10 @@ def test_quantised_decoding_equals_its_dequantised_weights(kind, compile):
         assert not plain[dtype].load_state_dict(state, strict=False).unexpected_keys
         plain[dtype].to(dtype)
     exact = cached_logits(plain[torch.float32], ids)
+
     def error(model, *how):
-        return (
-            (cached_logits(model, ids, *how) - exact).norm() / exact.norm()
-        ).item()
+        return ((cached_logits(model, ids, *how) - exact).norm() / exact.norm()).item()
+
     assert error(quantised[torch.float32], compile) < 1e-5
     assert error(quantised[torch.bfloat16], compile) < max(0.02, 2 * error(plain[torch.bfloat16]))
 
@@ -447,8 +451,10 @@ def test_merged_answers_as_unmerged():
             logits[dtype, merged] = cached_logits(model.eval(), ids)
             answers[dtype, merged] = list(G.generate_ids(model, ids, 20, eos_id=EOS))
     exact = logits[torch.float32, False]
+
     def far(key):
         return ((logits[key] - exact).norm() / exact.norm()).item()
+
     assert (
         0 < far((torch.float32, True)) < 1e-5
         and answers[torch.float32, True] == answers[torch.float32, False]
@@ -462,11 +468,13 @@ def test_merged_answers_as_unmerged():
 def test_a_compiled_step_gives_the_same_tokens():
     """--compile: rows in one fixed shape, some not in use, refilled."""
     model = peaked_model(5)
+
     def make():
         return [
             G.Request(ids, G.Decoding(4 + i % 17, num_beams=1 + i % 2))
             for i, ids in enumerate(prompts(12, 8))
         ]
+
     eager, compiled = (
         answer_all(model, make(), rows=5),
         answer_all(model, make(), rows=5, compile=True),

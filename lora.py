@@ -34,7 +34,6 @@ from torch import nn
 from model import (
     AMX,
     DTYPES,
-    META_WEIGHTS,
     SAVE,
     SHARD_BYTES,
     Checkpoint,
@@ -57,8 +56,6 @@ from model import (
 )
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-META_TARGETS = {meta.split(".")[-1]: ours.split(".")[-1] for ours, meta in META_WEIGHTS.items()}
-
 # --------------------------------------------------------------------------------------------------
 # The update
 
@@ -75,7 +72,6 @@ class LoRAConfig:
 
     def __post_init__(self):
         names = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
-        names = tuple(META_TARGETS.get(name, name) for name in names)
         object.__setattr__(self, "targets", TARGETS if "all" in names else names)
         check_settings(self)
         if not names or not {*self.targets} <= {*TARGETS}:

@@ -77,14 +77,13 @@ class LLaMAConfig:
 
     def __post_init__(self):
         check_settings(self)
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+        heads, width = self.num_attention_heads, self.hidden_size // self.num_attention_heads
+        for name, default in (("num_key_value_heads", heads), ("head_dim", width)):
+            object.__setattr__(self, name, getattr(self, name) or default)
+        if heads % self.num_key_value_heads or self.head_dim % 2:
             raise ValueError(
-                f"{self.num_attention_heads} heads of {self.head_dim} over "
-                f"{self.num_key_value_heads} key/value heads: wanted a multiple, and an even width"
+                f"{heads} heads of {self.head_dim} over {self.num_key_value_heads} of keys and "
+                "values: wanted a multiple, and an even width"
             )
         # a scaling that is not known, or lacks a number, fails here
         rope_table(torch.zeros(1), self.head_dim, self.rope_theta, self.rope_scaling)
@@ -736,11 +735,11 @@ def load_model(folder, device="cpu", dtype=None):
 def find_base(name):
     """The folder of a base: name itself, or the snapshot of the hub's owner/name in Hugging Face's
     cache. Nothing is downloaded. Raises ValueError if there is neither."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     # Where huggingface_hub keeps what it has downloaded.
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    home = os.environ.get("HF_HOME", Path.home() / ".cache/huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE", Path(home, "hub")))
     repo = hub / f"models--{str(name).replace('/', '--')}"
-    ref = repo / "refs" / "main"
+    ref = repo / "refs/main"
     snapshot = repo / "snapshots" / (ref.read_text().strip() if ref.is_file() else "main")
     for folder in (Path(name), snapshot):
         if folder.is_dir():
@@ -767,9 +766,7 @@ def init_weights(model, seed):
     for name, p in model.named_parameters():
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         std = 0.02 / math.sqrt(2 * len(model.layers)) if residual else 0.02
-        if "norm" in name:
-            p.fill_(1.0)
-        else:
+        if "norm" not in name:  # those are ones already
             p.normal_(0.0, std, generator=generator)
 
 
@@ -779,12 +776,11 @@ def init_weights(model, seed):
 
 def fsync(path):
     """Bring a file, or a folder's list of names, from the system's memory to the disk."""
-    if os.name == "posix" or Path(path).is_file():  # Windows opens no folders
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_atomically(path, write):
@@ -869,11 +865,11 @@ def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
     # Then what describes them; a reader who finds it finds all.
     theirs = Path(base or folder) / "config.json"
     values = read_json_file(theirs) if theirs.is_file() else {}
-    for other_form in ("dtype", "rope_parameters"):  # of transformers 5: the same, said twice
-        values.pop(other_form, None)
-    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-    values |= kind | asdict(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    write_json(folder / "config.json", values)
+    values |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    values |= asdict(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    # dtype and rope_parameters are what transformers 5 calls the same
+    twice = ("dtype", "rope_parameters")
+    write_json(folder / "config.json", {k: v for k, v in values.items() if k not in twice})
     if base:
         copy_tokenizer(base, folder)
 
@@ -961,11 +957,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with one line for an error; --like-this may stand for --like_this."""
 
     def __init__(self, **kwargs):
-        super().__init__(
-            allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            **kwargs,
-        )
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def add_settings(self, *classes):
         """An option for each field of settings dataclasses. What is not given does not appear
@@ -1050,12 +1042,11 @@ def parse_arguments():
     info = commands.add_parser("info", help="shapes, memory, and a fingerprint to compare by")
     init = commands.add_parser("init", help="fresh weights, for `train.py --full`")
     for command in (to_hf, info, init):
-        text = "folder of the weights" if command is not init else "a config.json or params.json"
-        command.add_argument("source", help=text)
+        command.add_argument("source", help="folder of a base; init: its config or params file")
     for command in (to_hf, init):
         command.add_argument("output_dir", help="new folder to write")
     to_hf.add_argument("--dtype", choices=DTYPES, help="cast to it (default: as stored)")
-    init.add_argument("--seed", type=int, default=0, help="of the random weights")
+    init.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
     return parser.parse_args()
 
 

@@ -29,9 +29,8 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -109,6 +108,7 @@ def encode_example(tokenizer, template, record, config):
     answer = cut_answer(tokenizer, tokenizer.encode_answer(record["output"]), room)
     if not answer:
         return None
+    # The prompt is context: it predicts, and is not predicted, unless train_on_inputs asks for it.
     mask = [config.train_on_inputs] * len(prompt)
     mask[0] = False  # nothing predicts BOS
     if config.train_on == "all":
@@ -132,6 +132,7 @@ def epoch_order(rows, config, epoch):
     order = torch.randperm(len(rows), generator=generator).tolist()
     if not config.group_by_length:
         return order
+    # Like lengths share a step, but only within 50 steps: the order stays nearly random.
     span, grouped = 50 * config.batch_size, []
     for start in range(0, len(order), span):
         grouped += sorted(order[start : start + span], key=lambda i: -len(rows[i]))
@@ -143,10 +144,10 @@ def total_steps(rows, config):
     return min(count, config.max_steps or count)
 
 
-def steps(rows, config, first):
-    """Yield (step, epoch, its rows) from step `first` to the last, counted from 0."""
+def steps(rows, config, first, total):
+    """Yield (step, epochs done after it, its rows) of the steps from `first` to before `total`."""
     per_epoch = math.ceil(len(rows) / config.batch_size)
-    for step in range(first, total_steps(rows, config)):
+    for step in range(first, total):
         epoch, position = divmod(step, per_epoch)
         if step == first or position == 0:
             order = epoch_order(rows, config, epoch)
@@ -161,6 +162,7 @@ def micro_batches(rows, size, budget):
     pad little, and the sum over a step is the same however it is cut."""
     batches = []
     for row in sorted(rows, key=len):
+        # The rows come in order of length, so this one's is the longest: the width of all.
         last = batches[-1] if batches else []
         if not last or len(last) == size or (len(last) + 1) * len(row) > budget:
             batches.append([])
@@ -191,6 +193,7 @@ def collate(rows, device, share=True):
         pairs = zip(row.ids[shared + 1 :], row.mask[shared + 1 :])
         labels += [token if is_target else -100 for token, is_target in pairs]
     packed = PackedRows([len(row) - 1 for row in rows], shared, device)
+    # PackedRows rounds the stream up to a multiple of 8; what fills it predicts nothing.
     idle = packed.back.numel() - len(ids)
     ids += [0] * idle
     labels += [-100] * idle
@@ -210,6 +213,7 @@ def loss_sum(model, ids, labels, packed=None, scale=None):
     The logits (M, V) of all targets would be the largest tensor of a step. They are made a chunk at
     a time, and each chunk is differentiated down to its hidden states before the next is made."""
     labels = labels.flatten()
+    # Only where there is a target are the last feed-forward and the logits computed.
     targets = (labels != -100).nonzero().squeeze(1)
     h = model.hidden_states(ids, packed, keep=targets)  # (M, C)
     top = h.detach().requires_grad_(scale is not None)  # where the two parts of the gradient meet
@@ -220,6 +224,7 @@ def loss_sum(model, ids, labels, packed=None, scale=None):
         total += loss.detach()
         if scale is not None:
             (loss * scale).backward()
+    # From the hidden states the gradient goes down through the network, once for all chunks.
     if scale is not None:
         h.backward(top.grad)
     return total
@@ -238,13 +243,18 @@ class Limits:
 
 
 def total_loss(model, rows, config, limits, scale=None):
-    """`loss_sum` over all rows, whichever process computes them, a micro-batch at a time."""
+    """`loss_sum` over all rows, whichever process computes them, a micro-batch at a time.
+
+    A micro-batch of weight 0 counts for nothing (`own_batches` says why there are such)."""
     losses = []
     for micro, weight in own_batches(rows, config, limits or Limits(config.micro_batch_tokens)):
         batch = collate(micro, model.device, config.share_opening)
-        # a tensor: asking for the number would stop a GPU's queue
-        losses.append(weight * loss_sum(model, *batch, scale and weight * scale))
-    return sum_over_processes(sum(losses).item(), model.device)
+        factor = None if scale is None else weight * scale
+        # A tensor is kept: asking for its number would stop a GPU's queue.
+        losses.append(weight * loss_sum(model, *batch, factor))
+    total = sum(losses).double()
+    sum_over_processes([total])
+    return total.item()
 
 
 def step_gradient(model, rows, config, limits=None):
@@ -255,16 +265,22 @@ def step_gradient(model, rows, config, limits=None):
     weighs the same, and the gradient does not depend on how rows are cut into micro-batches or
     spread over processes. In fp16 the loss is scaled, lest small gradients vanish."""
     limits, count = limits or Limits(config.micro_batch_tokens), target_count(rows)
-    scale = limits.loss_scale if model.dtype == torch.float16 else 1.0
+    is_fp16 = model.dtype == torch.float16
+    scale = limits.loss_scale if is_fp16 else 1.0
     loss = total_loss(model, rows, config, limits, scale / count) / count
-    gradients = sum_gradients(model, config)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if config.shard:
+        scale /= processes()[1]  # FSDP2 has made their mean on the way, and we want the sum
+    else:
+        sum_over_processes(gradients)
     if scale != 1:
         for gradient in gradients:
             gradient.div_(scale)
-        if math.isfinite(loss) and not full_tensor(get_total_norm(gradients)).isfinite():
-            limits.loss_scale /= 2
-            model.zero_grad()
-            return step_gradient(model, rows, config, limits)
+    # Numbers beyond 65,504 are infinite in fp16: once more, with a smaller loss.
+    if is_fp16 and math.isfinite(loss) and not full_tensor(get_total_norm(gradients)).isfinite():
+        limits.loss_scale /= 2
+        model.zero_grad()
+        return step_gradient(model, rows, config, limits)
     return loss
 
 
@@ -310,7 +326,7 @@ def train(config, model, data, run=None):
     total, first = total_steps(rows, config), run.begin(model, optimizer)
     model.train()
     with stop_signals() as caught, run.recording(first, total):
-        for step, epoch, batch in steps(rows, config, first):
+        for step, epoch, batch in steps(rows, config, first, total):
             run.step, started = step + 1, time.time()
             seed_dropout(step, config)
 
@@ -324,11 +340,12 @@ def train(config, model, data, run=None):
 
             # What is known of the step; a validation and a checkpoint where they are due.
             record = {"step": step + 1, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
-            record |= speed(batch, time.time() - started)
+            tokens, seconds = sum(map(len, batch)), time.time() - started
+            record |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
             if val_rows and run.is_multiple(config.eval_steps, total):
                 record["val_loss"] = evaluate(model, val_rows, config, run.limits)
             run.log(record)
-            stopping = sum_over_processes(len(caught), model.device)  # all at the same step
+            stopping = any_stopped(caught, model.device)
             if run.step < total and (stopping or run.is_due()):
                 run.save(model, optimizer)
             if stopping:
@@ -355,6 +372,13 @@ def seed_dropout(step, config):
     torch.manual_seed((config.seed * 1_000_003 + step * n + rank) % 2**63)
 
 
+def any_stopped(caught, device):
+    """Has a process caught a signal? All ask together, so that they stop at the same step."""
+    count = torch.tensor(len(caught), device=device)
+    sum_over_processes([count])
+    return count.item() > 0
+
+
 def check_finite(model, batch, loss, norm, config):
     """Raise ValueError naming the rows whose own loss is not finite, or else all of the batch."""
     if math.isfinite(loss) and math.isfinite(norm):
@@ -365,11 +389,6 @@ def check_finite(model, batch, loss, norm, config):
         f"loss {loss}, gradient norm {norm}, from rows {names}; look at them, lower "
         "--learning_rate or use --dtype fp32"
     )
-
-
-def speed(batch, seconds):
-    tokens = sum(map(len, batch))
-    return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
 
 
 @contextmanager
@@ -383,8 +402,9 @@ def stop_signals():
         signal.signal(number, signal.SIG_DFL)
         os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    with suppress(ValueError):  # in another thread than the main one there are no handlers
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
     try:
         yield caught
     finally:
@@ -438,6 +458,7 @@ class Run:
         self.folder = Path(config.output_dir or os.devnull)
         self.writes = bool(config.output_dir) and processes()[0] == 0
         self.limits = Limits(config.micro_batch_tokens)
+        # The step that is being made, counted from 1; one record for each that is done.
         self.step, self.history = 0, []
         self.bar = self.wandb = None
         self.start = self.find_start()
@@ -452,6 +473,7 @@ class Run:
         # A result older than the last checkpoint is of a run which that one's replaces.
         is_finished = bool(result) and latest.get("started") == result.get("started")
         newest = self.folder if is_finished else last
+        # True, False and None are alpaca-lora's words.
         words = {"auto": newest, "true": newest, "": None, "false": None, "none": None}
         wanted = self.config.resume_from_checkpoint
         start = words.get(wanted.lower(), Path(wanted))
@@ -485,6 +507,7 @@ class Run:
     def begin(self, model, optimizer):
         """Restore model and optimizer, cut the log back to their step; return it."""
         first = restore(model, optimizer, self.start) if self.start else 0
+        # The log may be ahead of the checkpoint: the steps between are made again.
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_lines(self.folder / "log.jsonl", self.history)
@@ -504,6 +527,7 @@ class Run:
             with tqdm(initial=first, total=total, unit="step", disable=rank > 0) as self.bar:
                 yield
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            # Torch says RuntimeError of a full memory and of its users' bugs alike.
             memory = out_of_memory(error)
             if isinstance(error, RuntimeError) and not memory:
                 raise  # a bug: with its traceback
@@ -522,6 +546,7 @@ class Run:
         self.history.append(record)
         self.bar.update()
         self.bar.set_postfix({key: f"{record[key]:.4g}" for key in ("loss", "tokens_per_second")})
+        # Opened anew for each line: what is in the file survives a kill.
         if self.writes:
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -607,6 +632,7 @@ def describe_run(config):
         base = find_base(config.base_model)
         shapes = [base / f"{name}.json" for name in ("config", "params", "added_tokens")]
         base_files = [*weight_files(base), find_tokenizer(base), *filter(Path.is_file, shapes)]
+    # The content of the template counts, not its name or the layout of its file.
     template = json.dumps(load_template(config.prompt_template_name), sort_keys=True)
     # what auto means here: another machine may take another dtype
     dtype = pick_dtype(config.dtype, pick_device(config.device))
@@ -648,9 +674,9 @@ def read_info(folder):
 def checkpoints(folder):
     """{step: folder} of a run's checkpoints, in order. transformers makes folders of that name too,
     without our state."""
-    found = [state.parent for state in folder.glob("checkpoint-*/state.safetensors")]
-    steps = {path.name.removeprefix("checkpoint-"): path for path in found}
-    return {int(n): steps[n] for n in sorted(filter(str.isdigit, steps), key=int)}
+    states = folder.glob("checkpoint-*/state.safetensors")
+    found = {state.parent.name.removeprefix("checkpoint-"): state.parent for state in states}
+    return {int(n): found[n] for n in sorted(filter(str.isdigit, found), key=int)}
 
 
 def last_checkpoint(folder):
@@ -663,29 +689,31 @@ def discard(folder):
         shutil.rmtree(folder.rename(folder.with_suffix(".old")))
 
 
+STATE = ("value", "exp_avg", "exp_avg_sq")  # of a parameter: itself, AdamW's two moments
+
+
 def training_state(model, optimizer):
     """{name: tensor} of what an exact continuation needs: each trained parameter in float32, and
     AdamW's two moments. The order of the data and dropout's masks follow from seed and step."""
     state = {}
     for name, p in trained_parameters(model).items():
         values = {"value": p.detach(), **optimizer.state[p]}
-        for key in ("value", "exp_avg", "exp_avg_sq"):
+        for key in STATE:
             state[f"{name}/{key}"] = full_tensor(values[key]).contiguous().cpu()
     return state
 
 
 @torch.no_grad()
 def restore(model, optimizer, folder):
-    """Put a checkpoint's parameters and moments back; return its step. Raises ValueError if it is
-    another model's."""
+    """Put a checkpoint's parameters and moments back; return its step."""
     step, state = read_info(folder)["step"], open_weights(folder / "state.safetensors")
     for name, p in trained_parameters(model).items():
-        value = state.get(f"{name}/value", torch.empty(0))
-        if value.shape != p.shape:
-            raise ValueError(f"{folder} has no {name} of {tuple(p.shape)}: it is another model's")
-        p.copy_(own_part(value, p))
-        moments = {key: own_part(state[f"{name}/{key}"], p) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
+        # A process that holds a part of a parameter takes its part of the tensors.
+        value, *moments = (own_part(state[f"{name}/{key}"], p) for key in STATE)
+        p.copy_(value)
+        # AdamW's bias correction counts from the first step of all.
+        count = {"step": torch.tensor(float(step), device=p.device)}
+        optimizer.state[p] = count | dict(zip(STATE[1:], moments))
     return step
 
 
@@ -705,28 +733,18 @@ def write_lines(path, records):
 
 
 def draw_curve(history, path):
-    """The loss curve as an SVG, which any browser opens: training in grey, validation in red."""
-    last = history[-1]["step"]
+    """The loss curve as an SVG, which any browser opens, in the frame of data/loss.svg."""
+    last, lines = history[-1], {}
     top = 1.05 * max(max(r["loss"], r.get("val_loss", 0)) for r in history) or 1.0
-    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 400" font-size="12">'
-    svg += '<rect width="800" height="400" fill="#fff"/>'
-    for y in range(30, 361, 66):
-        label = f"{top * (360 - y) / 330:.2f}"
-        svg += f'<path d="M60 {y}H780" stroke="#eee"/><text x="10" y="{y}">{label}</text>'
-    for key, color, y in (("loss", "grey", 15), ("val_loss", "red", 28)):
-        points = [(r["step"], r[key]) for r in history if key in r]
-        places = [
-            f"{60 + 720 * (step - 1) / max(1, last - 1):.1f} {360 - 330 * loss / top:.1f}"
-            for step, loss in points
-        ]
-        if points:
-            # h0 and round ends make a dot of one point alone
-            line = f'd="M{"L".join(places)}h0" fill="none" stroke-linecap="round"'
-            svg += f'<path {line} stroke="{color}" stroke-width="2"/>'
-            text = f"{key} per target token: {points[-1][1]:.3f}"
-            svg += f'<text x="500" y="{y}" fill="{color}">{text}</text>'
-    svg += f'<text x="60" y="380">step 1</text><text x="720" y="380">step {last}</text></svg>'
-    write_atomically(path, lambda p: p.write_text(svg + "\n", encoding="utf-8"))
+    for key in ("loss", "val_loss"):
+        points = [(r["step"] / last["step"], r[key] / top) for r in history if key in r]
+        # The first point twice: so one alone is seen, as a line of no length with round ends.
+        places = (f"{60 + 720 * x:.1f},{360 - 330 * y:.1f}" for x, y in points[:1] + points)
+        lines[key] = " ".join(places)
+    numbers = {"top": top, "last": last["step"], "training": last["loss"]}
+    numbers["validation"] = last.get("val_loss", math.nan)
+    svg = (DATA / "loss.svg").read_text(encoding="utf-8").format(**numbers, **lines)
+    write_atomically(path, lambda p: p.write_text(svg, encoding="utf-8"))
 
 
 # ==================================================================================================
@@ -746,6 +764,7 @@ def plan_memory(shape, config, rows, dtype, device, tokens=0):
     """The Plan by which a model of this shape, a LLaMAConfig, is trained: as few blocks recomputed
     as memory allows, then as many tokens at once as pay, or those given. Nothing is loaded yet.
     Raises ValueError if nothing fits."""
+    # More tokens at once pay up to here; a CPU's caches are small.
     most, room = 2048, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device.type == "cuda":
         most, room = 8192, torch.cuda.get_device_properties(device).total_memory
@@ -765,6 +784,7 @@ def plan_memory(shape, config, rows, dtype, device, tokens=0):
     for recomputed in {"none": [0], "full": [L]}.get(config.recompute, range(L + 1)):
         for size in [tokens] if tokens else [most, most // 2, most // 4, 0]:
             n = min(max(size, longest), longest * (config.micro_batch_size or math.inf))
+            # Of a recomputed block its input; and one is whole again while its gradient is made.
             kept = max(1, L - recomputed) * (n * of_token + of_block)
             kept += recomputed * n * shape.hidden_size * s
             # At the peak there is a chunk of logits too, or the gradients inside a feed-forward.
@@ -797,6 +817,7 @@ def kept_bytes(model, tokens, targets):
     packed, kept = PackedRows([tokens], 0, model.device), []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, kept.append):
         model.hidden_states(ids, packed, keep=ids[0, :targets])
+    # Tensors that are views of one storage count once.
     storages = [tensor.untyped_storage() for tensor in (*kept, *model.parameters())]
     sizes = {storage._cdata: storage.nbytes() for storage in storages}
     kept.clear()  # it refers to the graph, and the graph to it
@@ -805,15 +826,15 @@ def kept_bytes(model, tokens, targets):
 
 def gradient_that_fits(model, rows, config, limits):
     """`step_gradient`; where memory runs out all the same, again with half the tokens at once."""
-    longest = max(map(len, rows))
     while True:
         try:
             return step_gradient(model, rows, config, limits)
         except (RuntimeError, MemoryError) as error:
-            # Other processes wait for this one's gradient; and one row alone cannot be halved.
-            is_last = processes()[1] > 1 or limits.tokens_at_once <= longest
-            if is_last or not out_of_memory(error):
+            # One row alone cannot be halved, and other processes wait for this one's gradient.
+            can_halve = processes()[1] == 1 and limits.tokens_at_once > max(map(len, rows))
+            if not (can_halve and out_of_memory(error)):
                 raise
+        # Here, and not above, for the error holds on to the activations.
         limits.tokens_at_once //= 2
         print(f"out of memory: the step is made again, {limits.tokens_at_once:,} tokens at once")
         model.zero_grad()
@@ -844,6 +865,7 @@ def join_processes(device):
             )
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
+    # Sums of gradients go through the GPUs' own network, or through TCP.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if dist.get_rank() > 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -857,29 +879,16 @@ def own_batches(rows, config, limits):
     rank, n = processes()
     rows = sorted(rows, key=len)
     size, budget = config.micro_batch_size, limits.tokens_at_once or 2048
+    # All processes cut all shares: so each knows how many micro-batches the others have.
     shares = [micro_batches(rows[i::n], size, budget) for i in range(n)]
     missing = max(map(len, shares)) - len(shares[rank])
     return [(micro, 1) for micro in shares[rank]] + [(rows[:1], 0)] * missing
 
 
-def sum_over_processes(number, device):
-    if not dist.is_initialized():
-        return number
-    total = torch.tensor(number, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.item()
-
-
-def sum_gradients(model, config):
-    """Sum the gradients over the processes; return them."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    rank, n = processes()
-    for gradient in gradients if n > 1 else []:
-        if config.shard:
-            gradient.mul_(n)  # FSDP2 has made their mean on the way
-        else:
-            dist.all_reduce(gradient)
-    return gradients
+def sum_over_processes(tensors):
+    """Replace each tensor by its sum over the processes."""
+    for tensor in tensors if dist.is_initialized() else []:
+        dist.all_reduce(tensor)
 
 
 def shard(model, device, dtype):
@@ -889,6 +898,7 @@ def shard(model, device, dtype):
     cut a quantised base."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # First the blocks, then what is left of the model: embedding, last norm and head.
     mesh = dist.init_device_mesh(device.type, (processes()[1],))
     for part in (*model.layers, model):
         place(part, device, dtype)
@@ -933,11 +943,13 @@ def read_data(config):
     if not config.data_path:
         raise ValueError("no --data_path; give a file of records {instruction, input, output}")
     records, files = [], []
+    # All records of all files, and which numbers among them a file has.
     for path, weight in map(split_weight, config.data_path):
         first = len(records)
         for number, record in enumerate(read_instructions(path, answers=True), 1):
             records.append(record | {"record": f"{Path(path).name}:{number}"})
         files.append((range(first, len(records)), weight))
+    # The first of a drawn order are the validation's.
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(records), generator=generator).tolist()
     held_out = 0 if config.val_path else config.val_set_size
@@ -1013,6 +1025,7 @@ def answer_all(model, tokenizer, template, records, label):
         prompts.append(tokenizer.encode(text, bos=True))
     label = "" if rank else label
     own = answer_batch(model, tokenizer, prompts, Decoding(max_new_tokens=128), 32, label)
+    # Question i was answered by process i % n.
     shares = [own] * n
     if n > 1:
         dist.all_gather_object(shares, own)
@@ -1037,6 +1050,7 @@ def facts_recalled(records, answers):
     """Share of the knowledge base's values that the answers name, over records that carry `values`;
     None without any. A value counts where it stands by itself, not inside its entity's name or a
     longer value of records that ask for the same relations."""
+    # All values of a relation are candidates: a longer one may hold the one that is asked for.
     values_of, hits = {}, []
     for record in records:
         values_of.setdefault(str(record.get("relations")), set()).update(record.get("values", []))
@@ -1056,8 +1070,9 @@ def print_report(config, history, questions, before, after):
     first, last = history[0]["loss"], history[-1]["loss"]
     validation = history[-1].get("val_loss", math.nan)
     print(
-        f"\n{len(history)} steps, {tokens:,} real tokens in {seconds:.0f} s, loss {first:.3f} -> "
-        f"{last:.3f}, validation {validation:.3f}"
+        f"\n{len(history)} steps, {tokens:,} real tokens in {seconds:.0f} s "
+        f"({tokens / seconds:,.0f} tokens/s), loss {first:.3f} -> {last:.3f}, validation "
+        f"{validation:.3f}"
     )
     old, new = (facts_recalled(questions, answers) for answers in (before, after))
     if new is not None:
@@ -1193,11 +1208,13 @@ def check_config(config):
             "compile gives wrong gradients in fp16 on GPUs; drop --compile, or use --dtype bf16 or "
             "fp32"
         )
+    # AdamW's steps are smaller than what bf16 can add to a weight.
     if config.full and config.base_dtype not in ("auto", "fp32"):
         raise ValueError(
             f"base_dtype {config.base_dtype} is for a frozen base, and --full trains the weights "
             "in fp32; drop one of the two"
         )
+    # Only torchrun starts several.
     if config.shard and world_size() == 1:
         raise ValueError(
             "shard cuts the weights over processes, and there is one; start torchrun "
@@ -1212,11 +1229,13 @@ def check_config(config):
 def parse_config():
     """The TrainConfig of the command line: each field is an option."""
     parser = Parser(description=__doc__.splitlines()[0])
+    # Only what was given is here: the rest has the defaults of TrainConfig, or of TINY.
     parser.add_settings(TrainConfig)
     given = vars(parser.parse_args())
     if "data_path" in given:
         given["data_path"] = tuple(given["data_path"])
-    if "lora_target_modules" in given:  # q_proj v_proj, or '["q_proj","v_proj"]'
+    # q_proj v_proj, or as Fire users write it '["q_proj","v_proj"]'
+    if "lora_target_modules" in given:
         names = re.findall(r"\w+", " ".join(given["lora_target_modules"]))
         given["lora_target_modules"] = tuple(names)
     if given.get("base_model"):
@@ -1237,8 +1256,8 @@ def make_trainable(model, config, dtype):
     if config.full:
         model.requires_grad_(True)
     else:
-        settings = (config.lora_r, config.lora_alpha, config.lora_dropout)
-        add_lora(model, LoRAConfig(*settings, config.lora_target_modules))
+        c = config
+        add_lora(model, LoRAConfig(c.lora_r, c.lora_alpha, c.lora_dropout, c.lora_target_modules))
 
 
 def load_trainable(config, device, dtype):

@@ -6,7 +6,7 @@
 
 What this file teaches, in this order:
 
-  targets   encode_example: a record becomes token ids and a mask of those to predict
+  targets   encode_example: a record becomes token ids, and a mask of those to predict
   packing   collate: rows of unequal length end to end, without padding
   loss      loss_sum: cross-entropy summed over the targets, a chunk of logits at a time
   step      step_gradient: (summed loss) / (number of targets), however rows are cut into batches
@@ -15,10 +15,10 @@ What this file teaches, in this order:
 Below the lesson stand the folder of a run and exact resumption, memory, many processes, reading
 data, answers before and after, settings, and the command.
 
-Letters: T tokens of a row, N tokens of a packed stream, M targets, C hidden size, V vocabulary.
+Letters: N tokens of a packed stream, M targets, C hidden size, V vocabulary.
 
-Where each dtype stands: activations are in --dtype, a frozen base is stored in --base_dtype; what
-is trained, its gradient, AdamW's two moments, logits and loss are float32.
+Activations are in --dtype, a frozen base is stored in --base_dtype. What is trained, its gradient,
+AdamW's two moments, logits and loss are float32.
 """
 
 import hashlib
@@ -29,13 +29,12 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -85,12 +84,16 @@ from model import (
 # Targets: which tokens the model is to predict
 
 
-class Row(NamedTuple):
+@dataclass
+class Row:
     """A record as token ids; mask[t] is True where token t is a target."""
 
     ids: list
     mask: list
     name: str = ""  # of its record: file:number
+
+    def __len__(self):
+        return len(self.ids)
 
 
 def encode_example(tokenizer, template, record, config):
@@ -105,36 +108,13 @@ def encode_example(tokenizer, template, record, config):
     answer = cut_answer(tokenizer, tokenizer.encode_answer(record["output"]), room)
     if not answer:
         return None
+    # The prompt is context: it predicts, and is not predicted, unless train_on_inputs asks for it.
     mask = [config.train_on_inputs] * len(prompt)
     mask[0] = False  # nothing predicts BOS
     if config.train_on == "all":
         mark_earlier_answers(mask, tokenizer, prompt, text, record["instruction"])
     mask += [True] * (len(answer) + 1)
     return Row(prompt + answer + [tokenizer.eos_id], mask, record.get("record", ""))
-
-
-def cut_answer(tokenizer, answer, room):
-    """At most `room` of an answer's tokens, never ending inside a character: three byte tokens may
-    make one."""
-    if len(answer) <= room:
-        return answer
-    answer = answer[: max(room, 0)]
-    while answer and tokenizer.decode(answer).endswith("\ufffd"):
-        answer.pop()
-    return answer
-
-
-def mark_earlier_answers(mask, tokenizer, prompt, text, instruction):
-    """Make the earlier answers of a conversation targets, where they stand in the prompt. What ends
-    one there is the next " <user>:", which is no target: a model that learnt it would write the
-    user's next question."""
-    ends = tokenizer.byte_ends(prompt, text)  # where each token ends, in bytes
-    offset = text.index(instruction)
-    for start, stop in bot_spans(instruction):  # in characters of the instruction
-        first, last = (len(text[: offset + at].encode()) for at in (start, stop))
-        for t in range(1, len(prompt)):
-            if ends[t] > first and ends[t - 1] < last:
-                mask[t] = True
 
 
 def target_count(rows):
@@ -152,16 +132,22 @@ def epoch_order(rows, config, epoch):
     order = torch.randperm(len(rows), generator=generator).tolist()
     if not config.group_by_length:
         return order
+    # Like lengths share a step, but only within 50 steps: the order stays nearly random.
     span, grouped = 50 * config.batch_size, []
     for start in range(0, len(order), span):
-        grouped += sorted(order[start : start + span], key=lambda i: -len(rows[i].ids))
+        grouped += sorted(order[start : start + span], key=lambda i: -len(rows[i]))
     return grouped
 
 
-def steps(rows, config, first):
-    """Yield (step, epoch, its rows) from step `first` to the last, counted from 0."""
+def total_steps(rows, config):
+    count = config.num_epochs * math.ceil(len(rows) / config.batch_size)
+    return min(count, config.max_steps or count)
+
+
+def steps(rows, config, first, total):
+    """Yield (step, epochs done after it, its rows) of the steps from `first` to before `total`."""
     per_epoch = math.ceil(len(rows) / config.batch_size)
-    for step in range(first, total_steps(rows, config)):
+    for step in range(first, total):
         epoch, position = divmod(step, per_epoch)
         if step == first or position == 0:
             order = epoch_order(rows, config, epoch)
@@ -170,28 +156,22 @@ def steps(rows, config, first):
         yield step, round((step + 1) / per_epoch, 4), batch
 
 
-def total_steps(rows, config):
-    count = config.num_epochs * math.ceil(len(rows) / config.batch_size)
-    return min(count, config.max_steps or count)
-
-
 def micro_batches(rows, size, budget):
-    """Rows sorted by length and cut into micro-batches of at most `size` rows (0: any number) and
-    of `budget` tokens as attention pads them, unless one row alone is longer. The sum over a step
-    is the same however it is cut; rows of like length pad little."""
+    """Rows sorted by length and cut into micro-batches of at most `size` rows (0: any number) and,
+    unless one row alone is longer, of `budget` tokens as attention pads them. Rows of like length
+    pad little, and the sum over a step is the same however it is cut."""
     batches = []
-    for row in sorted(rows, key=lambda row: len(row.ids)):
+    for row in sorted(rows, key=len):
+        # The rows come in order of length, so this one's is the longest: the width of all.
         last = batches[-1] if batches else []
-        if not last or len(last) == size or (len(last) + 1) * len(row.ids) > budget:
-            last = []
-            batches.append(last)
-        last.append(row)
+        if not last or len(last) == size or (len(last) + 1) * len(row) > budget:
+            batches.append([])
+        batches[-1].append(row)
     return batches
 
 
 def shared_opening(rows):
-    """How many tokens all rows begin with that predict no target: the template's text, as a rule.
-    Computed once, they save 38 of a row's 210 in BenTsao's data."""
+    """How many tokens all rows begin with that predict no target: as a rule the template's text."""
     common = len(os.path.commonprefix([row.ids for row in rows]))
     return min(common, min(row.mask.index(True) for row in rows) - 1)
 
@@ -204,19 +184,20 @@ def collate(rows, device, share=True):
     Two rows, a b c D E and a b x Y, whose targets are the capitals:
 
       ids       a     b     c     D     x
-      labels   -100  -100   D     E     Y
-
-    A row's last token predicts nothing and is left out."""
+      labels   -100  -100   D     E     Y"""
     shared = shared_opening(rows) if share else 0
     ids, labels = rows[0].ids[:shared], [-100] * shared
     for row in rows:
-        ids = ids + row.ids[shared:-1]
+        # a row's last token predicts nothing: it is a label only
+        ids += row.ids[shared:-1]
         pairs = zip(row.ids[shared + 1 :], row.mask[shared + 1 :])
         labels += [token if is_target else -100 for token, is_target in pairs]
-    packed = PackedRows([len(row.ids) - 1 for row in rows], shared, device)
+    packed = PackedRows([len(row) - 1 for row in rows], shared, device)
+    # PackedRows rounds the stream up to a multiple of 8; what fills it predicts nothing.
     idle = packed.back.numel() - len(ids)
-    ids = torch.tensor([ids + [0] * idle], device=device)
-    return ids, torch.tensor([labels + [-100] * idle], device=device), packed
+    ids += [0] * idle
+    labels += [-100] * idle
+    return torch.tensor([ids], device=device), torch.tensor([labels], device=device), packed
 
 
 # --------------------------------------------------------------------------------------------------
@@ -225,16 +206,17 @@ def collate(rows, device, share=True):
 CHUNK = 2**23  # logits made at once: 32 MB
 
 
-def loss_sum(model, ids, labels, packed, scale=None):
+def loss_sum(model, ids, labels, packed=None, scale=None):
     """Cross-entropy summed over the M targets, float32. With a scale, the gradient of scale * loss
     is added to .grad.
 
     The logits (M, V) of all targets would be the largest tensor of a step. They are made a chunk at
     a time, and each chunk is differentiated down to its hidden states before the next is made."""
     labels = labels.flatten()
+    # Only where there is a target are the last feed-forward and the logits computed.
     targets = (labels != -100).nonzero().squeeze(1)
     h = model.hidden_states(ids, packed, keep=targets)  # (M, C)
-    top = h.detach().requires_grad_(scale is not None)
+    top = h.detach().requires_grad_(scale is not None)  # where the two parts of the gradient meet
     size = max(64, CHUNK // model.config.vocab_size)
     total = torch.zeros((), device=h.device)
     for part, label in zip(top.split(size), labels[targets].split(size)):
@@ -242,8 +224,9 @@ def loss_sum(model, ids, labels, packed, scale=None):
         total += loss.detach()
         if scale is not None:
             (loss * scale).backward()
+    # From the hidden states the gradient goes down through the network, once for all chunks.
     if scale is not None:
-        h.backward(top.grad)  # from the hidden states down through the network
+        h.backward(top.grad)
     return total
 
 
@@ -259,6 +242,21 @@ class Limits:
     loss_scale: float = 2.0**16  # by the greatest number of fp16, 65,504
 
 
+def total_loss(model, rows, config, limits, scale=None):
+    """`loss_sum` over all rows, whichever process computes them, a micro-batch at a time.
+
+    A micro-batch of weight 0 counts for nothing (`own_batches` says why there are such)."""
+    losses = []
+    for micro, weight in own_batches(rows, config, limits or Limits(config.micro_batch_tokens)):
+        batch = collate(micro, model.device, config.share_opening)
+        factor = None if scale is None else weight * scale
+        # A tensor is kept: asking for its number would stop a GPU's queue.
+        losses.append(weight * loss_sum(model, *batch, factor))
+    total = sum(losses).double()
+    sum_over_processes([total])
+    return total.item()
+
+
 def step_gradient(model, rows, config, limits=None):
     """Add up, in .grad, the gradient of the loss per target token of all rows of an optimizer step;
     return that loss.
@@ -266,38 +264,36 @@ def step_gradient(model, rows, config, limits=None):
     Each micro-batch's summed loss is divided by the targets of the whole step. So every token
     weighs the same, and the gradient does not depend on how rows are cut into micro-batches or
     spread over processes. In fp16 the loss is scaled, lest small gradients vanish."""
-    limits = limits or Limits(config.micro_batch_tokens)
-    count, losses = target_count(rows), []
-    scale = limits.loss_scale if model.dtype == torch.float16 else 1.0
-    for micro, weight in own_batches(rows, config, limits):
-        batch = collate(micro, model.device, config.share_opening)
-        loss = loss_sum(model, *batch, weight * scale * gradient_factor(config) / count)
-        losses.append(loss * weight)  # asking for the number here would stop a GPU's queue
-    loss = sum_over_processes(sum(losses).item() / count, model.device)
-    gradients = add_over_processes(model, config)
+    limits, count = limits or Limits(config.micro_batch_tokens), target_count(rows)
+    is_fp16 = model.dtype == torch.float16
+    scale = limits.loss_scale if is_fp16 else 1.0
+    loss = total_loss(model, rows, config, limits, scale / count) / count
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if config.shard:
+        scale /= processes()[1]  # FSDP2 has made their mean on the way, and we want the sum
+    else:
+        sum_over_processes(gradients)
     if scale != 1:
         for gradient in gradients:
             gradient.div_(scale)
-        if math.isfinite(loss) and not full_tensor(get_total_norm(gradients)).isfinite():
-            limits.loss_scale /= 2
-            model.zero_grad()
-            return step_gradient(model, rows, config, limits)
+    # Numbers beyond 65,504 are infinite in fp16: once more, with a smaller loss.
+    if is_fp16 and math.isfinite(loss) and not full_tensor(get_total_norm(gradients)).isfinite():
+        limits.loss_scale /= 2
+        model.zero_grad()
+        return step_gradient(model, rows, config, limits)
     return loss
 
 
 @torch.no_grad()
 def evaluate(model, rows, config, limits=None):
     """Loss per target token over rows, without dropout; no weight changes."""
-    limits = limits or Limits(config.micro_batch_tokens)
-    training, losses = model.training, []
+    training = model.training
     model.eval()
-    for micro, weight in own_batches(rows, config, limits):
-        batch = collate(micro, model.device, config.share_opening)
-        losses.append(loss_sum(model, *batch).item() * weight)
+    loss = total_loss(model, rows, config, limits) / target_count(rows)
     model.train(training)
     if config.shard:
         model.reshard()  # which FSDP2 does by itself in a backward alone
-    return sum_over_processes(sum(losses), model.device) / target_count(rows)
+    return loss
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,26 +309,24 @@ def lr_at(step, total, config):
 
 
 def train(config, model, data, run=None):
-    """Train what requires a gradient on data = (training rows, validation rows). Return one record
-    per step: step, epoch, loss (per target token), lr, grad_norm, tokens, seconds,
+    """Train what requires a gradient on data = (training rows, validation rows). Return a record
+    of each step: step, epoch, loss (per target token), lr, grad_norm, tokens, seconds,
     tokens_per_second, and val_loss where it was measured.
 
     With output_dir, log, checkpoints and result land there (`Run`). Raises ValueError naming the
-    step for a loss that is not finite, memory that ran out or a file that cannot be written; and
-    SystemExit with 128 + its number, as shells count, for SIGTERM or Ctrl-C, once the step is made
-    and saved."""
+    step for a loss that is not finite, memory that ran out or a file that cannot be written, and
+    SystemExit after SIGTERM or Ctrl-C, once the step is made and saved."""
     check_config(config)
     run = run or Run(config)
     if run.finished:
         return run.history
     rows, val_rows = data
-    total = total_steps(rows, config)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = list(trained_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay, fused=True)
-    first = run.begin(model, optimizer)
+    total, first = total_steps(rows, config), run.begin(model, optimizer)
     model.train()
-    with stop_signals() as caught, run.errors_named(), progress_bar(first, total) as bar:
-        for step, epoch, batch in steps(rows, config, first):
+    with stop_signals() as caught, run.recording(first, total):
+        for step, epoch, batch in steps(rows, config, first, total):
             run.step, started = step + 1, time.time()
             seed_dropout(step, config)
 
@@ -346,14 +340,13 @@ def train(config, model, data, run=None):
 
             # What is known of the step; a validation and a checkpoint where they are due.
             record = {"step": step + 1, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
-            record |= speed(batch, started)
-            if val_rows and (step + 1 == total or is_multiple(step + 1, config.eval_steps)):
+            tokens, seconds = sum(map(len, batch)), time.time() - started
+            record |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+            if val_rows and run.is_multiple(config.eval_steps, total):
                 record["val_loss"] = evaluate(model, val_rows, config, run.limits)
             run.log(record)
-            bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{record['tokens_per_second']:,.0f}")
-            bar.update()
-            stopping = sum_over_processes(len(caught), model.device)  # all at the same step
-            if step + 1 < total and (stopping or run.is_due(record)):
+            stopping = any_stopped(caught, model.device)
+            if run.step < total and (stopping or run.is_due()):
                 run.save(model, optimizer)
             if stopping:
                 break
@@ -361,8 +354,16 @@ def train(config, model, data, run=None):
         run.finish(model, total)
     if run.step < total:
         print(f"stopped after step {run.step} of {total}; go on with --resume_from_checkpoint auto")
-        raise SystemExit(128 + (caught or [signal.SIGTERM])[0])
+        raise SystemExit(128 + (caught or [signal.SIGTERM])[0])  # as shells count
     return run.history
+
+
+# ==================================================================================================
+# What the loop calls
+
+
+def trained_parameters(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def seed_dropout(step, config):
@@ -371,30 +372,44 @@ def seed_dropout(step, config):
     torch.manual_seed((config.seed * 1_000_003 + step * n + rank) % 2**63)
 
 
+def any_stopped(caught, device):
+    """Has a process caught a signal? All ask together, so that they stop at the same step."""
+    count = torch.tensor(len(caught), device=device)
+    sum_over_processes([count])
+    return count.item() > 0
+
+
 def check_finite(model, batch, loss, norm, config):
     """Raise ValueError naming the rows whose own loss is not finite, or else all of the batch."""
     if math.isfinite(loss) and math.isfinite(norm):
         return
     bad = [row for row in batch if not math.isfinite(evaluate(model, [row], config))] or batch
-    names = ", ".join(row.name for row in bad[:9]) + " ..." * (len(bad) > 9)
+    names = ", ".join(row.name for row in bad[:9])
     raise ValueError(
         f"loss {loss}, gradient norm {norm}, from rows {names}; look at them, lower "
         "--learning_rate or use --dtype fp32"
     )
 
 
-def speed(batch, started):
-    tokens, seconds = sum(len(row.ids) for row in batch), time.time() - started
-    return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+@contextmanager
+def stop_signals():
+    """Within it SIGTERM and Ctrl-C only put their number into the list that it yields, so that the
+    step and its saving end first; a second one ends the process at once."""
+    caught, before = [], {}
 
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
-def is_multiple(step, every):
-    return every > 0 and step % every == 0
-
-
-def progress_bar(first, total):
-    rank, _ = processes()
-    return tqdm(initial=first, total=total, unit="step", dynamic_ncols=True, disable=rank > 0)
+    with suppress(ValueError):  # in another thread than the main one there are no handlers
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ==================================================================================================
@@ -403,10 +418,23 @@ def progress_bar(first, total):
 # Settings that may differ when a run goes on: they change no weight beyond the last bits, or their
 # file's content is compared and not its name.
 NOT_COMPARED = {
-    *("base_model", "data_path", "val_path", "prompt_template_name", "output_dir"),
-    *("micro_batch_tokens", "recompute", "device", "memory_gb"),
-    *("eval_steps", "save_steps", "save_total_limit", "num_answers"),
-    *("resume_from_checkpoint", "wandb_project", "wandb_run_name"),
+    "base_model",
+    "data_path",
+    "val_path",
+    "prompt_template_name",
+    "output_dir",
+    "resume_from_checkpoint",
+    "micro_batch_tokens",
+    "recompute",
+    "device",
+    "memory_gb",
+    "dtype",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "num_answers",
+    "wandb_project",
+    "wandb_run_name",
 }
 
 
@@ -426,47 +454,46 @@ class Run:
         """Find where to start: at the beginning, at a checkpoint, or not at all (`finished`).
         Raises ValueError naming what differs from the run that is gone on with."""
         self.config, self.info = config, describe_run(config)
-        self.folder = Path(config.output_dir) if config.output_dir else None
+        # Without an output_dir nothing is written, and nothing found.
+        self.folder = Path(config.output_dir or os.devnull)
+        self.writes = bool(config.output_dir) and processes()[0] == 0
         self.limits = Limits(config.micro_batch_tokens)
-        self.step, self.history, self.wandb = 0, [], None
+        # The step that is being made, counted from 1; one record for each that is done.
+        self.step, self.history = 0, []
+        self.bar = self.wandb = None
         self.start = self.find_start()
-        self.finished = self.start is not None and self.start == self.folder
+        self.finished = self.start == self.folder
         if self.start:
             self.go_on_from(self.start)
-
-    @property
-    def writes(self):
-        return self.folder is not None and processes()[0] == 0
 
     def find_start(self):
         """The folder to go on from: a checkpoint; the run's own if it is finished; else None."""
         last = last_checkpoint(self.folder)
         latest, result = read_info(last or self.folder), read_info(self.folder)
-        # A result older than the last checkpoint is that of a run which this one replaces.
-        finished = bool(latest) and latest.get("started") == result.get("started")
+        # A result older than the last checkpoint is of a run which that one's replaces.
+        is_finished = bool(result) and latest.get("started") == result.get("started")
+        newest = self.folder if is_finished else last
+        # True, False and None are alpaca-lora's words.
+        words = {"auto": newest, "true": newest, "": None, "false": None, "none": None}
         wanted = self.config.resume_from_checkpoint
-        if wanted.lower() in ("", "false", "none"):
-            if last and not finished:
-                raise ValueError(
-                    f"{last} is of a run that did not finish; go on with --resume_from_checkpoint "
-                    "auto, or give another --output_dir"
-                )
-            return None
-        if wanted.lower() in ("auto", "true"):
-            start = self.folder if finished else last
-            if not start:
-                print(f"no checkpoint in {self.folder} yet; beginning with step 1")
-            return start
-        start = Path(wanted)
-        if not is_checkpoint(start) and not (finished and start == self.folder):
+        start = words.get(wanted.lower(), Path(wanted))
+        if last and not is_finished and not start:
+            raise ValueError(
+                f"{last} is of a run that did not finish; go on with --resume_from_checkpoint "
+                "auto, or give another --output_dir"
+            )
+        if start not in (None, newest) and not (start / "state.safetensors").is_file():
             raise ValueError(
                 f"{start} is no checkpoint (it has no state.safetensors); give a checkpoint-STEP "
                 "folder, or auto"
             )
+        if not start and wanted.lower() in ("auto", "true"):
+            print(f"no checkpoint in {self.folder} yet; beginning with step 1")
         return start
 
     def go_on_from(self, start):
-        """Take over the history and the limits of a run with the same settings."""
+        """Take over history and limits of a run, which must have been made with what this one is.
+        Raises ValueError naming what differs."""
         made = read_json_file(start / "run.json")
         compare_runs(start, made, self.info)
         self.info["started"] = made["started"]
@@ -474,69 +501,101 @@ class Run:
         if self.config.micro_batch_tokens in (0, made["config"]["micro_batch_tokens"]):
             self.limits.tokens_at_once = made["tokens_at_once"]
         self.limits.loss_scale = made["loss_scale"]
-        log = (start if self.finished else start.parent) / "log.jsonl"
-        self.history = [record for record in read_log(log) if record["step"] <= made["step"]]
+        log = read_log((start if self.finished else start.parent) / "log.jsonl")
+        self.history = [record for record in log if record["step"] <= made["step"]]
 
     def begin(self, model, optimizer):
-        """Restore model and optimizer, cut the log back to where they stand; return the first
-        step."""
+        """Restore model and optimizer, cut the log back to their step; return it."""
         first = restore(model, optimizer, self.start) if self.start else 0
+        # The log may be ahead of the checkpoint: the steps between are made again.
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_lines(self.folder / "log.jsonl", self.history)
         if self.config.wandb_project and processes()[0] == 0:
             import wandb
 
-            self.wandb = wandb.init(
-                project=self.config.wandb_project,
-                name=self.config.wandb_run_name or None,
-                config=asdict(self.config),
-            )
+            project, name = self.config.wandb_project, self.config.wandb_run_name or None
+            self.wandb = wandb.init(project=project, name=name, config=asdict(self.config))
         return first
 
+    @contextmanager
+    def recording(self, first, total):
+        """Within it a bar shows the steps, and an error that the user can mend becomes one line
+        with step, reason and last checkpoint."""
+        rank, _ = processes()
+        try:
+            with tqdm(initial=first, total=total, unit="step", disable=rank > 0) as self.bar:
+                yield
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            # Torch says RuntimeError of a full memory and of its users' bugs alike.
+            memory = out_of_memory(error)
+            if isinstance(error, RuntimeError) and not memory:
+                raise  # a bug: with its traceback
+            advice = "; lower --micro_batch_tokens or --memory_gb" if memory else ""
+            last = last_checkpoint(self.folder)
+            saved = (
+                f"{last} is whole: --resume_from_checkpoint auto" if last else "Nothing is saved"
+            )
+            raise ValueError(f"step {self.step}: {memory or error}{advice}. {saved}") from None
+        finally:
+            if self.wandb:
+                self.wandb.finish()
+
     def log(self, record):
+        """Take down the record of a step."""
         self.history.append(record)
+        self.bar.update()
+        self.bar.set_postfix({key: f"{record[key]:.4g}" for key in ("loss", "tokens_per_second")})
+        # Opened anew for each line: what is in the file survives a kill.
         if self.writes:
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if self.wandb:
             self.wandb.log(record, step=record["step"])
 
-    def is_due(self, record):
+    def is_multiple(self, every, total=None):
+        """Is the step one of every so many, or the last?"""
+        return self.step == total or (every > 0 and self.step % every == 0)
+
+    def best_step(self):
+        """The first step of the lowest validation loss; None before a validation."""
+        validated = [record for record in self.history if "val_loss" in record]
+        return min(validated, key=lambda record: record["val_loss"], default={}).get("step")
+
+    def is_due(self):
         """A checkpoint every save_steps, and at each new best validation loss."""
         every = self.config.save_steps
-        best = min((r["val_loss"] for r in self.history[:-1] if "val_loss" in r), default=math.inf)
-        is_best = record.get("val_loss", math.inf) < best
-        return every > 0 and (is_best or record["step"] % every == 0)
+        return every > 0 and (self.is_multiple(every) or self.step == self.best_step())
 
     def save(self, model, optimizer):
         """Write checkpoint-STEP. All processes call it: a sharded model's tensors are gathered."""
-        if not self.folder:
+        if not self.config.output_dir:
             return
-        step = self.history[-1]["step"]
-        final, aside = (self.folder / f"checkpoint-{step}{end}" for end in ("", ".new"))
+        final = self.folder / f"checkpoint-{self.step}"
+        aside = final.with_suffix(".new")
         if self.writes:
-            for leftover in self.folder.glob("checkpoint-*.[no][el][wd]"):
+            for leftover in self.folder.glob("checkpoint-*.*"):  # of a save that was cut off
                 shutil.rmtree(leftover)
         try:
-            self.save_weights(model, aside, step)
+            self.save_weights(model, aside)
             state = training_state(model, optimizer)
-            if not self.writes:
-                return
-            write_atomically(aside / "state.safetensors", lambda path: save_file(state, path))
+            if self.writes:
+                write_atomically(aside / "state.safetensors", partial(save_file, state))
         except OSError:  # a full disk
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        fsync(self.folder / "log.jsonl")  # it has all steps so far
-        discard(final)
-        aside.rename(final)
-        fsync(self.folder)
-        self.discard_old_checkpoints(step)
+        if self.writes:
+            # The log has all steps of a checkpoint before the checkpoint has its name.
+            fsync(self.folder / "log.jsonl")
+            discard(final)
+            aside.rename(final)
+            fsync(self.folder)
+            self.discard_old_checkpoints()
 
-    def save_weights(self, model, folder, step):
+    def save_weights(self, model, folder):
         """Write what was trained, the adapter in PEFT's form or with --full a base's folder, and
         then run.json, which says how it came about."""
-        info = self.info | asdict(self.limits) | {"step": step}
+        info = self.info | asdict(self.limits) | {"step": self.step}
         if not self.config.full:
             save_adapter(model, folder, self.config.base_model, info, trained=True)
             return
@@ -544,43 +603,21 @@ class Run:
         if self.writes:
             write_json(folder / "run.json", info)
 
-    def discard_old_checkpoints(self, step):
-        """Keep the best and the last save_total_limit. Those ahead of `step` go: the run has gone
-        back to an earlier one."""
-        validated = [record for record in self.history if "val_loss" in record]
+    def discard_old_checkpoints(self):
+        """Keep the best and the last save_total_limit. Those ahead of this step go: they are of a
+        run that this one replaces, or has gone back in."""
         saved = checkpoints(self.folder)
-        kept = [s for s in saved if s <= step][-self.config.save_total_limit :]  # [-0:] is all
-        if validated:
-            kept.append(min(validated, key=lambda record: record["val_loss"])["step"])
-        for past in saved.keys() - set(kept):
-            discard(saved[past])
+        past = [step for step in saved if step <= self.step]
+        kept = {self.best_step(), *past[-self.config.save_total_limit :]}  # [-0:] is all
+        for step in saved.keys() - kept:
+            discard(saved[step])
 
     def finish(self, model, total):
         """Draw the loss curve and, if all steps are made, write the result."""
         if self.writes and self.history:
             draw_curve(self.history, self.folder / "loss.svg")
-        if self.folder and self.step == total:
-            self.save_weights(model, self.folder, total)
-
-    @contextmanager
-    def errors_named(self):
-        """Make one line of an error that the user can mend: step, reason, last checkpoint."""
-        try:
-            yield
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            reason = str(error)
-            if out_of_memory(error):
-                reason = f"{out_of_memory(error)}; lower --micro_batch_tokens or --memory_gb"
-            elif isinstance(error, RuntimeError):
-                raise  # a bug: with its traceback
-            last = last_checkpoint(self.folder)
-            advice = "Nothing was saved before it"
-            if last:
-                advice = f"{last} is whole: --resume_from_checkpoint auto"
-            raise ValueError(f"step {self.step}: {reason}. {advice}") from None
-        finally:
-            if self.wandb:
-                self.wandb.finish()
+        if self.config.output_dir and self.step == total:
+            self.save_weights(model, self.folder)
 
 
 def describe_run(config):
@@ -595,96 +632,88 @@ def describe_run(config):
         base = find_base(config.base_model)
         shapes = [base / f"{name}.json" for name in ("config", "params", "added_tokens")]
         base_files = [*weight_files(base), find_tokenizer(base), *filter(Path.is_file, shapes)]
+    # The content of the template counts, not its name or the layout of its file.
     template = json.dumps(load_template(config.prompt_template_name), sort_keys=True)
-    dtype = pick_dtype(config.dtype, pick_device(config.device))  # what auto means here
-    dtype_name = next(name for name in DTYPES if DTYPES[name] == dtype)
+    # what auto means here: another machine may take another dtype
+    dtype = pick_dtype(config.dtype, pick_device(config.device))
+    hashes = {
+        "base": [digest(file) for file in base_files],
+        "data": [[weight, digest(path)] for path, weight in map(split_weight, config.data_path)],
+        "validation": digest(config.val_path) if config.val_path else None,
+        "template": hashlib.sha256(template.encode()).hexdigest(),
+    }
     return {
-        "config": asdict(config) | {"dtype": dtype_name},
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "config": asdict(config),
+        "made_in": {"dtype of the activations": str(dtype), "processes": world_size()},
+        "sha256": hashes,
         "torch": torch.__version__,
         "started": time.time(),
-        "sha256": {
-            "base": [digest(file) for file in base_files],
-            "data": [[w, digest(path)] for path, w in map(split_weight, config.data_path)],
-            "validation": digest(config.val_path) if config.val_path else None,
-            "template": hashlib.sha256(template.encode()).hexdigest(),
-        },
     }
 
 
 def compare_runs(folder, made, wanted):
     """Raise ValueError naming the first setting, or file by its SHA-256, that weights depend on and
     that differs between two run.json."""
-
-    def compared(info):
-        settings = {k: v for k, v in info["config"].items() if k not in NOT_COMPARED}
-        return info["sha256"] | {"processes": info["processes"]} | settings
-
-    old, new = compared(made), compared(json.loads(json.dumps(wanted)))  # tuples are lists there
-    for name, value in new.items():
-        if old.get(name, value) != value:
-            raise ValueError(
-                f"{folder} was made with {name} {old[name]!r:.60}, not {value!r:.60}; give what it "
-                "was made with, or begin anew in another --output_dir"
-            )
+    wanted = json.loads(json.dumps(wanted))  # where tuples are lists
+    for part in ("sha256", "made_in", "config"):
+        for name, value in wanted[part].items():
+            old = made[part].get(name, value)
+            if old != value and name not in NOT_COMPARED:
+                raise ValueError(
+                    f"{folder} was made with {name} {old!r:.60}, not {value!r:.60}; give what it "
+                    "was made with, or begin anew in another --output_dir"
+                )
 
 
 def read_info(folder):
-    """The run.json of a folder, {} without."""
-    file = folder / "run.json" if folder else None
-    return read_json_file(file) if file and file.is_file() else {}
-
-
-def is_checkpoint(folder):
-    return (folder / "state.safetensors").is_file()
+    """The run.json of a folder; {} without."""
+    file = folder / "run.json"
+    return read_json_file(file) if file.is_file() else {}
 
 
 def checkpoints(folder):
     """{step: folder} of a run's checkpoints, in order. transformers makes folders of that name too,
     without our state."""
-    found = {}
-    for path in folder.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdigit() and is_checkpoint(path):
-            found[int(step)] = path
-    return dict(sorted(found.items()))
+    states = folder.glob("checkpoint-*/state.safetensors")
+    found = {state.parent.name.removeprefix("checkpoint-"): state.parent for state in states}
+    return {int(n): found[n] for n in sorted(filter(str.isdigit, found), key=int)}
 
 
 def last_checkpoint(folder):
-    return ([None, *checkpoints(folder).values()] if folder else [None])[-1]
+    return next(reversed(checkpoints(folder).values()), None)
 
 
 def discard(folder):
     """Delete a checkpoint under another name: a half deleted one is never there to go on from."""
     if folder.is_dir():
-        shutil.rmtree(folder.rename(f"{folder}.old"))
+        shutil.rmtree(folder.rename(folder.with_suffix(".old")))
+
+
+STATE = ("value", "exp_avg", "exp_avg_sq")  # of a parameter: itself, AdamW's two moments
 
 
 def training_state(model, optimizer):
     """{name: tensor} of what an exact continuation needs: each trained parameter in float32, and
     AdamW's two moments. The order of the data and dropout's masks follow from seed and step."""
     state = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            values = {"value": p.detach(), **optimizer.state[p]}
-            for key in ("value", "exp_avg", "exp_avg_sq"):
-                state[f"{name}/{key}"] = full_tensor(values[key]).contiguous().cpu()
+    for name, p in trained_parameters(model).items():
+        values = {"value": p.detach(), **optimizer.state[p]}
+        for key in STATE:
+            state[f"{name}/{key}"] = full_tensor(values[key]).contiguous().cpu()
     return state
 
 
 @torch.no_grad()
 def restore(model, optimizer, folder):
     """Put a checkpoint's parameters and moments back; return its step."""
-    step = read_json_file(folder / "run.json")["step"]
-    state = open_weights(folder / "state.safetensors")
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if f"{name}/value" not in state or state[f"{name}/value"].shape != p.shape:
-            raise ValueError(f"{folder} has no {name} of {tuple(p.shape)}: it is another model's")
-        p.copy_(own_part(state[f"{name}/value"], p))
-        moments = {key: own_part(state[f"{name}/{key}"], p) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
+    step, state = read_info(folder)["step"], open_weights(folder / "state.safetensors")
+    for name, p in trained_parameters(model).items():
+        # A process that holds a part of a parameter takes its part of the tensors.
+        value, *moments = (own_part(state[f"{name}/{key}"], p) for key in STATE)
+        p.copy_(value)
+        # AdamW's bias correction counts from the first step of all.
+        count = {"step": torch.tensor(float(step), device=p.device)}
+        optimizer.state[p] = count | dict(zip(STATE[1:], moments))
     return step
 
 
@@ -703,81 +732,67 @@ def write_lines(path, records):
     write_atomically(path, lambda p: p.write_text(lines, encoding="utf-8"))
 
 
-@contextmanager
-def stop_signals():
-    """Within it SIGTERM and Ctrl-C only put their number into the list that it yields, so that the
-    step and its saving end first; a second one ends the process at once."""
-    caught, before = [], {}
-
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")
-
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def draw_curve(history, path):
-    """The loss curve as an SVG, which any browser opens: training in grey, validation in red."""
-    last = history[-1]["step"]
-    losses = {
-        key: [(r["step"], r[key]) for r in history if key in r] for key in ("loss", "val_loss")
-    }
-    top = 1.05 * max(y for points in losses.values() for _, y in points) or 1.0
-    svg, legend = '<rect width="800" height="400" fill="#fff"/>', "loss per target token"
-    for i in range(6):
-        y = 360 - 66 * i
-        svg += f'<path d="M60 {y}H780" stroke="#eee"/><text x="10" y="{y}">{top * i / 5:.2f}</text>'
-    for (key, points), color in zip(losses.items(), ("grey", "red")):
-        places = [(60 + 720 * (x - 1) / max(1, last - 1), 360 - 330 * y / top) for x, y in points]
-        corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        svg += f'<polyline points="{corners}" fill="none" stroke="{color}"/>'
-        svg += "".join(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{color}"/>' for x, y in places
-        )
-        if points:
-            legend += f", {key} {points[-1][1]:.3f} ({color})"
-    svg += f'<text x="60" y="380">step 1</text><text x="720" y="380">step {last}</text>'
-    svg += f'<text x="300" y="20">{legend}</text>'
-    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 400" font-size="12">'
-    write_atomically(path, lambda p: p.write_text(f"{head}{svg}</svg>\n", encoding="utf-8"))
+    """The loss curve as an SVG, which any browser opens, in the frame of data/loss.svg."""
+    last, lines = history[-1], {}
+    top = 1.05 * max(max(r["loss"], r.get("val_loss", 0)) for r in history) or 1.0
+    for key in ("loss", "val_loss"):
+        points = [(r["step"] / last["step"], r[key] / top) for r in history if key in r]
+        # The first point twice: so one alone is seen, as a line of no length with round ends.
+        places = (f"{60 + 720 * x:.1f},{360 - 330 * y:.1f}" for x, y in points[:1] + points)
+        lines[key] = " ".join(places)
+    numbers = {"top": top, "last": last["step"], "training": last["loss"]}
+    numbers["validation"] = last.get("val_loss", math.nan)
+    svg = (DATA / "loss.svg").read_text(encoding="utf-8").format(**numbers, **lines)
+    write_atomically(path, lambda p: p.write_text(svg, encoding="utf-8"))
 
 
 # ==================================================================================================
 # Memory: how many tokens at once, and how many blocks to compute again for the gradient
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
+    """How a run is to fit into memory, and the bytes that it will take."""
+
     tokens_at_once: int
     recomputed: int  # blocks
     bytes: float
 
 
 def plan_memory(shape, config, rows, dtype, device, tokens=0):
-    """The Plan by which a model of this shape, a LLaMAConfig, is trained, with so many tokens at
-    once if they are given. Nothing is loaded yet: the model is built on `meta`, where tensors have
-    shapes and no memory. Raises ValueError if nothing fits."""
-    storage = storage_dtype(config, dtype)
-    with torch.device("meta"):
-        model = LLaMA(shape).to(storage)
-    if config.base_dtype in QUANTISED:
-        quantize(model, config.base_dtype, "meta", storage)
-    make_trainable(model, config)
-    model.compute_dtype = dtype
-    most, total = 2048, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The Plan by which a model of this shape, a LLaMAConfig, is trained: as few blocks recomputed
+    as memory allows, then as many tokens at once as pay, or those given. Nothing is loaded yet.
+    Raises ValueError if nothing fits."""
+    # More tokens at once pay up to here; a CPU's caches are small.
+    most, room = 2048, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device.type == "cuda":
-        most, total = 8192, torch.cuda.get_device_properties(device).total_memory
-    room = config.memory_gb * 2**30 or 0.92 * total  # the rest: CUDA's own, the interpreter's
-    sizes = [tokens] if tokens else [most, most // 2, most // 4, 0]
-    for plan in plans(model, rows, config, sizes):
-        if plan.bytes <= room:
-            return plan
+        most, room = 8192, torch.cuda.get_device_properties(device).total_memory
+    room = config.memory_gb * 2**30 or 0.92 * room  # the rest: CUDA's own, the interpreter's
+    model, lengths = trial_model(shape, config, dtype), list(map(len, rows))
+    L, s, targets = len(model.layers), dtype.itemsize, target_count(rows) / sum(lengths)
+    # What autograd keeps of a token; and of a block, where weights are cast for the products.
+    few, many = (kept_bytes(model, n, round(n * targets)) for n in (8, 16))
+    of_token, of_block = (many - few) / 8 / L, (2 * few - many) / L
+    # Of what is trained there are a gradient and two moments besides. Cut over processes, two
+    # blocks are whole at a time.
+    weights = sum(p.nbytes for p in model.parameters())
+    fixed = weights + 12 * sum(p.numel() for p in trained_parameters(model).values())
+    if config.shard:
+        fixed = fixed / processes()[1] + 2 * weights / L
+    longest = max(lengths)
+    for recomputed in {"none": [0], "full": [L]}.get(config.recompute, range(L + 1)):
+        for size in [tokens] if tokens else [most, most // 2, most // 4, 0]:
+            n = min(max(size, longest), longest * (config.micro_batch_size or math.inf))
+            # Of a recomputed block its input; and one is whole again while its gradient is made.
+            kept = max(1, L - recomputed) * (n * of_token + of_block)
+            kept += recomputed * n * shape.hidden_size * s
+            # At the peak there is a chunk of logits too, or the gradients inside a feed-forward.
+            logits = 12 * min(CHUNK, n * targets * shape.vocab_size)
+            inside = n * s * (3 * shape.intermediate_size + 2 * shape.hidden_size)
+            plan = Plan(n, recomputed, fixed + kept + max(logits, inside))
+            if plan.bytes <= room:
+                return plan
     raise ValueError(
         f"training needs {plan.bytes / 2**30:.2f} GB, and {room / 2**30:.2f} GB of memory are "
         "planned for; try --recompute auto, a lower --micro_batch_tokens or --cutoff_len, or "
@@ -785,57 +800,41 @@ def plan_memory(shape, config, rows, dtype, device, tokens=0):
     )
 
 
-def plans(model, rows, config, sizes):
-    """Yield a Plan for each number of blocks to recompute and of tokens at once, the best first,
-    for a model of the right shapes on `meta`. The estimate: weights; gradient and two moments of
-    what is trained; activations as autograd keeps them; and a chunk of logits, or the gradients
-    inside a feed-forward, whichever is more."""
-    c, L, s = model.config, len(model.layers), model.dtype.itemsize
-    targets = target_count(rows) / sum(len(row.ids) for row in rows)
-    few, many = (kept_bytes(model, tokens, round(tokens * targets)) for tokens in (8, 16))
-    of_token, of_block = (many - few) / 8 / L, (2 * few - many) / L  # the latter: weights, cast
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    fixed = sum(p.nbytes for p in model.parameters()) + 12 * trained
-    longest = max(len(row.ids) for row in rows)
-    most = longest * (config.micro_batch_size or math.inf)
-    for recomputed in {"none": [0], "full": [L]}.get(config.recompute, range(L + 1)):
-        for tokens in (min(max(size, longest), most) for size in sizes):
-            kept = max(1, L - recomputed) * (tokens * of_token + of_block)
-            inputs = recomputed * tokens * c.hidden_size * s
-            logits = 12 * min(CHUNK, tokens * targets * c.vocab_size)
-            working = tokens * s * (3 * c.intermediate_size + 2 * c.hidden_size)
-            yield Plan(tokens, recomputed, fixed + kept + inputs + max(logits, working))
+def trial_model(shape, config, dtype):
+    """The model as it is to be trained, on `meta`, where tensors have shapes and no memory."""
+    storage = storage_dtype(config, dtype)
+    with torch.device("meta"):
+        model = LLaMA(shape).to(storage)
+    if config.base_dtype in QUANTISED:
+        quantize(model, config.base_dtype, "meta", storage)
+    make_trainable(model, config, dtype)
+    return model
 
 
 def kept_bytes(model, tokens, targets):
     """Bytes that autograd keeps from the forward of one row to its gradient, weights apart."""
-    kept = {}
-
-    def note(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # with its graph it would keep itself alive
-
     ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
-    packed = PackedRows([tokens], 0, model.device)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        h = model.hidden_states(ids, packed, keep=torch.arange(targets, device=model.device))
-    for p in model.parameters():
-        kept.pop(p.untyped_storage()._cdata, None)
-    del h  # until here it held what is kept, so that no storage took another's place
-    return sum(kept.values())
+    packed, kept = PackedRows([tokens], 0, model.device), []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, kept.append):
+        model.hidden_states(ids, packed, keep=ids[0, :targets])
+    # Tensors that are views of one storage count once.
+    storages = [tensor.untyped_storage() for tensor in (*kept, *model.parameters())]
+    sizes = {storage._cdata: storage.nbytes() for storage in storages}
+    kept.clear()  # it refers to the graph, and the graph to it
+    return sum(sizes.values()) - sum(p.nbytes for p in model.parameters())
 
 
 def gradient_that_fits(model, rows, config, limits):
     """`step_gradient`; where memory runs out all the same, again with half the tokens at once."""
-    longest = max(len(row.ids) for row in rows)
     while True:
         try:
             return step_gradient(model, rows, config, limits)
         except (RuntimeError, MemoryError) as error:
-            # Other processes wait for this one's gradient; and one row alone cannot be halved.
-            is_last = processes()[1] > 1 or limits.tokens_at_once <= longest
-            if is_last or not out_of_memory(error):
+            # One row alone cannot be halved, and other processes wait for this one's gradient.
+            can_halve = processes()[1] == 1 and limits.tokens_at_once > max(map(len, rows))
+            if not (can_halve and out_of_memory(error)):
                 raise
+        # Here, and not above, for the error holds on to the activations.
         limits.tokens_at_once //= 2
         print(f"out of memory: the step is made again, {limits.tokens_at_once:,} tokens at once")
         model.zero_grad()
@@ -846,11 +845,16 @@ def gradient_that_fits(model, rows, config, limits):
 # Many processes: each computes its share of a step's rows, and their gradients are summed
 
 
+def world_size():
+    """How many processes torchrun starts."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def join_processes(device):
     """Join the processes that torchrun started, if it did: NCCL, a GPU each by LOCAL_RANK, or gloo
     on CPUs. Only the first prints. Return this process's device. Raises ValueError if there is no
     GPU for it."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if world_size() == 1 or dist.is_initialized():
         return device
     if device.type == "cuda":
         number, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -861,6 +865,7 @@ def join_processes(device):
             )
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
+    # Sums of gradients go through the GPUs' own network, or through TCP.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if dist.get_rank() > 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -872,33 +877,18 @@ def own_batches(rows, config, limits):
     to do. Where another process has more, (one row, 0) fills up: it counts for nothing, but a
     sharded model is computed by all processes in step."""
     rank, n = processes()
-    rows = sorted(rows, key=lambda row: len(row.ids))
+    rows = sorted(rows, key=len)
     size, budget = config.micro_batch_size, limits.tokens_at_once or 2048
+    # All processes cut all shares: so each knows how many micro-batches the others have.
     shares = [micro_batches(rows[i::n], size, budget) for i in range(n)]
     missing = max(map(len, shares)) - len(shares[rank])
     return [(micro, 1) for micro in shares[rank]] + [(rows[:1], 0)] * missing
 
 
-def sum_over_processes(number, device):
-    if not dist.is_initialized():
-        return number
-    total = torch.tensor(number, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.item()
-
-
-def add_over_processes(model, config):
-    """Sum the gradients over the processes, which FSDP2 has done on the way; return them."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if dist.is_initialized() and not config.shard:
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-    return gradients
-
-
-def gradient_factor(config):
-    """FSDP2 takes the mean of the processes' gradients, and we want the sum."""
-    return processes()[1] if config.shard else 1
+def sum_over_processes(tensors):
+    """Replace each tensor by its sum over the processes."""
+    for tensor in tensors if dist.is_initialized() else []:
+        dist.all_reduce(tensor)
 
 
 def shard(model, device, dtype):
@@ -908,6 +898,7 @@ def shard(model, device, dtype):
     cut a quantised base."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # First the blocks, then what is left of the model: embedding, last norm and head.
     mesh = dist.init_device_mesh(device.type, (processes()[1],))
     for part in (*model.layers, model):
         place(part, device, dtype)
@@ -952,43 +943,73 @@ def read_data(config):
     if not config.data_path:
         raise ValueError("no --data_path; give a file of records {instruction, input, output}")
     records, files = [], []
+    # All records of all files, and which numbers among them a file has.
     for path, weight in map(split_weight, config.data_path):
         first = len(records)
         for number, record in enumerate(read_instructions(path, answers=True), 1):
-            records.append({**record, "record": f"{Path(path).name}:{number}"})
+            records.append(record | {"record": f"{Path(path).name}:{number}"})
         files.append((range(first, len(records)), weight))
+    # The first of a drawn order are the validation's.
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(records), generator=generator).tolist()
     held_out = 0 if config.val_path else config.val_set_size
-    if held_out >= len(records):
-        raise ValueError(f"val_set_size {held_out} leaves none of {len(records)} records to train")
     taken = []
     for numbers, weight in files:
-        own = [i for i in order[held_out:] if i in numbers]  # in drawn order: any part is fair
+        # in the order drawn, so that any part of them is fair
+        own = [i for i in order[held_out:] if i in numbers]
         taken += sorted((own * math.ceil(weight))[: round(weight * len(own))])
     if not taken:
-        raise ValueError(f"data_path {config.data_path}: the weights leave no record; raise them")
+        raise ValueError(
+            f"val_set_size {held_out} and the weights of {' '.join(config.data_path)} leave none "
+            f"of {len(records)} records to train on"
+        )
     validation = [records[i] for i in order[:held_out]]
     if config.val_path:
         validation = read_instructions(config.val_path, answers=True)
     return [records[i] for i in taken], validation
 
 
+def cut_answer(tokenizer, answer, room):
+    """At most `room` of an answer's tokens, never ending inside a character: three byte tokens may
+    make one."""
+    if len(answer) <= room:
+        return answer
+    answer = answer[: max(room, 0)]
+    while answer and tokenizer.decode(answer).endswith("\ufffd"):
+        answer.pop()
+    return answer
+
+
+def mark_earlier_answers(mask, tokenizer, prompt, text, instruction):
+    """Make the earlier answers of a conversation targets, where they stand in the prompt. What ends
+    one there is the next " <user>:", which is no target: a model that learnt it would write the
+    user's next question."""
+    ends = tokenizer.byte_ends(prompt, text)  # where each token ends, in bytes
+    offset = text.index(instruction)
+    for start, stop in bot_spans(instruction):
+        # characters of the instruction are bytes of the text
+        first, last = (len(text[: offset + at].encode()) for at in (start, stop))
+        for t in range(1, len(prompt)):
+            if ends[t] > first and ends[t - 1] < last:
+                mask[t] = True
+
+
 def encode_records(tokenizer, template, records, config):
     """(rows, their records) of the records that fit; prints how many were cut or left out. Raises
     ValueError if none fits."""
     rows = [encode_example(tokenizer, template, record, config) for record in records]
-    kept = [(row, record) for row, record in zip(rows, records) if row]
-    if records and not kept:
+    kept = [record for row, record in zip(rows, records) if row]
+    rows = list(filter(None, rows))
+    if records and not rows:
         raise ValueError(f"no record fits into cutoff_len {config.cutoff_len}; raise it")
-    lengths = [len(row.ids) for row, _ in kept]
-    # a cut ends up to three byte tokens early, before half a character
+    lengths = list(map(len, rows))
+    # A cut may end three byte tokens early, before half a character.
     cut = sum(length > config.cutoff_len - 4 for length in lengths)
     print(
-        f"{len(kept):,} records, {sum(lengths):,} tokens; at cutoff_len {config.cutoff_len} at "
-        f"most {cut:,} answers cut (EOS kept), {len(rows) - len(kept):,} records left out (no room)"
+        f"{len(rows):,} records, {sum(lengths):,} tokens; at cutoff_len {config.cutoff_len} at "
+        f"most {cut:,} answers cut (EOS kept), {len(records) - len(rows):,} left out (no room)"
     )
-    return [row for row, _ in kept], [record for _, record in kept]
+    return rows, kept
 
 
 # ==================================================================================================
@@ -998,12 +1019,13 @@ def encode_records(tokenizer, template, records, config):
 def answer_all(model, tokenizer, template, records, label):
     """Greedy answers to the records' questions. Each process answers its share."""
     rank, n = processes()
-    prompts = [
-        tokenizer.encode(render_prompt(template, r["instruction"], r["input"]), bos=True)
-        for r in records[rank::n]
-    ]
+    prompts = []
+    for record in records[rank::n]:
+        text = render_prompt(template, record["instruction"], record["input"])
+        prompts.append(tokenizer.encode(text, bos=True))
     label = "" if rank else label
     own = answer_batch(model, tokenizer, prompts, Decoding(max_new_tokens=128), 32, label)
+    # Question i was answered by process i % n.
     shares = [own] * n
     if n > 1:
         dist.all_gather_object(shares, own)
@@ -1028,6 +1050,7 @@ def facts_recalled(records, answers):
     """Share of the knowledge base's values that the answers name, over records that carry `values`;
     None without any. A value counts where it stands by itself, not inside its entity's name or a
     longer value of records that ask for the same relations."""
+    # All values of a relation are candidates: a longer one may hold the one that is asked for.
     values_of, hits = {}, []
     for record in records:
         values_of.setdefault(str(record.get("relations")), set()).update(record.get("values", []))
@@ -1044,25 +1067,25 @@ def print_report(config, history, questions, before, after):
         print(f"\n问题 {record['instruction']}\n  参考 {record['output']}")
         print(f"  调前 {old!r:.120}\n  调后 {new}")
     tokens, seconds = (sum(record[key] for record in history) for key in ("tokens", "seconds"))
-    loss = history[-1].get("val_loss")
-    validation = f", validation {loss:.3f}" if loss is not None else ""
+    first, last = history[0]["loss"], history[-1]["loss"]
+    validation = history[-1].get("val_loss", math.nan)
     print(
         f"\n{len(history)} steps, {tokens:,} real tokens in {seconds:.0f} s "
-        f"({tokens / seconds:,.0f} tokens/s), loss {history[0]['loss']:.3f} -> "
-        f"{history[-1]['loss']:.3f}{validation}"
+        f"({tokens / seconds:,.0f} tokens/s), loss {first:.3f} -> {last:.3f}, validation "
+        f"{validation:.3f}"
     )
-    share = facts_recalled(questions, after)
-    if share is not None:
-        print(
-            f"facts recalled on {len(questions)} held-out questions: base "
-            f"{facts_recalled(questions, before):.1%}, tuned {share:.1%}"
-        )
+    old, new = (facts_recalled(questions, answers) for answers in (before, after))
+    if new is not None:
+        print(f"facts recalled on {len(questions)} questions: base {old:.1%}, tuned {new:.1%}")
     result = "model" if config.full else "adapter"
     print(f"saved in {config.output_dir}: {result}, log.jsonl, loss.svg, answers.jsonl")
 
 
 # ==================================================================================================
 # Settings
+
+TRAIN_ON, RECOMPUTE = ("last", "all"), ("none", "full", "auto")
+BASE_DTYPES = ("auto", *DTYPES, *QUANTISED)
 
 
 @dataclass(frozen=True)
@@ -1072,6 +1095,7 @@ class TrainConfig:
     never learns to stop; warm-up at most a tenth of the steps, so that short runs learn too; and
     bf16 instead of an 8-bit base."""
 
+    # what is trained, and on what
     base_model: str = setting("", "folder of the base (empty: data/tiny, with TINY's settings)")
     data_path: tuple = setting(
         (),
@@ -1079,12 +1103,38 @@ class TrainConfig:
         "FILE:WEIGHT takes its records WEIGHT times (0.5: half of them, drawn by seed)",
     )
     val_path: str = setting("", "file of validation records (else val_set_size of data_path)")
-    output_dir: str = setting("lora-tcm", "folder for result, log.jsonl, loss.svg, checkpoints")
-    full: bool = setting(False, "train all weights instead of an adapter")
-    shard: bool = setting(
-        False, "under torchrun: cut weights, gradients and moments over the processes (FSDP2)"
+    val_set_size: int = setting(500, "records drawn from data_path for validation, by seed", 0)
+    prompt_template_name: str = setting("med_template", "name in data/templates, or path")
+    cutoff_len: int = setting(512, "tokens of a row at most; a longer answer is cut, its EOS stays")
+    train_on: str = setting(
+        "last", "targets in a conversation: its last answer, or all answers", choices=TRAIN_ON
     )
+    train_on_inputs: bool = setting(False, "make the prompt's tokens targets too")
+    group_by_length: bool = setting(
+        False, "fill each step with rows of similar length (another order, less padding)"
+    )
+    full: bool = setting(False, "train all weights instead of an adapter")
+    lora_r: int = setting(8, "rank of the update")
+    lora_alpha: float = setting(16.0, "the update is scaled by alpha / r")
+    lora_dropout: float = setting(0.05, "on the update's input", 0, 0.99)
+    lora_target_modules: tuple = setting(
+        ("q_proj", "v_proj"),
+        "linears to adapt: q_proj k_proj v_proj o_proj gate_proj "
+        "up_proj down_proj, or all; also as '[q_proj,v_proj]'",
+    )
+    # steps
     batch_size: int = setting(128, "rows of one optimizer step")
+    num_epochs: int = setting(10, "passes over the data")
+    max_steps: int = setting(0, "optimizer steps at most (0: no limit but num_epochs)", 0)
+    learning_rate: float = setting(3e-4, "peak of AdamW's, after warm-up; falls linearly to 0")
+    warmup_steps: int = setting(100, "steps of linear warm-up, at most a tenth of all", 0)
+    weight_decay: float = setting(0.0, "AdamW's", 0)
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    seed: int = setting(42, "of split, order, A's first values and dropout", -(2**62), 2**62)
+    # speed and memory
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1")
+    dtype: str = setting("auto", "of the activations", choices=("auto", *DTYPES))
+    base_dtype: str = setting("auto", "of the frozen base (auto: as dtype)", choices=BASE_DTYPES)
     micro_batch_size: int = setting(
         0, "rows computed at once, at most (0: as many as micro_batch_tokens allows)", 0
     )
@@ -1096,60 +1146,29 @@ class TrainConfig:
     )
     recompute: str = setting(
         "auto",
-        "forget the activations inside of no block, of all, or of as many as memory asks for, and "
-        "compute them again for the gradient",
-        choices=("none", "full", "auto"),
+        "which blocks keep no activations, and compute them again for the gradient (auto: as "
+        "many as memory asks for)",
+        choices=RECOMPUTE,
     )
-    memory_gb: float = setting(
-        0.0, "memory to plan for, in GB of 2^30 bytes (0: 92 % of the device's)", 0
-    )
-    compile: bool = setting(False, "torch.compile each block: pays on a GPU after a minute or two")
+    memory_gb: float = setting(0.0, "memory to plan for, in 2^30 bytes (0: 92 % of all)", 0)
     share_opening: bool = setting(
         True,
         "compute the tokens that all rows of a micro-batch begin with once (exact but for "
         "dropout, whose mask they then share)",
     )
-    num_epochs: int = setting(10, "passes over the data")
-    max_steps: int = setting(0, "optimizer steps at most (0: no limit but num_epochs)", 0)
-    learning_rate: float = setting(3e-4, "peak of AdamW's, after warm-up; falls linearly to 0")
-    warmup_steps: int = setting(100, "steps of linear warm-up, at most a tenth of all", 0)
-    weight_decay: float = setting(0.0, "AdamW's", 0)
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    cutoff_len: int = setting(512, "tokens of a row at most; a longer answer is cut, its EOS stays")
-    val_set_size: int = setting(500, "rows taken from data_path for validation, by seed", 0)
+    compile: bool = setting(False, "torch.compile each block: pays on a GPU after a minute or two")
+    shard: bool = setting(False, "under torchrun: cut weights and moments over processes (FSDP2)")
+    # the run
+    output_dir: str = setting("lora-tcm", "folder for result, log.jsonl, loss.svg, checkpoints")
     eval_steps: int = setting(200, "steps between validations (0: only at the end)", 0)
     save_steps: int = setting(200, "steps between checkpoints (0: none)", 0)
     save_total_limit: int = setting(3, "last checkpoints kept, besides the best (0: all)", 0)
-    lora_r: int = setting(8, "rank of the update")
-    lora_alpha: float = setting(16.0, "the update is scaled by alpha / r")
-    lora_dropout: float = setting(0.05, "on the adapter's input", 0, 0.99)
-    lora_target_modules: tuple = setting(
-        ("q_proj", "v_proj"),
-        "linears to adapt: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj, or all; also "
-        "as '[q_proj,v_proj]'",
-    )
-    train_on: str = setting(
-        "last",
-        "targets in a conversation: the last answer, or the earlier ones too",
-        choices=("last", "all"),
-    )
-    train_on_inputs: bool = setting(False, "make the prompt's tokens targets too")
-    group_by_length: bool = setting(False, "rows of similar length in a step (less padding)")
-    prompt_template_name: str = setting("med_template", "name in data/templates or path")
     resume_from_checkpoint: str = setting(
         "",
         "checkpoint-STEP folder to go on from, bit for bit; auto (or True): the last in "
         "output_dir, or from the beginning if there is none",
     )
     num_answers: int = setting(3, "validation questions answered before and after", 0)
-    seed: int = setting(42, "of split, order, A's first values and dropout", -(2**62), 2**62)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1")
-    dtype: str = setting("auto", "of the activations", choices=("auto", *DTYPES))
-    base_dtype: str = setting(
-        "auto",
-        "of the frozen base as stored (auto: as dtype)",
-        choices=("auto", *DTYPES, *QUANTISED),
-    )
     wandb_project: str = setting("", "log to this Weights & Biases project (needs wandb)")
     wandb_run_name: str = setting("", "name of the run, there and in run.json")
 
@@ -1189,12 +1208,14 @@ def check_config(config):
             "compile gives wrong gradients in fp16 on GPUs; drop --compile, or use --dtype bf16 or "
             "fp32"
         )
+    # AdamW's steps are smaller than what bf16 can add to a weight.
     if config.full and config.base_dtype not in ("auto", "fp32"):
         raise ValueError(
             f"base_dtype {config.base_dtype} is for a frozen base, and --full trains the weights "
             "in fp32; drop one of the two"
         )
-    if config.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    # Only torchrun starts several.
+    if config.shard and world_size() == 1:
         raise ValueError(
             "shard cuts the weights over processes, and there is one; start torchrun "
             "--nproc_per_node N train.py"
@@ -1208,52 +1229,48 @@ def check_config(config):
 def parse_config():
     """The TrainConfig of the command line: each field is an option."""
     parser = Parser(description=__doc__.splitlines()[0])
+    # Only what was given is here: the rest has the defaults of TrainConfig, or of TINY.
     parser.add_settings(TrainConfig)
     given = vars(parser.parse_args())
     if "data_path" in given:
         given["data_path"] = tuple(given["data_path"])
-    if "lora_target_modules" in given:  # q_proj v_proj, or '["q_proj","v_proj"]'
+    # q_proj v_proj, or as Fire users write it '["q_proj","v_proj"]'
+    if "lora_target_modules" in given:
         names = re.findall(r"\w+", " ".join(given["lora_target_modules"]))
         given["lora_target_modules"] = tuple(names)
     if given.get("base_model"):
         return TrainConfig(**given)
-    given["base_model"] = TINY["base_model"]
-    if "val_set_size" in given:
-        given.setdefault("val_path", "")
-    return TrainConfig(**TINY | given)
-
-
-def make_trainable(model, config):
-    """Freeze the base behind a fresh adapter, or with --full train all of it."""
-    if config.full:
-        model.requires_grad_(True)
-        return
-    torch.manual_seed(config.seed)
-    targets = config.lora_target_modules
-    add_lora(model, LoRAConfig(config.lora_r, config.lora_alpha, config.lora_dropout, targets))
+    # A share of the data for validation takes the place of TINY's file.
+    share = {"val_path": ""} if "val_set_size" in given else {}
+    return TrainConfig(**TINY | share | given | {"base_model": TINY["base_model"]})
 
 
 def storage_dtype(config, dtype):
     return torch.float32 if config.full else DTYPES.get(config.base_dtype, dtype)
 
 
-def load_trainable(config, device, dtype):
-    """The base as it is to be trained, ready on the device or cut over the processes."""
-    storage = storage_dtype(config, dtype)
-    if config.shard:  # mapped, as stored; `shard` moves and casts a block at a time
-        kind = config.base_dtype if config.base_dtype in QUANTISED else "auto"
-        model, _ = load_base(config.base_model, "cpu", None, kind)
-    else:
-        model, _ = load_base(config.base_model, device, storage, config.base_dtype)
+def make_trainable(model, config, dtype):
+    """Freeze the base behind a fresh adapter, or with --full train all of it; compute in dtype."""
     model.compute_dtype = dtype
-    size = sum(p.nbytes for p in model.parameters())
-    make_trainable(model, config)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    what = "all weights" if config.full else f"LoRA r {config.lora_r}, alpha {config.lora_alpha:g}"
-    print(
-        f"base {config.base_model}: {size / 2**20:,.1f} MiB of weights on {device}, computing in "
-        f"{dtype}; {what}: {trained:,} trained"
-    )
+    torch.manual_seed(config.seed)
+    if config.full:
+        model.requires_grad_(True)
+    else:
+        c = config
+        add_lora(model, LoRAConfig(c.lora_r, c.lora_alpha, c.lora_dropout, c.lora_target_modules))
+
+
+def load_trainable(config, device, dtype):
+    """The base as it is to be trained, on the device or cut over the processes."""
+    storage = storage_dtype(config, dtype)
+    # To be cut it is mapped as stored: `shard` moves and casts a block at a time.
+    place, stored = ("cpu", None) if config.shard else (device, storage)
+    kind = config.base_dtype if config.base_dtype in QUANTISED else "auto"
+    model, _ = load_base(config.base_model, place, stored, kind)
+    make_trainable(model, config, dtype)
+    trained = sum(p.numel() for p in trained_parameters(model).values())
+    what = "all weights" if config.full else f"LoRA r {config.lora_r}"
+    print(f"base {config.base_model} on {device} in {dtype}; {what}: {trained:,} numbers trained")
     if config.compile:
         compile_blocks(model)
     if config.shard:
@@ -1275,6 +1292,8 @@ def main():
     if not config.output_dir:
         raise ValueError("output_dir is empty; give a folder for the result")
 
+    device = join_processes(pick_device(config.device))
+
     # The data first: what is wrong with it is said before anything large is loaded.
     template = load_template(config.prompt_template_name)
     records, val_records = read_data(config)
@@ -1283,28 +1302,21 @@ def main():
     if run.finished:
         print(f"the run in {config.output_dir} is finished, {len(run.history)} steps")
         return
-    device = join_processes(pick_device(config.device))
     rows, _ = encode_records(tokenizer, template, records, config)
     val_rows, val_records = encode_records(tokenizer, template, val_records, config)
 
-    # Then the model, as memory allows.
-    dtype = pick_dtype(config.dtype, device)
-    shape = Checkpoint(find_base(config.base_model)).config
-    tokens = run.limits.tokens_at_once
-    plan = plan_memory(shape, config, rows + val_rows, dtype, device, tokens)
-    run.limits.tokens_at_once = plan.tokens_at_once
+    # Then the model, as memory allows. The plan needs no weights, only the base's shape.
+    shape, dtype = Checkpoint(find_base(config.base_model)).config, pick_dtype(config.dtype, device)
+    limits = run.limits
+    plan = plan_memory(shape, config, rows + val_rows, dtype, device, limits.tokens_at_once)
     print(
         f"memory: {plan.bytes / 2**30:.2f} GB by the estimate, {plan.tokens_at_once:,} tokens at "
         f"once, {plan.recomputed} blocks recomputed"
     )
     model = load_trainable(config, device, dtype)
-    model.recomputed = plan.recomputed
+    model.recomputed, limits.tokens_at_once = plan.recomputed, plan.tokens_at_once
 
     # Training, and answers to some of the validation questions before and after.
-    print(
-        f"{config.num_epochs} epochs of {len(rows):,} rows, {config.batch_size} rows a step, "
-        f"learning rate {config.learning_rate:g}"
-    )
     count = 0 if config.shard else config.num_answers  # token by token, gathering is too slow
     every = max(1, len(val_records) // max(1, count))
     questions = val_records[::every][:count]
@@ -1313,8 +1325,8 @@ def main():
     after = answer_all(model, tokenizer, template, questions, "answers after")
     if processes()[0] == 0:
         triples = zip(questions, before, after)
-        answers = [{**record, "before": old, "after": new} for record, old, new in triples]
-        write_lines(Path(config.output_dir) / "answers.jsonl", answers)
+        answers = [record | {"before": old, "after": new} for record, old, new in triples]
+        write_lines(run.folder / "answers.jsonl", answers)
         print_report(config, history, questions, before, after)
 
 

@@ -301,7 +301,7 @@ def measure(args, dtype, cutoff, device):
             if any("peft" in side for side in args.sides)
             else None
         )
-    T.make_trainable(ours, config)
+    T.make_trainable(ours, config, dtype)
     ours.train()
     if args.compile:
         T.compile_blocks(ours)

@@ -332,16 +332,16 @@ GOOD = '{"instruction": "a", "output": "b"}\n'
 # BASE a base so damaged
 BAD = {
     "missing data": (["--data_path", "nowhere.json"], "nowhere.json"),
-    "a folder of data": (["--data_path", "."], "not a file"),
+    "a folder of data": (["--data_path", "."], "directory: '.'"),
     "one of several files": (
         ["--data_path", "@" + GOOD, "nowhere.json:0.5"],
-        "nowhere.json not found",
+        "nowhere.json",
     ),
     "a weight of nothing": (["--data_path", "RECORDS:0"], "wanted a number above 0"),
-    "a weight that is none": (["--data_path", "RECORDS:-1"], "not found"),
-    "empty data": (["--data_path", "@"], "is empty"),
+    "a weight that is none": (["--data_path", "RECORDS:-1"], "records.json:-1"),
+    "empty data": (["--data_path", "@"], "given.json (empty)"),
     "no json": (["--data_path", "@" + GOOD + "{oops\n"], "line 2"),
-    "no array": (["--data_path", "@[" + GOOD], "JSON array"),
+    "no array": (["--data_path", "@[" + GOOD], "given.json as an array"),
     "no answer": (["--data_path", "@" + GOOD + '{"instruction": "a"}'], "line 2"),
     "blank answer": (["--data_path", '@{"instruction": "a", "output": " "}'], "line 1"),
     "a number for a text": (["--data_path", '@{"instruction": 1, "output": "b"}'], "line 1"),
@@ -355,24 +355,24 @@ BAD = {
             "--data_path",
             '@{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
         ],
-        "message 2",
+        "line 1",
     ),
     "a tool's message": (
         ["--data_path", '@{"messages": [{"role": "tool", "content": "a"}]}'],
-        "message 1",
+        "line 1",
     ),
     "an open conversation": (
         ["--data_path", '@{"conversations": [{"from": "human", "value": "a"}]}'],
-        "without one",
+        "the answer is empty",
     ),
     "half a history": (
         ["--data_path", '@{"instruction": "a", "output": "b", "history": [["c"]]}'],
-        "history",
+        "line 1",
     ),
     "gbk": (["--data_path", "@gbk"], "UTF-8"),
     "missing validation": (["--val_path", "nowhere.json"], "nowhere.json"),
     "validation too large": (["--val_set_size", "8"], "val_set_size"),
-    "template": (["--prompt_template_name", "nope"], "med_template"),
+    "template": (["--prompt_template_name", "nope"], "nope.json"),
     "template's file": (["--prompt_template_name", "@nope"], "not JSON"),
     "template's text": (["--prompt_template_name", '@{"prompt_no_input": "?"}'], "{instruction}"),
     "target": (["--lora_target_modules", "x_proj"], "x_proj"),
@@ -421,7 +421,7 @@ BAD = {
     "no tokenizer": (["--base_model", "BASE no tokenizer"], "tokenizer.model"),
     "tokenizer of another size": (["--base_model", "BASE tokenizer"], "pieces"),
     "shape": (["--base_model", "BASE shape"], "k_proj"),
-    "config lacks a key": (["--base_model", "BASE config"], "lacks"),
+    "config lacks a key": (["--base_model", "BASE config"], "config.json"),
 }
 
 

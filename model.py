@@ -412,8 +412,8 @@ def product(x, weight):
         return one_row(x, weight).to(x.dtype)
     if AMX and x.is_cpu and x.dtype == torch.bfloat16 and not compiling:
         columns = x.reshape(rows, -1).T
-        y = torch.mv(weight, columns[:, 0]) if rows == 1 else (weight @ columns).T
-        return y.reshape(*x.shape[:-1], -1)
+        y = torch.mv(weight, columns[:, 0]) if rows == 1 else (weight @ columns).T.contiguous()
+        return y.view(*x.shape[:-1], -1)
     return F.linear(x, weight)
 
 

@@ -212,7 +212,13 @@ def read_reply(job, client):
             return [{"id": f"{job.key}/{i}", **r, **source} for i, r in enumerate(records)]
         except ValueError as error:
             reason = str(error)
-    return [{"id": job.key, **source, "reason": reason, "content": reply.get("content")}]
+    rejected = {
+        "id": job.key,
+        **source,
+        "reason": reason,
+        "content": reply.get("content"),
+    }
+    return [rejected]
 
 
 def records_of(job, items):
@@ -637,7 +643,12 @@ def literature_jobs(args, prompts):
         facts = [Fact(title, None, "结论", conclusion, parts or [conclusion])]
         turns = random.Random(f"{args.seed}/{title}/{number}").randint(2, 6)
         item = f"{title}#{number}"
-        places = {"title": title, "disease": disease, "conclusion": conclusion, "turns": turns}
+        places = {
+            "title": title,
+            "disease": disease,
+            "conclusion": conclusion,
+            "turns": turns,
+        }
         yield make_job(args, prompts, "literature", item, facts, **places)
 
 
@@ -993,7 +1004,8 @@ class Client:
     async def submit(self, client, prompts):
         """Upload a file of requests and note it. Raises ValueError if a cap could be passed, since
         a batch is made as a whole."""
-        cap = self.cap_passed(len(prompts), self.cost(self.bound(prompts.values()), batch=True))
+        bound = self.bound(prompts.values())
+        cap = self.cap_passed(len(prompts), self.cost(bound, batch=True))
         if cap:
             raise ValueError(f"{cap} by the batch, which is sent whole; lower --count")
         requests = (
@@ -1418,7 +1430,10 @@ class Offline(Source):
     def run(self):
         forms = read_forms(self.forms)
         train, held_out = split_entities(read_knowledge(self.knowledge), self.heldout, self.seed)
-        for name, part, questions in (("train", train, self.questions), ("heldout", held_out, 1)):
+        for name, part, questions in (
+            ("train", train, self.questions),
+            ("heldout", held_out, 1),
+        ):
             records = write_records(part, forms, questions, random.Random(self.seed))
             write_lines(f"{self.output_dir}/{name}.jsonl", list(records))
 

@@ -34,35 +34,33 @@ import re
 import signal
 import time
 import unicodedata
-from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from itertools import chain, cycle
+from itertools import chain, count, cycle, islice
 from pathlib import Path
 from string import Template
 
-import numpy as np
 from tqdm import tqdm
 
 from generate import (
     DATA,
     load_template,
+    load_tokenizer,
     read_instructions,
     read_records,
     render_prompt,
     render_turns,
+    to_messages,
 )
-from model import Parser, read_json_file, run, write_atomically, write_json
-
-try:
-    from generate import load_tokenizer
-except ImportError:  # until the merge
-
-    def load_tokenizer(folder):
-        from generate import Tokenizer
-
-        return Tokenizer(Path(folder) / "tokenizer.model")
-
+from model import (
+    Parser,
+    check_settings,
+    read_json_file,
+    run,
+    setting,
+    write_atomically,
+    write_json,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Facts: what is known of an entity
@@ -85,13 +83,11 @@ class Fact:
 
 def facts(entity, forms):
     """The facts of an entity for which there is a form, in the order of data/forms.json."""
-    name, kind = entity["中心词"], entity["类型"]
-    found = []
+    kind = entity["类型"]
     for relation, form in forms.get(kind, {}).items():
         text, values = values_of(entity, relation)
         if values:
-            found.append(Fact(name, kind, relation, text, values, form))
-    return found
+            yield Fact(entity["中心词"], kind, relation, text, values, form)
 
 
 # The patterns of a disease, and the formula for each.
@@ -129,28 +125,28 @@ def split_entities(entities, share, seed):
     for kind, number in Counter(kinds.values()).items():
         own = [name for name in free if kinds[name] == kind]
         held_out.update(rng.sample(own, min(len(own), round(share * number))))
-    train = [entity for entity in entities if entity["中心词"] not in held_out]
-    return train, [entity for entity in entities if entity["中心词"] in held_out]
+    parts = [], []
+    for entity in entities:
+        parts[entity["中心词"] in held_out].append(entity)
+    return parts
 
 
 def write_records(entities, forms, ways, rng):
     """Records of all facts: each fact asked for in at most so many ways, and two facts of each
     entity asked for at once."""
-    records = []
     for entity in entities:
-        own = facts(entity, forms)
+        own = list(facts(entity, forms))
         # Several ways to ask, one way to answer: the statement form is always the first.
         for fact in own:
             questions = fact.form["questions"]
             for i in rng.sample(range(len(questions)), min(ways, len(questions))):
                 question = questions[i].format(e=fact.entity)
-                records.append(offline_record([fact], i, question))
+                yield offline_record([fact], i, question)
         if len(own) > 1:
             pair = rng.sample(own, 2)
             both = "和".join(fact.relation for fact in pair)
             question = f"请介绍{pair[0].entity}的{both}。"
-            records.append(offline_record(pair, "pair", question))
-    return records
+            yield offline_record(pair, "pair", question)
 
 
 def offline_record(answered, form, question):
@@ -175,6 +171,7 @@ def offline_record(answered, form, question):
 
 def build(args, jobs, sieve):
     """Ask the jobs, write the records that the sieve keeps and, with the reason, the others."""
+    jobs = list(jobs)
     # Ask, and where a reply cannot be parsed, ask once more. What is on the file is not asked.
     client = Client(replies_beside(args.output, "prompt_hash"), args)
     client.ask({job.key: job.messages for job in jobs})
@@ -202,20 +199,26 @@ def build(args, jobs, sieve):
 
 def read_reply(job, client):
     """The records in the latest reply to a job, or one with a `reason` if there are none."""
-    reply = client.replies.get(f"{job.key}/repair") or client.replies.get(job.key) or {}
+    reply = client.replies.get(f"{job.key}/repair") or client.replies.get(job.key, {})
+    reason = f"no reply: {client.failed.get(job.key, client.stop)}"
     # Where it comes from: the entity of its first fact (a new task has none), and the reply.
-    entity, kind = next(((fact.entity, fact.kind) for fact in job.facts), (None, None))
-    source = {"entity": entity, "kind": kind, "form": job.form}
+    source = {"entity": None, "kind": None, "form": job.form}
+    for fact in job.facts[:1]:
+        source |= {"entity": fact.entity, "kind": fact.kind}
     if reply:
         source |= {name: reply[name] for name in PAID}
-    try:
-        if not reply:
-            raise ValueError(f"no reply: {client.failed.get(job.key, client.stop)}")
-        records = records_of(job, parse_items(reply["content"], job.fields))
-    except ValueError as error:
-        content = reply.get("content")
-        return [{"id": job.key, **source, "reason": str(error), "content": content}]
-    return [{"id": f"{job.key}/{i}", **record, **source} for i, record in enumerate(records)]
+        try:
+            records = records_of(job, parse_items(reply["content"], job.fields))
+            return [{"id": f"{job.key}/{i}", **r, **source} for i, r in enumerate(records)]
+        except ValueError as error:
+            reason = str(error)
+    rejected = {
+        "id": job.key,
+        **source,
+        "reason": reason,
+        "content": reply.get("content"),
+    }
+    return [rejected]
 
 
 def records_of(job, items):
@@ -225,12 +228,10 @@ def records_of(job, items):
     if not 2 <= len(items) <= 6 or not all(all(item.values()) for item in items):
         raise ValueError(f"turns: {len(items)}, wanted 2 to 6 and none of them empty")
     turns = [(item["user"], item["bot"]) for item in items]
-    messages = []
-    for user, bot in turns:
-        messages += [message("user", user), message("assistant", bot)]
+    messages = to_messages(turns)
     # As BenTsao wrote its rows: all turns but the last answer are the instruction.
-    question, answer = turns.pop()
-    instruction = render_turns([*turns, (question, None)])
+    *earlier, (question, answer) = turns
+    instruction = render_turns([*earlier, (question, None)])
     return [{"instruction": instruction, "input": "", "output": answer, "messages": messages}]
 
 
@@ -287,8 +288,7 @@ class Sieve:
     def __init__(self, names=None, seeds=()):
         self.names = names
         self.exact = set()
-        self.grams = TokenIndex()
-        self.tasks = TokenIndex()
+        self.grams, self.tasks = TokenIndex(), TokenIndex()
         for seed in seeds:
             words, bag = split_words(seed)
             self.tasks.add(bag, (words, seed))
@@ -296,15 +296,15 @@ class Sieve:
     def reason(self, record, job):
         """The reason to reject a record, "" to keep it. Notes on the record which values of the
         job's facts it states."""
-        messages = record.get("messages", [])
-        replies = [said["content"] for said in messages if said["role"] == "assistant"]
+        # In a dialogue every second message is a reply.
+        replies = [said["content"] for said in record.get("messages", [])[1::2]]
         told = "\n".join(replies or [record["output"]])
         text = f"{record['instruction']}\n{record['input']}\n{told}"
         answers = plain(told)
         return (
             fault(record, text, answers)
             or self.not_grounded(record, text, answers, job)
-            or self.repeated(record, job.form)
+            or self.repeated(record)
             or ""
         )
 
@@ -314,11 +314,11 @@ class Sieve:
         if not job.facts:
             return
         # Which values it states, and the share of the values that it was given.
-        given = [(fact.relation, value) for fact in job.facts for value in fact.values]
-        stated = [(relation, value) for relation, value in given if says(answers, value)]
-        relations, values = zip(*stated) if stated else ((), ())
-        record["relations"], record["values"] = unique(relations), unique(values)
-        record["score"] = round(len(set(values)) / len({value for _, value in given}), 3)
+        given = unique(value for fact in job.facts for value in fact.values)
+        stated = [value for value in given if says(answers, value)]
+        relations = (fact.relation for fact in job.facts if set(stated) & set(fact.values))
+        record["relations"], record["values"] = unique(relations), stated
+        record["score"] = round(len(stated) / len(given), 3)
         # A name that the prompt does not hold is knowledge of the LLM's own, true or not.
         record["strangers"] = self.names.strangers(text, job.messages[-1]["content"])
         if not stated:
@@ -326,22 +326,24 @@ class Sieve:
         if record["strangers"]:
             return "names what its facts do not"
 
-    def repeated(self, record, form):
-        """Whether it is like a record kept before; if not, it counts as kept from here on."""
-        text = plain(record["instruction"] + record["input"] + record["output"])
+    def repeated(self, record):
+        """Whether it is like a record kept before: the same text; about the same entity, with
+        mostly the same 4-grams; a task of mostly the same words. If not, it counts as kept."""
+        text = text_of(record)
+        grams = grams_of(record)
         # The cheap comparison first.
         if text in self.exact:
             return "duplicate"
-        close, grams = near(self.grams, record)
-        if close:
+        # Jaccard similarity of 0.7: common / (total - common) >= 0.7, solved for common.
+        if self.grams.like(grams, 0.7 / 1.7):
             return "near duplicate"
-        if form == "self_instruct":
+        if self.tasks.texts:
             record["rouge_l"], record["like"] = most_like(self.tasks, record["instruction"])
             if record["like"]:
                 return "like a task kept before"
         # What is rejected must not be remembered, or a good record would fall with it.
         self.exact.add(text)
-        self.grams.add(grams, record.get("entity"))
+        self.grams.add(grams, text)
 
 
 def fault(record, text, answers):
@@ -381,7 +383,7 @@ class Names:
 
     def __init__(self, entities):
         rules = read_json_file(f"{DATA}/relations.json")
-        kinds = {entity["中心词"]: entity["类型"] for entity in entities}
+        self.kinds = {entity["中心词"]: entity["类型"] for entity in entities}
         # {name: entities that it means}: two entities may share an alias.
         self.entities = defaultdict(set)
         for entity in entities:
@@ -391,30 +393,22 @@ class Names:
             for relation, kind in {"别名": entity["类型"], **rules["names"]}.items():
                 for value in entity.get(relation, []):
                     if not re.search(rules["no_names"], value):
-                        kinds.setdefault(value, kind)
-        for name in kinds:
-            self.entities[name].add(name)
-        # A name of one character would be found inside too many words.
-        self.kinds = {name: kind for name, kind in kinds.items() if len(name) > 1}
-        self.lengths = sorted(set(map(len, self.kinds)), reverse=True)
+                        self.kinds.setdefault(value, kind)
+        # By longest match: 四逆汤 in 当归四逆汤 is none. One character is inside too many words.
+        names = sorted(filter(lambda name: len(name) > 1, self.kinds), key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, names)) or "$^")
 
     def find(self, text):
-        """The set of names in a text, by longest match: 四逆汤 in 当归四逆汤 is none."""
-        found = set()
-        i = 0
-        while i < len(text):
-            starts = (text[i : i + length] for length in self.lengths)
-            name = next((start for start in starts if start in self.kinds), "")
-            found.add(name)
-            i += len(name) or 1
-        return found - {""}
+        """The set of names in a text."""
+        return set(self.pattern.findall(text))
+
+    def meant(self, name):
+        return self.entities[name] | {name}
 
     def strangers(self, text, given):
         """Names in a text that the given text does not hold, under this or another name."""
-        held = set().union(*(self.entities[name] for name in self.find(given)))
-
-        found = self.find(text)
-        strange = [name for name in found if not held & self.entities[name]]
+        held = set().union(*map(self.meant, self.find(given)))
+        strange = [name for name in self.find(text) if not held & self.meant(name)]
         # A longer word may hold a disease or drug (缺铁性贫血: 贫血), but no herb and no formula.
         whole = ("中药", "方剂")
         return sorted(n for n in strange if self.kinds[n] in whole or n not in given)
@@ -422,39 +416,38 @@ class Names:
 
 class TokenIndex:
     """Texts as sets of tokens, with an inverted index: {token: numbers of the texts that hold it}.
-    One pass over the lists of a new text's tokens counts what it shares with every text, so that
+    Counting over the lists of a new text's tokens tells what it shares with every text, so that
     only the few that could be like it are compared in full."""
 
     def __init__(self):
-        self.postings = defaultdict(lambda: array("i"))
-        self.sizes = array("i")
+        self.postings = defaultdict(list)
+        # [(number of tokens, text), ...]
         self.texts = []
 
     def add(self, tokens, text):
         for token in tokens:
             self.postings[token].append(len(self.texts))
-        self.sizes.append(len(tokens))
-        self.texts.append(text)
+        self.texts.append((len(tokens), text))
 
     def like(self, tokens, share):
         """The texts that have enough tokens in common with a new one: at least a share of the sum
         of both numbers, so that equal texts share 0.5."""
-        common = np.zeros(len(self.texts), np.int32)
-        for token in tokens:
-            if token in self.postings:
-                common[np.frombuffer(self.postings[token], np.int32)] += 1
-        total = np.array(self.sizes, np.int32) + len(tokens)
+        common = Counter(chain.from_iterable(self.postings.get(token, ()) for token in tokens))
+        found = ((shared, *self.texts[i]) for i, shared in common.items())
         # 1e-9: what rounding may have added to the bound.
-        return [self.texts[i] for i in np.flatnonzero(common >= share * total - 1e-9)]
+        return [text for n, size, text in found if n >= share * (size + len(tokens)) - 1e-9]
 
 
-def near(index, record):
-    """Whether the index holds a record about the same entity with mostly the same 4-grams (Jaccard
-    similarity of 0.7), and the record's own 4-grams."""
-    text = plain(record["instruction"] + record["output"])
-    grams = {text[i : i + 4] for i in range(len(text) - 3)}
-    # common / (total - common) >= 0.7, solved for common
-    return record.get("entity") in index.like(grams, 0.7 / 1.7), grams
+def text_of(record):
+    """All that a record says, as it is compared."""
+    return plain(f"{record['instruction']}{record['input']}{record['output']}")
+
+
+def grams_of(record):
+    """The 4-grams of a record, each with the entity: records of two entities have none in
+    common."""
+    text = plain(f"{record['instruction']}{record['output']}")
+    return {(record.get("entity"), text[i : i + 4]) for i in range(len(text) - 3)}
 
 
 def most_like(index, text):
@@ -462,7 +455,7 @@ def most_like(index, text):
     and "", and the new text enters the index."""
     words, bag = split_words(text)
     # A common subsequence has no more tokens than both texts have in common, which rules most out.
-    scores = ((rouge_l(words, other), like) for other, like in index.like(bag, 0.7 / 2))
+    scores = [(rouge_l(words, other), like) for other, like in index.like(bag, 0.7 / 2)]
     score, like = max(scores, default=(0.0, ""))
     if score >= 0.7:
         return round(score, 3), like
@@ -558,8 +551,7 @@ def make_job(args, prompts, form, item, facts=(), **texts):
     system = Path(f"{args.prompts}/system.txt").read_text(encoding="utf-8")
     user = Template(prompts[form]["prompt"]).safe_substitute(texts, facts=listed)
     messages = [message("system", system), message("user", user)]
-    key = f"{item}/{form}/{args.model}"
-    return Job(key, form, messages, facts)
+    return Job(f"{item}/{form}/{args.model}", form, messages, facts)
 
 
 def message(role, content):
@@ -570,7 +562,7 @@ class FactSampler:
     """Draws the facts of entities for prompts."""
 
     def __init__(self, entities, forms):
-        self.facts = {entity["中心词"]: facts(entity, forms) for entity in entities}
+        self.facts = {entity["中心词"]: list(facts(entity, forms)) for entity in entities}
         # {(kind, relation, value): names of the entities that have it}
         self.holders = defaultdict(set)
         for name in self.facts:
@@ -588,11 +580,11 @@ class FactSampler:
     def suits(self, name, form):
         """Whether a prompt can be asked of an entity."""
         own = self.facts[name]
-        if not own or not form["weight"] or own[0].kind not in form["kinds"]:
-            return False
-        if "share" in form and not self.partners(name, form["share"]):
-            return False
-        return set(form["relations"]) <= {fact.relation for fact in own}
+        return (
+            {fact.kind for fact in own} & set(form["kinds"])
+            and {fact.relation for fact in own} >= set(form["relations"])
+            and ("share" not in form or self.partners(name, form["share"]))
+        )
 
     def choose(self, rng, form, name):
         """A partner's name (or the entity's own) and the facts for a job about an entity."""
@@ -619,7 +611,7 @@ def knowledge_jobs(args, entities, forms, prompts):
     # Which entities each prompt suits, in an order of its own.
     pools = {}
     for title, form in prompts.items():
-        pool = [name for name in sampler.facts if sampler.suits(name, form)]
+        pool = [name for name in sampler.facts if form["weight"] and sampler.suits(name, form)]
         if pool:
             rng.shuffle(pool)
             pools[title] = cycle(pool)
@@ -627,49 +619,46 @@ def knowledge_jobs(args, entities, forms, prompts):
         raise ValueError(f"{args.knowledge}: no form in {args.prompts} suits an entity there")
     # A job's facts hang on its own key alone, not on the jobs drawn before it.
     weights = [prompts[title]["weight"] for title in pools]
-    seen = Counter()
-    jobs = []
+    seen = defaultdict(count)
     for title in rng.choices(list(pools), weights, k=args.count):
         name = next(pools[title])
-        number = seen[title, name]
-        seen[title, name] += 1
+        number = next(seen[title, name])
         item_rng = random.Random(f"{args.seed}/{title}/{name}/{number}")
         other, chosen = sampler.choose(item_rng, prompts[title], name)
         item = f"{name}#{number}"
-        jobs.append(make_job(args, prompts, title, item, chosen, entity=name, other=other))
-    return jobs
+        yield make_job(args, prompts, title, item, chosen, entity=name, other=other)
 
 
 def literature_jobs(args, prompts):
     """args.count jobs: a dialogue of 2 to 6 turns about each conclusion in turn."""
     papers = read_records(args.literature)
     # Several papers may have one title: the number tells them apart.
-    seen = Counter()
-    jobs = []
-    for i in range(args.count):
-        where, paper = papers[i % len(papers)]
-        if not all(is_text(paper.get(key)) for key in ("标题", "疾病", "结论")):
+    seen = defaultdict(count)
+    for where, paper in islice(cycle(papers), args.count):
+        title, disease, conclusion = texts = [paper.get(key) for key in ("标题", "疾病", "结论")]
+        if not all(map(is_text, texts)):
             raise ValueError(f"{args.literature} {where}: wanted texts for 标题, 疾病 and 结论")
-        title, conclusion = paper["标题"], paper["结论"]
-        number = seen[title]
-        seen[title] += 1
+        number = next(seen[title])
         parts = [part for part in re.split("[，。；]", conclusion) if len(part) > 3]
         facts = [Fact(title, None, "结论", conclusion, parts or [conclusion])]
         turns = random.Random(f"{args.seed}/{title}/{number}").randint(2, 6)
-        texts = {"title": title, "disease": paper["疾病"], "conclusion": conclusion, "turns": turns}
-        jobs.append(make_job(args, prompts, "literature", f"{title}#{number}", facts, **texts))
-    return jobs
+        item = f"{title}#{number}"
+        places = {
+            "title": title,
+            "disease": disease,
+            "conclusion": conclusion,
+            "turns": turns,
+        }
+        yield make_job(args, prompts, "literature", item, facts, **places)
 
 
 def self_instruct_jobs(args, prompts, seeds):
     """args.count jobs, each with three seed tasks as examples (Wang et al. 2022; from the seeds
     alone, as Stanford Alpaca draws them)."""
-    jobs = []
     for i in range(args.count):
         drawn = random.Random(f"{args.seed}/{i}").sample(seeds, min(3, len(seeds)))
         examples = "\n".join(to_json({field: task[field] for field in TASK}) for task in drawn)
-        jobs.append(make_job(args, prompts, "self_instruct", f"tasks#{i}", examples=examples))
-    return jobs
+        yield make_job(args, prompts, "self_instruct", f"tasks#{i}", examples=examples)
 
 
 def repairs(args, jobs, replies):
@@ -678,13 +667,15 @@ def repairs(args, jobs, replies):
     prompts = {}
     for job in jobs:
         key = f"{job.key}/repair"
+        if job.key not in replies or key in replies:
+            continue
+        said = replies[job.key]["content"]
         try:
-            if job.key in replies and key not in replies:
-                parse_items(replies[job.key]["content"], job.fields)
+            parse_items(said, job.fields)
         except ValueError as error:
-            said = replies[job.key]["content"] or "（空）"
             asked = form.safe_substitute(reason=error)
-            prompts[key] = [*job.messages, message("assistant", said), message("user", asked)]
+            answers = [message("assistant", said or "（空）"), message("user", asked)]
+            prompts[key] = job.messages + answers
     return prompts
 
 
@@ -698,41 +689,36 @@ class Replies(dict):
     Raises ValueError if another process holds the file, and for a line that is no reply."""
 
     def __init__(self, path, read_only=False):
-        self.path = path
-        # Bytes of complete lines.
-        self.size = 0
+        # The size is in bytes, of complete lines.
+        self.path, self.size = path, 0
         if not read_only:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             # Open as long as this object lives: closing it would release the lock.
             self.file = open(path, "ab+", buffering=0)  # noqa: SIM115
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"{path} belongs to another process; wait for it") from None
-        if self.path.exists():
-            self.read()
+        data = path.read_bytes() if path.exists() else b""
+        for number, line in enumerate(data.splitlines(keepends=True), 1):
+            try:
+                reply = json.loads(line)
+                self[reply["key"]] = reply
+                self.size += len(line)
+            except (ValueError, TypeError, LookupError):
+                # Only the last line may be one that a crash cut off.
+                if line.endswith(b"\n"):
+                    place = f"{path} line {number}"
+                    raise ValueError(f"{place} is no reply; delete that line") from None
         if not read_only:
             # What a crash cut off goes; a complete reply without its end of line gets one.
             self.file.truncate(self.size)
-            if self.size and os.pread(self.file.fileno(), 1, self.size - 1) != b"\n":
+            if self.size and data[self.size - 1 : self.size] != b"\n":
                 self.size += self.file.write(b"\n")
-
-    def read(self):
-        with open(self.path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    reply = json.loads(line)
-                    self[reply["key"]] = reply
-                except (ValueError, TypeError, LookupError):
-                    if line.endswith(b"\n"):
-                        place = f"{self.path} line {number}"
-                        raise ValueError(f"{place} is no reply; delete that line") from None
-                    return
-                self.size += len(line)
 
     def append(self, reply):
         """Bring a reply to the file. Raises OSError if the disk is full; no half line is left."""
-        line = (to_json(reply) + "\n").encode("utf-8", "replace")
+        line = f"{to_json(reply)}\n".encode("utf-8", "replace")
         try:
             if self.file.write(line) < len(line):
                 raise OSError("disk full")
@@ -750,15 +736,11 @@ def to_json(value):
 
 def replies_beside(output, mark):
     """The file of the replies to an output. Raises ValueError if the output is another command's:
-    it stands there without replies, or its first record does not hold mark, as ours all do."""
-    path = beside(output, ".replies.jsonl")
-    if Path(output).exists():
-        with open(output, "rb") as file:
-            first = file.readline()
-        if not path.exists() or (first and f'"{mark}": '.encode() not in first):
-            raise ValueError(
-                f"{output} is another command's (no {mark} there); give another --output"
-            )
+    it stands there without replies, or its records do not hold mark, as ours all do."""
+    path, output = beside(output, ".replies.jsonl"), Path(output)
+    kept = output.read_bytes() if output.exists() else b""
+    if kept and not (path.exists() and f'"{mark}": '.encode() in kept):
+        raise ValueError(f"{output} is another command's (no {mark} there); give another --output")
     return path
 
 
@@ -783,7 +765,6 @@ class Client:
     is asked and how a reply is judged is the caller's business."""
 
     def __init__(self, path, args):
-        check_api_options(args)
         self.args = args
         self.replies = Replies(path, read_only=args.dry_run)
         self.note = self.replies.path.with_suffix(".batches.json")
@@ -791,17 +772,16 @@ class Client:
             "temperature": args.temperature,
             "max_completion_tokens": args.max_tokens,
             "response_format": {"type": "json_object"},
+            # Behind the others, which an error is searched for first.
+            "model": args.model,
         }
         # {key: why it has no reply}, and the exception that ended the run.
-        self.failed = {}
-        self.stop = None
+        self.failed, self.stop = {}, None
         # Tries in this run, and prompts in a row that got no answer.
-        self.requests = 0
-        self.unanswered = 0
+        self.requests = self.unanswered = 0
         # Dollars of requests whose cost is not known, and of all answers.
         self.reserved = 0.0
-        costs = (self.cost(tokens_used(r), r.get("batch")) for r in self.replies.values())
-        self.spent = sum(costs, 0.0)
+        self.spent = sum(self.cost(tokens_used(r), r.get("batch")) for r in self.replies.values())
 
     def cost(self, usage, batch):
         """Dollars for {prompt_tokens, completion_tokens}; a batch costs half."""
@@ -818,10 +798,11 @@ class Client:
     def ask(self, prompts):
         """Ask the prompts {key: messages} that have no reply yet. `replies` holds them then, and
         `end` tells what stopped it. A dry run shows the first prompts and the bill instead."""
-        todo = {key: messages for key, messages in prompts.items() if key not in self.replies}
+        todo = {}
         for key, messages in prompts.items():
-            known = self.replies.get(key)
-            if known and known.get("prompt_hash") != prompt_hash(messages):
+            if key not in self.replies:
+                todo[key] = messages
+            elif self.replies[key].get("prompt_hash") != prompt_hash(messages):
                 raise ValueError(
                     f"{self.replies.path}: the reply to {key} answers another prompt (other seed, "
                     "data or forms); give another --output"
@@ -862,16 +843,15 @@ class Client:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, interrupt, number)
-        batch = self.args.batch
+        ask_all = self.batched if self.args.batch else self.online
         try:
             with tqdm(total=len(todo), unit="reply") as self.bar:
                 async with AsyncOpenAI(
                     base_url=self.args.base_url or None,
                     timeout=self.args.timeout,
-                    # `send` makes and counts each further try itself.
-                    max_retries=self.args.retries if batch else 0,
+                    # Online each further try is made and counted by `send`.
+                    max_retries=self.args.retries if self.args.batch else 0,
                 ) as client:
-                    ask_all = self.batched if batch else self.online
                     await ask_all(client, todo)
         except OpenAIError as error:
             # `send` sees to its own: this one comes from the Batch API.
@@ -909,47 +889,41 @@ class Client:
         from openai import OpenAIError
 
         cost = self.cost(self.bound([messages]), batch=False)
-        attempt = 0
-        while attempt <= self.args.retries:
-            cap = self.cap_passed(1, cost)
-            if self.stop or cap:
-                self.stop = self.stop or Stopped(cap)
+        for attempt in range(self.args.retries + 1):
+            self.stop = self.stop or self.cap_passed(1, cost)
+            if self.stop:
                 return
             # What a try may cost is reserved before it leaves.
             self.requests += 1
             self.reserved += cost
             params = dict(self.params)
-            body = {"model": self.args.model, "messages": messages, **params}
+            body = {"messages": messages, **params}
             answer = error = None
             try:
                 answer = await client.post("/chat/completions", cast_to=object, body=body)
                 self.store(key, prompt_hash(messages), answer, params)
             except (OpenAIError, ValueError, RecursionError) as caught:
                 error = caught
-            # It stays reserved unless the endpoint tells the cost or cannot have answered.
-            outcome = outcome_of(error)
-            told = any(tokens_used(answer).values())
-            if told or outcome not in ("answered", "unusable", "lost"):
-                self.reserved -= cost
-            # The same prompt without a parameter is no further try.
-            if outcome == "refused" and self.leave_out(error, params):
-                continue
-            if error:
                 self.failed[key] = without_key(error)
+            outcome = outcome_of(error)
+            # It stays reserved unless the endpoint tells the cost or cannot have answered.
+            if any(tokens_used(answer).values()) or outcome in ("refused", "end", "later"):
+                self.reserved -= cost
             if outcome == "end":
                 raise ValueError(f"{client.base_url}, {self.args.model}: {self.failed[key]}")
-            # A refusal, too, shows that the endpoint is there.
-            if outcome in ("answered", "refused"):
-                self.unanswered = 0
-                return
-            if outcome == "unusable":
+            # The same prompt without a parameter is no further try.
+            if outcome == "refused" and self.leave_out(error, params):
+                return await self.send(client, key, messages)
+            if outcome not in ("later", "lost"):
                 break
             await self.pause(seconds_until_retry(error, attempt))
-            attempt += 1
-        self.unanswered += 1
+        # A refusal, too, shows that the endpoint is there.
+        self.unanswered = 0 if outcome in ("answered", "refused") else self.unanswered + 1
         if self.unanswered >= 2 * self.args.concurrency:
-            reason = f"{self.unanswered} in a row without an answer, the last: {self.failed[key]}"
-            raise ValueError(f"{client.base_url}: {reason}")
+            raise ValueError(
+                f"{client.base_url}: {self.unanswered} in a row without an answer, the last: "
+                f"{self.failed[key]}"
+            )
 
     async def pause(self, seconds):
         """Sleep, but hardly beyond the moment at which the run is stopped."""
@@ -958,11 +932,11 @@ class Client:
             seconds -= 0.5
 
     def cap_passed(self, requests, cost):
-        """Which cap so many more requests, at so many dollars, could pass, if any."""
+        """Why so many more requests, at so many dollars, must not leave; None if they may."""
         if 0 < self.args.max_requests < self.requests + requests:
-            return f"max_requests {self.args.max_requests} reached"
+            return Stopped(f"max_requests {self.args.max_requests} reached")
         if 0 < self.args.max_cost < self.spent + self.reserved + cost:
-            return f"max_cost {self.args.max_cost} would be passed ({self.spent:.4f} spent)"
+            return Stopped(f"max_cost {self.args.max_cost} reached ({self.spent:.4f} spent)")
 
     def store(self, key, hash, answer, params):
         """Bring the reply in a chat completion to the file. Raises ValueError if there is none;
@@ -981,7 +955,7 @@ class Client:
                 "finish_reason": choice.get("finish_reason"),
                 "prompt_hash": hash,
                 "model": answer.get("model"),
-                "params": {"model": self.args.model, **params},
+                "params": params,
                 "usage": usage,
                 "batch": self.args.batch,
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -1015,45 +989,49 @@ class Client:
     async def batched(self, client, todo):
         """Collect what an earlier run left, then send the rest in one batch, and once more what was
         refused for a parameter that can be left out."""
-        if self.note.is_file():
-            await self.collect(client)
         asked = None
-        # Each refusal leaves a parameter out; without one this is a single pass.
-        while asked != self.params and not self.stop:
+        while not self.stop:
+            if self.note.is_file():
+                await self.collect(client)
+            rest = {key: todo[key] for key in todo if key not in self.replies}
+            # Each refusal leaves a parameter out; without one this is a single pass.
+            if not rest or asked == self.params:
+                return
             asked = dict(self.params)
             self.failed.clear()
-            rest = {key: todo[key] for key in todo if key not in self.replies}
-            if rest:
-                await self.submit(client, rest)
-                await self.collect(client)
+            await self.submit(client, rest)
 
     async def submit(self, client, prompts):
         """Upload a file of requests and note it. Raises ValueError if a cap could be passed, since
         a batch is made as a whole."""
-        cap = self.cap_passed(len(prompts), self.cost(self.bound(prompts.values()), batch=True))
+        bound = self.bound(prompts.values())
+        cap = self.cap_passed(len(prompts), self.cost(bound, batch=True))
         if cap:
             raise ValueError(f"{cap} by the batch, which is sent whole; lower --count")
-        requests = []
-        for key, messages in prompts.items():
-            request = {
+        requests = (
+            {
                 "custom_id": f"{prompt_hash(messages)} {key}",
                 "method": "POST",
                 "url": "/v1/chat/completions",
-                "body": {"model": self.args.model, "messages": messages, **self.params},
+                "body": {"messages": messages, **self.params},
             }
-            requests.append(to_json(request))
-        content = "\n".join(requests).encode()
+            for key, messages in prompts.items()
+        )
+        content = "\n".join(map(to_json, requests)).encode()
         file = await client.files.create(file=("requests.jsonl", content), purpose="batch")
         write_json(self.note, {"file": file.id, "batch": None, "params": self.params})
 
     async def collect(self, client):
         """Make the batch of the file noted, if it has none, wait for it and store its replies."""
         noted = read_json_file(self.note)
-        if not noted["batch"]:
-            noted["batch"] = await self.create_batch(client, noted["file"])
-            write_json(self.note, noted)
+        if noted.keys() != {"file", "batch", "params"}:
+            raise ValueError(
+                f"{self.note} is no note of a batch: wanted file, batch and params; finish it with "
+                "the version that wrote it, or delete it"
+            )
+        batch = await self.find_batch(client, noted)
+        write_json(self.note, noted | {"batch": batch.id})
         # Within 24 hours; a run that is stopped here finds the note again.
-        batch = await client.batches.retrieve(noted["batch"])
         while batch.status not in ("completed", "failed", "expired", "cancelled"):
             self.bar.set_description(f"{batch.id} {batch.status}")
             await self.pause(self.args.poll)
@@ -1063,31 +1041,37 @@ class Client:
         # Its replies, also if it failed or expired half-way.
         for file in filter(None, (batch.output_file_id, batch.error_file_id)):
             text = (await client.files.content(file)).text
-            for result in map(json.loads, filter(None, text.split("\n"))):
-                hash, key = result["custom_id"].split(" ", 1)
-                answer = (result.get("response") or {}).get("body", result.get("error"))
-                try:
-                    if key not in self.replies:
-                        self.store(key, hash, answer, noted["params"])
-                except ValueError as error:
-                    self.failed[key] = without_key(error)
-                    self.leave_out(error, noted["params"])
+            for line in filter(None, text.split("\n")):
+                self.store_result(json.loads(line), noted["params"])
         self.note.unlink()
         if batch.status != "completed":
-            errors = batch.errors.data if batch.errors else "no reason given"
-            self.stop = ValueError(f"{batch.id} {batch.status}: {without_key(errors)}")
+            self.stop = ValueError(f"{batch.id} {batch.status}: {without_key(batch.errors)}")
 
-    async def create_batch(self, client, file):
-        """The id of a file's batch: of one that a run made and could not note, or of a new one."""
+    def store_result(self, result, params):
+        """Store the reply in a line of a batch's files, or why there is none."""
+        hash, key = result["custom_id"].split(" ", 1)
+        answer = (result.get("response") or {}).get("body", result.get("error"))
+        try:
+            if key not in self.replies:
+                self.store(key, hash, answer, params)
+        except ValueError as error:
+            self.failed[key] = without_key(error)
+            self.leave_out(error, params)
+
+    async def find_batch(self, client, noted):
+        """The batch noted; else that of its file, which a run made and could not note, or a new
+        one."""
+        if noted["batch"]:
+            return await client.batches.retrieve(noted["batch"])
         async for batch in client.batches.list(limit=100):
-            if batch.input_file_id == file:
-                return batch.id
-        # A batch made twice is paid twice.
-        once = client.with_options(max_retries=0)
-        batch = await once.batches.create(
-            input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h"
+            if batch.input_file_id == noted["file"]:
+                return batch
+        # A batch made twice is paid twice: no second try.
+        return await client.with_options(max_retries=0).batches.create(
+            input_file_id=noted["file"],
+            endpoint="/v1/chat/completions",
+            completion_window="24h",
         )
-        return batch.id
 
 
 def outcome_of(error):
@@ -1097,22 +1081,20 @@ def outcome_of(error):
     unusable   there is an answer, but no chat completion
     refused    this prompt; no other try will help it
     end        every prompt: a wrong key, an unknown model, no money left
-    busy       the endpoint asks to come back later
-    unreached  it was not even connected
+    later      the endpoint was not reached, or asks to come back
     lost       it was sent, and no answer came: it may be billed"""
     from openai import APIConnectionError
 
     if error is None:
         return "answered"
     if isinstance(error, APIConnectionError):
-        unreached = type(error.__cause__).__name__.startswith("Connect")
-        return "unreached" if unreached else "lost"
+        return "later" if type(error.__cause__).__name__.startswith("Connect") else "lost"
     status = getattr(error, "status_code", 200)
     if status == 200:
         return "unusable"
     if status in (401, 402, 403, 404) or error.code == "insufficient_quota":
         return "end"
-    return "busy" if status in (408, 409, 429) or status >= 500 else "refused"
+    return "later" if status in (408, 409, 429) or status >= 500 else "refused"
 
 
 def seconds_until_retry(error, attempt):
@@ -1140,22 +1122,10 @@ def prompt_hash(messages):
 def without_key(error):
     """An error's text in one line, without the API key that a server may have put there (a short
     one is no secret)."""
-    key = os.environ["OPENAI_API_KEY"]
-    text = str(error).replace(key, "***") if len(key) > 7 else str(error)
+    text, key = str(error), os.environ["OPENAI_API_KEY"]
+    if len(key) > 7:
+        text = text.replace(key, "***")
     return " ".join(text.split())[:300]
-
-
-def check_api_options(args):
-    """Raises ValueError for options that no request could be made with."""
-    for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and name != "seed":
-            zero = value == 0 and name not in ("concurrency", "max_tokens", "timeout", "count")
-            if not (value > 0 or zero):
-                raise ValueError(f"{name} is {value}, wanted a greater number")
-    if args.max_cost and not (args.price_in and args.price_out):
-        raise ValueError("max_cost wants the prices of the model: --price_in and --price_out")
-    if not args.dry_run and not os.environ.get("OPENAI_API_KEY"):
-        raise ValueError("OPENAI_API_KEY is not set; export it (for a local server any text)")
 
 
 # ==================================================================================================
@@ -1184,13 +1154,13 @@ TRIPLE = ("head", "relation", "tail")
 
 def read_lines(path):
     """[("line 3", object), ...] of a file of JSON, or of triples between tabs."""
-    path = Path(path)
     # A tab in the first line, and no JSON: the lines are triples.
-    first = path.open("rb").readline().lstrip(b"\xef\xbb\xbf") if path.is_file() else b""
+    with open(path, "rb") as file:
+        first = file.readline().removeprefix(b"\xef\xbb\xbf")
     if b"\t" not in first or first[:1] in b"{[":
         return read_records(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         # Which says what is wrong and what to do.
         return read_records(path)
@@ -1209,8 +1179,7 @@ def join_triples(path, lines):
         if not all(map(is_text, triple)) or relation == "中心词":
             raise ValueError(f"{path} {where}: {row}, wanted texts for {TRIPLE} (no 中心词)")
         _, entity = joined.setdefault(("head", head), (where, {"中心词": head}))
-        known = entity.get(relation, [])
-        entity[relation] = tail if relation == "类型" else [*known, tail]
+        entity[relation] = tail if relation == "类型" else [*entity.get(relation, []), tail]
     return joined.values()
 
 
@@ -1253,10 +1222,8 @@ def read_forms(path):
     forms = read_json_file(path)
     try:
         for form in chain.from_iterable(relations.values() for relations in forms.values()):
-            for text in form["questions"]:
-                text.format(e="")
-            for text in (form["statements"][0], *form["statements"]):
-                text.format(e="", v="")
+            "".join(form["questions"]).format(e="")
+            "".join([form["statements"][0], *form["statements"]]).format(e="", v="")
     except (LookupError, AttributeError, TypeError, ValueError):
         raise ValueError(f"{path} holds no forms; wanted them as in data/forms.json") from None
     return forms
@@ -1265,7 +1232,7 @@ def read_forms(path):
 def write_lines(path, records):
     """Write records as JSON lines, replacing the file at once, and say so."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(to_json(record) + "\n" for record in records)
+    lines = "".join(f"{to_json(record)}\n" for record in records)
     write_atomically(path, lambda p: p.write_text(lines, encoding="utf-8"))
     print(f"{path}: {len(records):,} records")
 
@@ -1274,8 +1241,8 @@ def write_lines(path, records):
 # Records out: what a file of them holds
 
 
-# What a record says of its source: texts and lists of texts.
-SOURCE = {"entity": str, "kind": str, "form": str, "relations": list, "values": list}
+# What a record says of its source, and what it says if it does not.
+SOURCE = {"entity": "", "kind": "", "form": "", "relations": [], "values": []}
 
 
 def report(path, knowledge, html="", tokenizer=None, template=None):
@@ -1283,10 +1250,9 @@ def report(path, knowledge, html="", tokenizer=None, template=None):
     kind, relation and department, reasons of rejection, lengths, the knowledge base covered,
     duplicates; with a tokenizer also tokens, and rows that a cut-off would cut."""
     records = read_instructions(path, answers=True)
-    for number, record in enumerate(records, 1):
-        check_source(f"{path} record {number}", record)
+    check_sources(path, records)
     entities = {entity["中心词"]: entity for entity in read_knowledge(knowledge)}
-    about = [entities.get(name, {}) for name in column(records, "entity")]
+    about = (entities.get(name, {}) for name in column(records, "entity"))
     reasons = rejected_reasons(beside(path, ".rejected.jsonl"))
     sections = {
         "records": {"kept": len(records), "rejected": len(reasons)},
@@ -1314,23 +1280,17 @@ def report(path, knowledge, html="", tokenizer=None, template=None):
         print(f"{html}: the same as a page")
 
 
-def column(records, key):
-    return [record[key] for record in records]
-
-
-def check_source(where, record):
+def check_sources(path, records):
     """Raises ValueError if what a record says of its source is not of the types that are counted;
     what it does not say is empty."""
-    for key, kind in SOURCE.items():
-        value = record[key] = record.get(key) or kind()
-        if not isinstance(value, kind) or not all(isinstance(text, str) for text in value):
-            raise ValueError(f"{where}: {key} is {value!r}, wanted a text or a list of texts")
-
-
-def rejected_reasons(path):
-    if not path.is_file() or not path.stat().st_size:
-        return []
-    return [str(record.get("reason")).split(":")[0] for _, record in read_records(path)]
+    for number, record in enumerate(records, 1):
+        for key, empty in SOURCE.items():
+            value = record[key] = record.get(key) or empty
+            try:
+                "".join(empty + value)
+            except TypeError:
+                wanted = f"wanted {'a list of texts' if empty == [] else 'a text'}"
+                raise ValueError(f"{path} record {number}: {key} is {value!r}, {wanted}") from None
 
 
 def counted(texts):
@@ -1343,37 +1303,37 @@ def spread(numbers, width):
     return {f"{low} to {low + width - 1}": count for low, count in sorted(bins.items())}
 
 
-def coverage(records, entities):
-    """How much of the knowledge base the records ask about and state."""
-    known = {
-        (name, value)
-        for name, entity in entities.items()
-        for relation in entity.keys() - {"中心词", "类型"}
-        for value in entity[relation]
-    }
-    told = {(record["entity"], value) for record in records for value in record["values"]}
-    asked = set(column(records, "entity"))
-    return {
-        "entities": len(entities),
-        "entities asked about": len(asked & entities.keys()),
-        "values": len(known),
-        "values told": len(known & told),
-    }
+def column(records, key):
+    return [record[key] for record in records]
+
+
+def rejected_reasons(path):
+    rows = read_records(path) if path.is_file() and path.stat().st_size else []
+    return [str(record.get("reason")).split(":")[0] for _, record in rows]
 
 
 def duplicates(records):
-    """Records whose text another one has, and those that `near` finds like an earlier one."""
-    texts = {
-        plain(record["instruction"] + record["input"] + record["output"]) for record in records
+    """Records whose text another one has, and those that the sieve finds like an earlier one."""
+    sieve = Sieve()
+    texts = {text_of(record) for record in records}
+    repeats = [record for record in records if sieve.repeated(record)]
+    return {"exact": len(records) - len(texts), "near (4-grams)": len(repeats)}
+
+
+def coverage(records, entities):
+    """How much of the knowledge base the records ask about and state."""
+    known = set()
+    for name, entity in entities.items():
+        # Behind name and kind stand the relations.
+        _, _, *lists = entity.values()
+        known.update((name, value) for value in chain(*lists))
+    told = {(record["entity"], value) for record in records for value in record["values"]}
+    return {
+        "entities": len(entities),
+        "entities asked about": len(entities.keys() & column(records, "entity")),
+        "values": len(known),
+        "values told": len(known & told),
     }
-    index = TokenIndex()
-    repeats = 0
-    for record in records:
-        close, grams = near(index, record)
-        repeats += close
-        if not close:
-            index.add(grams, record["entity"])
-    return {"exact": len(records) - len(texts), "near (4-grams)": repeats}
 
 
 def token_sections(records, tokenizer, template):
@@ -1389,12 +1349,12 @@ def token_sections(records, tokenizer, template):
         answers.update(ids[prompts[-1] :])
     # A character outside the vocabulary becomes several tokens, its bytes.
     parts = sum(n for id, n in answers.items() if "\ufffd" in tokenizer.decode([id]))
-    characters = sum(map(len, column(records, "output")))
+    characters = sum(len(record["output"]) for record in records)
     answer = answers.total()
     return {
         "tokens": {
             "all": sum(rows),
-            "a prompt": round(np.mean(prompts)),
+            "a prompt": round(sum(prompts) / len(rows)),
             "an answer": round(answer / len(rows)),
             "a character": round(answer / characters, 2),
             "% parts of characters": round(100 * parts / answer, 1),
@@ -1414,116 +1374,150 @@ def above_limits(lengths):
 
 
 # ==================================================================================================
-# Commands
-
-# {name: (default, help)}: the default gives the type; str, in its place, a text that must be given.
-OPTIONS = {
-    "knowledge": (f"{DATA}/knowledge.jsonl", "knowledge base: CMeKG's form or triples"),
-    "forms": (f"{DATA}/forms.json", "questions and statements by relation"),
-    "seed": (0, "of every random choice"),
-    "output_dir": (str(DATA), "folder for train.jsonl and heldout.jsonl"),
-    "heldout": (0.1, "share of the entities held out"),
-    "questions": (2, "question forms per fact (held out: 1)"),
-    "mix": ("", "weights of the forms, as single=3,vignette=1 (empty: their own)"),
-    "literature": (f"{DATA}/literature.jsonl", "lines of 标题, 疾病, 结论"),
-    "seed_tasks": (f"{DATA}/seed_tasks.jsonl", "alpaca records"),
-    "prompts": (f"{DATA}/prompts", "folder of prompt forms"),
-    "count": (100, "prompts; a greater count goes on where a smaller one ended"),
-    "output": (str, "file of the results; the replies stand beside it"),
-    "tokenizer": ("", "folder of a base with its tokenizer: also lengths in tokens, cut-offs"),
-    "prompt_template_name": ("med_template", "template of the prompts whose tokens are counted"),
-    "html": ("", "file for the report as a page"),
-    "model": (str, "name of the model at the endpoint"),
-    "base_url": ("", "an OpenAI-compatible endpoint (empty: OPENAI_BASE_URL, else OpenAI's)"),
-    "dry_run": (False, "show prompts, number of requests, tokens and cost; ask nothing"),
-    "batch": (False, "through the Batch API: half the price, within 24 hours"),
-    "temperature": (1.0, "of the sampling; left out where the model refuses it"),
-    "max_tokens": (2048, "tokens of a reply at most"),
-    "concurrency": (16, "requests in flight"),
-    "timeout": (120.0, "seconds without a byte until a request is given up"),
-    "retries": (6, "further tries of a request"),
-    "max_requests": (0, "stop after so many requests of this run, each try counted (0: no limit)"),
-    "max_cost": (0.0, "dollars for all replies and for tries that may be billed (0: no limit)"),
-    "price_in": (0.0, "dollars for a million prompt tokens"),
-    "price_out": (0.0, "dollars for a million reply tokens"),
-    "poll": (30.0, "seconds between two looks at a batch"),
-}
-API = (
-    "model base_url dry_run batch temperature max_tokens concurrency timeout retries max_requests "
-    "max_cost price_in price_out poll"
-)
-LLM = f"output knowledge prompts count seed {API}"
+# Commands: for each a class with its options and what it does
 
 
-def add_options(parser, names):
-    """Give a parser some of the OPTIONS: "seed count ..."."""
-    for name in names.split():
-        default, help = OPTIONS[name]
-        if default is False:
-            parser.add_argument(f"--{name}", action="store_true", help=help)
-        elif default is str:
-            parser.add_argument(f"--{name}", required=True, help=help)
-        else:
-            parser.add_argument(f"--{name}", type=type(default), default=default, help=help)
+@dataclass
+class Api:
+    """How an LLM is asked, and where its replies go."""
+
+    model: str = setting("", "name of the model at the endpoint (must be given)")
+    output: str = setting("", "file of the results; the replies stand beside it (must be given)")
+    base_url: str = setting("", "an OpenAI-compatible endpoint (empty: OPENAI_BASE_URL, or OpenAI)")
+    dry_run: bool = setting(False, "show prompts, number of requests, tokens, cost; ask nothing")
+    batch: bool = setting(False, "through the Batch API: half the price, within 24 hours")
+    temperature: float = setting(1.0, "of the sampling; left out where the model refuses it", 0)
+    max_tokens: int = setting(2048, "tokens of a reply at most")
+    concurrency: int = setting(16, "requests in flight")
+    timeout: float = setting(120.0, "seconds without a byte until a request is given up")
+    retries: int = setting(6, "further tries of a request", 0)
+    max_requests: int = setting(0, "stop after so many, each try counted (0: no limit)", 0)
+    max_cost: float = setting(0.0, "dollars for replies and what may be billed (0: no limit)", 0)
+    price_in: float = setting(0.0, "dollars for a million prompt tokens", 0)
+    price_out: float = setting(0.0, "dollars for a million reply tokens", 0)
+    poll: float = setting(30.0, "seconds between two looks at a batch", 0)
+
+    def __post_init__(self):
+        check_settings(self)
+        if not (self.model and self.output):
+            raise ValueError("--model and --output must be given")
+        if self.max_cost and not (self.price_in and self.price_out):
+            raise ValueError("max_cost wants the prices of the model: --price_in and --price_out")
+        if not self.dry_run and not os.environ.get("OPENAI_API_KEY"):
+            raise ValueError("OPENAI_API_KEY is not set; export it (for a local server any text)")
 
 
-def offline(args):
+@dataclass
+class Source:
+    """What records are made from."""
+
+    knowledge: str = setting(f"{DATA}/knowledge.jsonl", "knowledge base: CMeKG's form or triples")
+    seed: int = setting(0, "of every random choice", -1e18, 1e18)
+
+    def __post_init__(self):
+        check_settings(self)
+
+
+@dataclass
+class Offline(Source):
     """Instruction records from forms, split by entity."""
-    if not 0 < args.heldout < 1 or args.questions < 1:
-        raise ValueError(f"{args.heldout=}, {args.questions=}: wanted 0 < heldout < 1 <= questions")
-    forms = read_forms(args.forms)
-    train, held_out = split_entities(read_knowledge(args.knowledge), args.heldout, args.seed)
-    for name, part, questions in (("train", train, args.questions), ("heldout", held_out, 1)):
-        records = write_records(part, forms, questions, random.Random(args.seed))
-        write_lines(f"{args.output_dir}/{name}.jsonl", records)
+
+    forms: str = setting(f"{DATA}/forms.json", "questions and statements by relation")
+    output_dir: str = setting(str(DATA), "folder for train.jsonl and heldout.jsonl")
+    heldout: float = setting(0.1, "share of the entities held out", high=0.99)
+    questions: int = setting(2, "question forms per fact (held out: 1)")
+
+    def run(self):
+        forms = read_forms(self.forms)
+        train, held_out = split_entities(read_knowledge(self.knowledge), self.heldout, self.seed)
+        for name, part, questions in (
+            ("train", train, self.questions),
+            ("heldout", held_out, 1),
+        ):
+            records = write_records(part, forms, questions, random.Random(self.seed))
+            write_lines(f"{self.output_dir}/{name}.jsonl", list(records))
 
 
-def knowledge(args):
+@dataclass
+class Asked(Api, Source):
+    """What the commands share that ask an LLM for records."""
+
+    prompts: str = setting(f"{DATA}/prompts", "folder of prompt forms")
+    count: int = setting(100, "prompts; a greater count goes on where a smaller one ended")
+
+
+@dataclass
+class Knowledge(Asked):
     """An LLM writes instruction records from facts."""
-    prompts = read_prompts(args.prompts)
-    if args.mix:
-        set_weights(prompts, args.mix)
-    entities = read_knowledge(args.knowledge)
-    jobs = knowledge_jobs(args, entities, read_forms(args.forms), prompts)
-    build(args, jobs, Sieve(Names(entities)))
+
+    forms: str = setting(f"{DATA}/forms.json", "questions and statements by relation")
+    mix: str = setting("", "weights of the forms, as single=3,vignette=1 (empty: their own)")
+
+    def run(self):
+        prompts = read_prompts(self.prompts)
+        if self.mix:
+            set_weights(prompts, self.mix)
+        entities = read_knowledge(self.knowledge)
+        jobs = knowledge_jobs(self, entities, read_forms(self.forms), prompts)
+        build(self, jobs, Sieve(Names(entities)))
 
 
-def literature(args):
+@dataclass
+class Literature(Asked):
     """An LLM writes dialogues about conclusions of papers."""
-    jobs = literature_jobs(args, read_prompts(args.prompts))
-    build(args, jobs, Sieve(Names(read_knowledge(args.knowledge))))
+
+    literature: str = setting(f"{DATA}/literature.jsonl", "lines of 标题, 疾病, 结论")
+
+    def run(self):
+        jobs = literature_jobs(self, read_prompts(self.prompts))
+        build(self, jobs, Sieve(Names(read_knowledge(self.knowledge))))
 
 
-def self_instruct(args):
+@dataclass
+class SelfInstruct(Asked):
     """An LLM writes new tasks after seed tasks."""
-    seeds = read_instructions(args.seed_tasks, answers=True)
-    jobs = self_instruct_jobs(args, read_prompts(args.prompts), seeds)
-    build(args, jobs, Sieve(seeds=[seed["instruction"] for seed in seeds]))
+
+    seed_tasks: str = setting(f"{DATA}/seed_tasks.jsonl", "alpaca records")
+
+    def run(self):
+        seeds = read_instructions(self.seed_tasks, answers=True)
+        jobs = self_instruct_jobs(self, read_prompts(self.prompts), seeds)
+        build(self, jobs, Sieve(seeds=[seed["instruction"] for seed in seeds]))
 
 
-def stats(args):
+@dataclass
+class Stats:
     """What a file of records holds."""
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    template = load_template(args.prompt_template_name)
-    report(args.file, args.knowledge, args.html, tokenizer, template)
+
+    knowledge: str = setting(Source.knowledge, "the one that the records were made from")
+    tokenizer: str = setting("", "folder of a base with its tokenizer: also lengths in tokens")
+    prompt_template_name: str = setting("med_template", "template of the prompts then counted")
+    html: str = setting("", "file for the report as a page")
+
+    def run(self, file):
+        tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else None
+        template = load_template(self.prompt_template_name)
+        report(file, self.knowledge, self.html, tokenizer, template)
 
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, parser_class=Parser)
-    for function, names in {
-        offline: "knowledge forms seed output_dir heldout questions",
-        knowledge: f"forms mix {LLM}",
-        literature: f"literature {LLM}",
-        self_instruct: f"seed_tasks {LLM}",
-        stats: "knowledge tokenizer prompt_template_name html",
+    for name, options in {
+        "offline": Offline,
+        "knowledge": Knowledge,
+        "literature": Literature,
+        "self-instruct": SelfInstruct,
+        "stats": Stats,
     }.items():
-        command = commands.add_parser(function.__name__.replace("_", "-"), help=function.__doc__)
-        add_options(command, names)
-        command.set_defaults(run=function)
-    command.add_argument("file", help="records; x.rejected.jsonl beside it counts too")
-    args = parser.parse_args()
-    args.run(args)
+        command = commands.add_parser(name, help=options.__doc__)
+        command.add_settings(options)
+        command.set_defaults(command=options)
+    text = "records; x.rejected.jsonl beside it counts too"
+    command.add_argument("files", nargs=1, metavar="file", help=text)
+    given = vars(parser.parse_args())
+    options, files = given.pop("command"), given.pop("files", [])
+    options(**given).run(*files)
 
 
 if __name__ == "__main__":

@@ -213,11 +213,11 @@ def rate():
 
 def rate_at(n, latency, concurrency):
     parser = M.Parser()
-    D.add_options(parser, D.API)
+    parser.add_settings(D.Api)
     with tempfile.TemporaryDirectory() as folder, Running("--latency", str(latency)) as server:
-        args = parser.parse_args(
-            ["--model", "fake", "--base_url", server.url, "--concurrency", str(concurrency)]
-        )
+        options = ["--model", "fake", "--output", "o", "--base_url", server.url]
+        given = parser.parse_args([*options, "--concurrency", str(concurrency)])
+        args = D.Api(**vars(given))
         text = "- 黄芪的功效：补气升阳、固表止汗"
         jobs = {f"item {i}": [{"role": "user", "content": f"{text}{i}"}] for i in range(n)}
         body = json.dumps({"model": "fake", "messages": jobs["item 0"]}).encode()
@@ -310,7 +310,7 @@ def grounding(right=1000, wrong=200):
         dict(count=right + wrong, seed=1, model="m", prompts=str(D.DATA / "prompts"), knowledge=""),
     )
     jobs, names = (
-        D.knowledge_jobs(args, entities, D.read_json_file(D.DATA / "forms.json"), prompts),
+        list(D.knowledge_jobs(args, entities, D.read_json_file(D.DATA / "forms.json"), prompts)),
         D.Names(entities),
     )
     pools = {

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from build_data import API, Client, add_options, prompt_hash, replies_beside, write_lines  # noqa: E402
+from build_data import Api, Client, prompt_hash, replies_beside, write_lines  # noqa: E402
 from generate import read_instructions  # noqa: E402
 from model import Parser, read_json_file, run  # noqa: E402
 
@@ -165,23 +165,25 @@ def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("answers", nargs="+", help="records with an answer; two files are compared")
     parser.add_argument("--rubric", required=True, help="what is judged, a file as in data/rubrics")
-    add_options(parser, f"output {API}")
+    parser.add_settings(Api)
     parser.set_defaults(temperature=0.0)
-    args = parser.parse_args()
-    rubric = read_rubric(args.rubric)
+    given = vars(parser.parse_args())
+    files, rubric_file = given.pop("answers"), given.pop("rubric")
+    args = Api(**given)
+    rubric = read_rubric(rubric_file)
     replies = replies_beside(args.output, "rubric_sha256")
-    if len(args.answers) != len(rubric.places):
+    if len(files) != len(rubric.places):
         raise ValueError(
-            f"{args.rubric} wants {len(rubric.places)} file(s) of answers, got {len(args.answers)}"
+            f"{rubric_file} wants {len(rubric.places)} file(s) of answers, got {len(files)}"
         )
     hashes = []
-    for path in (args.rubric, *args.answers):
+    for path in (rubric_file, *files):
         hashes.append(hashlib.sha256(Path(path).read_bytes()).hexdigest())
     source = {"model": args.model, "rubric": rubric.name}
     source |= {"rubric_sha256": hashes[0], "answers_sha256": hashes[1:]}
 
     prompts, rows = {}, []
-    for question, answers, reference in read_questions(args.answers, rubric):
+    for question, answers, reference in read_questions(files, rubric):
         keys = []
         for messages in write_prompts(rubric, question, answers, reference):
             # The key follows from the prompt: what stands there twice is asked once.

@@ -71,7 +71,7 @@ def test_shipped_records_are_what_the_command_writes():
         json.loads(line)
         for line in (DATA / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    assert D.write_records(heldout, FORMS, 1, random.Random(0)) == shipped
+    assert list(D.write_records(heldout, FORMS, 1, random.Random(0))) == shipped
 
 
 def test_sentences_tell_every_fact_and_ask_nothing():
@@ -83,7 +83,7 @@ def test_sentences_tell_every_fact_and_ask_nothing():
 
 
 def test_tokenizer_has_llamas_ids_and_keeps_every_text(tmp_path):
-    model = make.train_tokenizer(ENTITIES, FORMS, 4096)
+    model = make.train_tokenizer(make.tokenizer_texts(ENTITIES, FORMS), 4096)
     (tmp_path / "tokenizer.model").write_bytes(model)
     for folder in (tmp_path, DATA / "tiny"):
         keeps_llamas_ids_and_every_text(D.load_tokenizer(folder))

@@ -21,8 +21,9 @@ def key(monkeypatch):
 
 def options(url, *more):
     parser = M.Parser()
-    D.add_options(parser, D.API)
-    return parser.parse_args(["--model", "fake", "--base_url", url, *more])
+    parser.add_settings(D.Api)
+    given = parser.parse_args(["--model", "fake", "--output", "o", "--base_url", url, *more])
+    return D.Api(**vars(given))
 
 
 def jobs(n):
@@ -76,7 +77,7 @@ def test_refused_parameters_are_given_up(tmp_path):
     with Running("--refuse", "max_completion_tokens", "temperature", "response_format") as server:
         client = D.Client(tmp_path / "r.jsonl", options(server.url, "--max_tokens", "77"))
         client.ask(jobs(20))
-        assert client.params == {"max_tokens": 77} and len(client.replies) == 20
+        assert client.params == {"model": "fake", "max_tokens": 77} and len(client.replies) == 20
         assert lines(tmp_path / "r.jsonl")[0]["params"] == {"model": "fake", "max_tokens": 77}
 
 
@@ -297,6 +298,17 @@ def test_a_batch_that_is_gone_is_named_with_its_note(tmp_path):
         assert len(client.replies) == 3
 
 
+@pytest.mark.parametrize("note", [{"file-1": "batch_1", "params": {}}, {}, {"file": "file-1"}])
+def test_a_note_of_another_form_is_one_line_and_makes_no_batch(tmp_path, note):
+    path = tmp_path / "r.batches.json"
+    M.write_json(path, note)
+    with Running("--batch_delay", "0") as server:
+        client = D.Client(tmp_path / "r.jsonl", options(server.url, "--batch", "--poll", "0.1"))
+        with pytest.raises(ValueError, match="r.batches.json is no note of a batch.*wanted file"):
+            ask(client, jobs(3))
+        assert server.stats()["batches"] == 0 and json.loads(path.read_text()) == note
+
+
 def test_rows_a_batch_lost_are_named(tmp_path):
     with Running("--batch_delay", "0", "--faults", '{"batch_error": 0.3}') as server:
         client = D.Client(tmp_path / "r.jsonl", options(server.url, "--batch", "--poll", "0.1"))
@@ -318,7 +330,8 @@ def test_a_batch_gives_up_refused_parameters(tmp_path):
         )
         client.ask(jobs(20))
         assert (
-            client.params == {"max_tokens": 77, "response_format": {"type": "json_object"}}
+            client.params
+            == {"model": "fake", "max_tokens": 77, "response_format": {"type": "json_object"}}
             and not client.failed
         )
         assert {r["params"]["max_tokens"] for r in lines(tmp_path / "r.jsonl")} == {77} and len(

@@ -677,7 +677,7 @@ class Checkpoint:
         dtype, maps, used = dtype or self.dtype, {}, 0
         for name in sorted(self.parts, key=lambda name: str(self.parts[name][0].file)):
             # Files are mapped anew now and then: the pages of what was copied leave the memory.
-            if used > 2**28:
+            if used > 2**27:
                 maps, used = {}, 0
                 gc.collect()  # torch.load leaves its map in a reference cycle
             for part in self.parts[name]:
@@ -858,6 +858,7 @@ def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
         save = partial(save_file, shard, metadata={"format": "pt"})
         write_atomically(folder / file, save)
         index |= dict.fromkeys(shard, file)
+        shard.clear()  # or it would stay while the next is filled
     if number == 1:
         os.replace(folder / file, folder / "model.safetensors")
     else:

@@ -75,7 +75,8 @@ class Tokenizer:
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is no SentencePiece model ({error})") from None
         self.vocab_size = len(self.pieces)
-        self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
+        self.bos_id = self.pieces.bos_id()
+        self.eos_id = self.pieces.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} has no BOS or EOS piece; LLaMA wants both")
         self.newline = self.pieces.piece_to_id("<0x0A>")
@@ -95,7 +96,8 @@ class Tokenizer:
     def byte_ends(self, ids, text):
         """Where each of the ids that `encode` made of text ends in it, in bytes of UTF-8 (0 or
         less: before it begins)."""
-        ends, end = [], 0
+        ends = []
+        end = 0
         for i in ids:
             piece = "" if self.pieces.is_control(i) else self.pieces.id_to_piece(i)
             end += 1 if self.pieces.is_byte(i) else len(piece.replace("\u2581", " ").encode())
@@ -210,7 +212,8 @@ def penalise(logits, ids, decoding):
     """logits (V,) with the ids (prompt and answer so far) made less likely: by repetition_penalty
     (Keskar et al. 2019, 4.1), and -inf for each id that would repeat an n-gram of
     no_repeat_ngram_size (Paulus et al. 2018, 2.5)."""
-    penalty, n = decoding.repetition_penalty, decoding.no_repeat_ngram_size
+    penalty = decoding.repetition_penalty
+    n = decoding.no_repeat_ngram_size
     # A negative score is multiplied, or it would become likelier.
     if penalty != 1:
         seen = torch.tensor(ids, device=logits.device)
@@ -261,7 +264,10 @@ class Refused(ValueError):
 
     def __init__(self, message, status=400, param=None, code=None, **headers):
         super().__init__(message)
-        self.status, self.param, self.code, self.headers = status, param, code, headers
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = headers
 
 
 @dataclass(eq=False)
@@ -300,7 +306,10 @@ class Batch:
     ValueError if memory cannot hold the cache."""
 
     def __init__(self, model, size, positions, eos_id=None, decode=None, compile=False):
-        self.model, self.size, self.eos_id, self.decode = model, size, eos_id, decode
+        self.model = model
+        self.size = size
+        self.eos_id = eos_id
+        self.decode = decode
         try:
             self.cache = model.new_cache(size, positions)
         except RuntimeError:
@@ -308,13 +317,15 @@ class Batch:
                 f"{size} rows of {positions} tokens do not fit into memory; lower batch_size or "
                 "max_new_tokens"
             ) from None
-        self.waiting, self.rows = [], []  # Requests, and the Rows in use: rows[i] is row i
+        self.waiting = []  # Requests
+        self.rows = []  # the Rows in use: rows[i] is row i of the cache
         self.adapted = None  # as the adapter is scaled now
         self.forward = compile_step(self) if compile else self.logits
 
     def submit(self, request):
         """Let a request wait for rows. Raises Refused if it can never have them."""
-        length, decoding = len(request.prompt_ids), request.decoding
+        length = len(request.prompt_ids)
+        decoding = request.decoding
         end = length + decoding.max_new_tokens
         if not length or end > self.cache.positions or decoding.num_beams > self.size:
             raise Refused(
@@ -363,7 +374,9 @@ class Batch:
 
     def admit(self, request):
         """Run a prompt but for its last id, which the next step feeds."""
-        prompt, n, first = request.prompt_ids, request.decoding.num_beams, len(self.rows)
+        prompt = request.prompt_ids
+        n = request.decoding.num_beams
+        first = len(self.rows)
         if request.decoding.seed is not None:
             generator = torch.Generator(self.model.device)
             request.generator = generator.manual_seed(request.decoding.seed)
@@ -415,7 +428,8 @@ class Batch:
     def outcome(self, request, ids):
         """(answer, finish_reason or None) of ids, which begin with the prompt and may end with EOS:
         the answer is what lies between."""
-        start, decoding = len(request.prompt_ids), request.decoding
+        start = len(request.prompt_ids)
+        decoding = request.decoding
         if ids[-1] == self.eos_id:
             return ids[start:-1], "stop"
         answer = ids[start:]
@@ -461,7 +475,8 @@ def visible(text, stop=(), ended=True):
 def stream(tokenizer, request, step=None):
     """Yield a request's text in pieces as it grows; step() makes, or awaits, one id more. The whole
     text at once if it has ended."""
-    shown, ended = 0, False
+    shown = 0
+    ended = False
     while not ended:
         if not request.finish_reason:
             step()
@@ -482,13 +497,16 @@ def step_beams(batch, at, logits):
     length_penalty, and the best n that do not end go on. It is over when n are ranked and the best
     that goes on, ending now, would beat none."""
     beams = [batch.rows[i] for i in at]
-    request, n, decoding = beams[0].request, len(at), beams[0].request.decoding
+    request = beams[0].request
+    n = len(at)
+    decoding = beams[0].request.decoding
     scores = [
         penalise(logprobs, beam.ids, decoding) + beam.score
         for logprobs, beam in zip(logits.log_softmax(-1), beams)
     ]
     best = torch.stack(scores).flatten().topk(2 * n)
-    first, length = len(request.prompt_ids) - 1, len(beams[0].ids)
+    first = len(request.prompt_ids) - 1
+    length = len(beams[0].ids)
     scale = (length - first) ** decoding.length_penalty
 
     # Candidates that end are ranked, the others go on; both best first.
@@ -540,7 +558,8 @@ def compile_step(batch):
     for more over weights packed for products of few rows, which doubles their memory."""
     import torch._inductor.config
 
-    device, packed = batch.model.device, batch.model.device.type == "cpu" and batch.size > 1
+    device = batch.model.device
+    packed = batch.model.device.type == "cpu" and batch.size > 1
     torch._inductor.config.freezing = packed  # read while tracing too, where `options` do not reach
     # values of more than 11 operations are stored: each row of the product that reads SwiGLU or a
     # norm would make them again
@@ -570,7 +589,8 @@ def compile_step(batch):
 
 def record_graph(call):
     """call() as a CUDA graph; it returns the same memory each time."""
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         call()  # compiles: a graph would record that too
@@ -595,7 +615,8 @@ def read_records(path):
     the place."""
     # `place` is where reading stands, for the errors below.
     path = Path("/dev/stdin" if str(path) == "-" else path)
-    place, rows = "as an array", []
+    place = "as an array"
+    rows = []
     try:
         text = path.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
@@ -671,12 +692,14 @@ def read_instructions(path, answers=False):
     ShareGPT's `conversations`; Med-ChatGLM's {context, target}; BenTsao's literature rows. If one
     has several turns, all are put in the form of those rows (`render_turns`), as a chat of several
     turns is. With answers, each must end in one. Raises ValueError naming the line or record."""
-    records, several = [], False
+    records = []
+    several = False
     for place, row in read_records(path):
         try:
             # half a character would be met when the answer is written
             json.dumps(row, ensure_ascii=False).encode()
-            turns, input = read_turns(row), row.get("input") or ""
+            turns = read_turns(row)
+            input = row.get("input") or ""
             if not isinstance(input, str):
                 raise ValueError(f"input is {input!r}, wanted a text")
             if answers and not (turns[-1][1] or "").strip():
@@ -697,7 +720,8 @@ def make_instruction(record, several):
         question = " " + question
     if several and not question.startswith(" <user>: "):
         question = "\n".join(filter(None, (question, record["input"])))
-        question, record["input"] = render_turns([*earlier, (question, None)]), ""
+        question = render_turns([*earlier, (question, None)])
+        record["input"] = ""
     output = {} if answer is None else {"output": answer}
     return {**record, "instruction": question, **output}
 
@@ -745,7 +769,8 @@ def load_base(path, device, dtype, base_dtype="auto"):
     decapoda-research/llama-7b-hf has it, is not followed. Raises ValueError if the embedding has
     not one row for each piece (those of added_tokens.json, such as Alpaca's [PAD], count)."""
     path = find_base(path)
-    tokenizer, config = load_tokenizer(path), Checkpoint(path).config
+    tokenizer = load_tokenizer(path)
+    config = Checkpoint(path).config
     files = (path / "added_tokens.json", path / "config.json")
     added, theirs = (read_json_file(file) if file.is_file() else {} for file in files)
     # A tokenizer of another base would give every word another one's row.
@@ -835,7 +860,9 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
     file output ("": stdout): the record with answer, finish_reason, index, and a key that stands
     for prompt, decoding and model. Started again it goes on. Raises ValueError as `count_answers`
     does."""
-    requests, lines, weights = [], [], fingerprint(model)
+    requests = []
+    lines = []
+    weights = fingerprint(model)
     for question in questions:
         prompt = render_prompt(template, question["instruction"], question["input"])
         for each in decoding.each():
@@ -940,14 +967,21 @@ class Server(ThreadingHTTPServer):
     render    makes a prompt of turns [(user, bot), ..., (user, None)]
     options   the Options: among them what clients leave open"""
 
-    daemon_threads, request_queue_size = False, 128  # server_close waits for answers under way
+    daemon_threads = False  # server_close waits for answers under way
+    request_queue_size = 128
     limit = 64  # requests that may wait
     seconds = 10  # in which a request must be read
 
     def __init__(self, batch, tokenizer, names, render, options):
-        self.batch, self.tokenizer, self.names, self.render = batch, tokenizer, names, render
-        self.decoding, self.api_key, self.stopping = options.each()[0], options.api_key, False
-        self.lock, self.worker = threading.Lock(), ThreadPoolExecutor(1)
+        self.batch = batch
+        self.tokenizer = tokenizer
+        self.names = names
+        self.render = render
+        self.decoding = options.each()[0]
+        self.api_key = options.api_key
+        self.stopping = False
+        self.lock = threading.Lock()
+        self.worker = ThreadPoolExecutor(1)
         self.pending = self.worker.submit(batch.step)
         super().__init__((options.host, options.port), Handler)
 
@@ -1015,8 +1049,11 @@ class Handler(BaseHTTPRequestHandler):
     """The one request of a connection."""
 
     protocol_version = default_request_version = "HTTP/1.1"
-    server_version, sys_version, disable_nagle_algorithm = "TCM-LLM", "", True
-    timeout, streaming = 10, False  # seconds until a write fails; whether events are being sent
+    server_version = "TCM-LLM"
+    sys_version = ""
+    disable_nagle_algorithm = True
+    timeout = 10  # seconds until a write fails
+    streaming = False  # whether events are being sent
 
     def handle(self):
         # A client that sends a byte now and then does not keep its thread: the reading side is shut
@@ -1030,7 +1067,8 @@ class Handler(BaseHTTPRequestHandler):
         self.deadline.cancel()
 
     def do_GET(self):
-        path, requests = self.path.partition("?")[0], []
+        path = self.path.partition("?")[0]
+        requests = []
         path, _, name = path.partition("/v1/models/")
         try:
             self.authorise(path + "/v1/models" * bool(name))
@@ -1041,7 +1079,8 @@ class Handler(BaseHTTPRequestHandler):
                 policy = "frame-ancestors 'none'"  # the rest stands in the page
                 self.send(page, 200, "text/html; charset=utf-8", Content_Security_Policy=policy)
             elif path == "/health":
-                batch, status = self.server.batch, "stopping" if self.server.stopping else "ok"
+                batch = self.server.batch
+                status = "stopping" if self.server.stopping else "ok"
                 counts = {"waiting": len(batch.waiting), "running": len(batch.rows)}
                 self.send({"status": status, "places": batch.size, **counts})
             else:
@@ -1073,7 +1112,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(f"{path} takes {allowed}", 405, Allow=allowed)
         # A page of another site says so in Origin; under a name of its own, in Host.
         host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
-        key, given = self.server.api_key, self.headers.get("Authorization", "")
+        key = self.server.api_key
+        given = self.headers.get("Authorization", "")
         elsewhere = not key and host.partition(":")[0] not in LOCAL
         if elsewhere or origin and origin.partition("://")[2] != host:
             raise Refused("requests from other sites' pages are not answered", 403)
@@ -1170,7 +1210,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def make_requests(self, sent, chat):
         """(Body, a Request for each of n answers) of what a client sent."""
-        server, body = self.server, self.read_body(sent)
+        server = self.server
+        body = self.read_body(sent)
         wanted, other = ("messages", "prompt") if chat else ("prompt", "messages")
         try:
             if not getattr(body, wanted) or other in sent:
@@ -1193,7 +1234,8 @@ class Handler(BaseHTTPRequestHandler):
         self.deadline.cancel()
         kind, key = ("chat.completion", "message") if chat else ("text_completion", "text")
         if chat and body.stream:
-            kind, key = "chat.completion.chunk", "delta"
+            kind = "chat.completion.chunk"
+            key = "delta"
         number = f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}"
         head = {"id": number, "object": kind, "created": int(time.time()), "model": body.model}
         choices = []
@@ -1218,7 +1260,8 @@ class Handler(BaseHTTPRequestHandler):
             for piece in filter(None, pieces):
                 self.event({**head, "choices": [choice(i, piece)]})
             self.event({**head, "choices": [choice(i, "", request.finish_reason)]})
-        asked, made = len(requests[0].prompt_ids), sum(len(r.ids) for r in requests)
+        asked = len(requests[0].prompt_ids)
+        made = sum(len(r.ids) for r in requests)
         usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
         whole = {**head, "choices": choices, "usage": usage}
         if not body.stream:
@@ -1363,9 +1406,11 @@ def load(options, adapter):
     made = trained_with(adapter)
     base = options.base_model or str(made.get("base_model") or DATA / "tiny")
     name = options.prompt_template or str(made.get("prompt_template_name") or "med_template")
-    template, device = load_template(name), pick_device(options.device)
+    template = load_template(name)
+    device = pick_device(options.device)
     # The activations' dtype, and that of the weights as stored.
-    dtype, stored = pick_dtype(options.dtype, device), options.base_dtype
+    dtype = pick_dtype(options.dtype, device)
+    stored = options.base_dtype
     stored = "int8" if options.load_8bit else stored
     model, tokenizer = load_base(base, device, dtype, stored)
     if adapter:
@@ -1381,7 +1426,8 @@ def load(options, adapter):
 
 def print_answers(model, tokenizer, prompt, decoding):
     """Print the answers to a prompt as they grow, and their speed; yield their text."""
-    started, ids = time.time(), tokenizer.encode(prompt, bos=True)
+    started = time.time()
+    ids = tokenizer.encode(prompt, bos=True)
     # All n answers are decoded together, and shown one after the other.
     requests = [Request(ids, each) for each in decoding.each()]
     batch = new_batch(model, tokenizer, requests, len(requests))
@@ -1399,7 +1445,8 @@ def print_answers(model, tokenizer, prompt, decoding):
 
 def main():
     prompt, way, options = parse_options()
-    multi, rows = options.single_or_multi == "multi", options.batch_size
+    multi = options.single_or_multi == "multi"
+    rows = options.batch_size
     questions = read_instructions(options.instruct_dir) if way == "file" else []
     adapter = options.lora_weights if options.use_lora else ""
     model, tokenizer, template, about = load(options, adapter)
@@ -1418,13 +1465,15 @@ def main():
             pass
         print(DISCLAIMER, file=sys.stderr)
     elif way == "file":
-        output, compiled = options.output, options.compile
+        output = options.output
+        compiled = options.compile
         answer_file(model, tokenizer, template, questions, options, output, rows, compiled)
     elif way == "serve":
         name = Path(adapter).resolve().name
         names = ["tuned" if name == "base" else name, "base"] if adapter else ["base"]
         # As many rows for the base as for the adapter, side by side.
-        size, decode = rows * len(names), tokenizer.decode
+        size = rows * len(names)
+        decode = tokenizer.decode
         batch = Batch(model, size, options.context, tokenizer.eos_id, decode)
         serve(Server(batch, tokenizer, names, render, options))
     else:

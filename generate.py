@@ -126,6 +126,7 @@ def load_template(name):
     ValueError naming the file and the text in it that cannot be filled."""
     path = Path(name) if str(name).endswith(".json") else DATA / "templates" / f"{name}.json"
     template = {"description": "", "response_split": "", **read_json_file(path)}
+    # Braces of anything else would fail later, or be filled with what nobody meant.
     template.setdefault("prompt_input", template.get("prompt_no_input"))
     for key in ("prompt_no_input", "prompt_input"):
         text = str(template.get(key))
@@ -389,6 +390,7 @@ class Batch:
         # all beams begin with the prompt; the first alone may be chosen from, so that they part
         beams = [Row(request, prompt[:], -1e9 * (i > 0)) for i in range(n)]
         self.cache.copy_rows([first] * (n - 1), range(first + 1, first + n), 0, len(prompt) - 1)
+        # Last, so that after an error nothing stands in the rows.
         self.rows += beams
 
     def scale_adapter(self, requests):
@@ -430,6 +432,7 @@ class Batch:
         the answer is what lies between."""
         start = len(request.prompt_ids)
         decoding = request.decoding
+        # EOS is no part of the answer; a stop text is, until it is shown.
         if ids[-1] == self.eos_id:
             return ids[start:-1], "stop"
         answer = ids[start:]
@@ -447,7 +450,7 @@ class Batch:
 def generate_ids(model, prompt_ids, max_new_tokens, eos_id=None, **decoding):
     """Yield the ids that follow prompt_ids, at most max_new_tokens, up to eos_id (which is not
     yielded; None: none ends it); with beams, those of the best answer when it is found. The rest is
-    as in `Decoding`, but for stop texts, which want a tokenizer (`finish`)."""
+    as in `Decoding`, but for stop texts, which want a tokenizer (see `finish`)."""
     request = Request(prompt_ids, Decoding(max_new_tokens, **decoding))
     batch = Batch(model, request.decoding.num_beams, len(prompt_ids) + max_new_tokens, eos_id)
     batch.submit(request)
@@ -465,6 +468,7 @@ def visible(text, stop=(), ended=True):
     starts = [text.index(s) for s in stop if s in text]
     if starts:
         return text[: min(starts)]
+    # What no later byte completes is dropped at the end, too.
     text = text.rstrip("\ufffd")
     if ended:
         return text
@@ -504,6 +508,7 @@ def step_beams(batch, at, logits):
         penalise(logprobs, beam.ids, decoding) + beam.score
         for logprobs, beam in zip(logits.log_softmax(-1), beams)
     ]
+    # 2n, since at most n of them end while n must go on.
     best = torch.stack(scores).flatten().topk(2 * n)
     first = len(request.prompt_ids) - 1
     length = len(beams[0].ids)
@@ -558,6 +563,7 @@ def compile_step(batch):
     for more over weights packed for products of few rows, which doubles their memory."""
     import torch._inductor.config
 
+    # Packed weights pay where several rows share the reading of them.
     device = batch.model.device
     packed = batch.model.device.type == "cpu" and batch.size > 1
     torch._inductor.config.freezing = packed  # read while tracing too, where `options` do not reach
@@ -732,6 +738,7 @@ def make_instruction(record, several):
 
 def pick_device(name):
     """The torch device of an option: "auto" is the first GPU, else the CPU."""
+    # A value is fetched back, which `meta` and a card that is gone cannot do.
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         torch.zeros(1, device=name).item()  # fails on meta too
@@ -797,6 +804,7 @@ def load_base(path, device, dtype, base_dtype="auto"):
 def fingerprint(model):
     """What tells one model's answers from another's, as a hash: shape, dtypes, and about a thousand
     values of each tensor, evenly spread: what the weights are counts, not where they lie."""
+    # Settings first: a scale is no tensor.
     adapters = [module.config for _, module in lora_linears(model)]
     digest = sha256(f"{model.config} {model.dtype} {adapters}".encode())
     for tensor in model.state_dict().values():
@@ -842,6 +850,7 @@ def count_answers(path, keys):
     taken off. Raises ValueError, and leaves the file as it is, if something else stands there."""
     if not Path(path).is_file():
         return 0
+    # Behind the last line end stands nothing, or what a kill cut short.
     *lines, torn = Path(path).read_bytes().split(b"\n")
     with suppress(ValueError, TypeError, KeyError):
         found = [json.loads(line)["key"] for line in lines]
@@ -980,6 +989,7 @@ class Server(ThreadingHTTPServer):
         self.decoding = options.each()[0]
         self.api_key = options.api_key
         self.stopping = False
+        # The batch belongs to the worker; what clients do to it, they do under the lock.
         self.lock = threading.Lock()
         self.worker = ThreadPoolExecutor(1)
         self.pending = self.worker.submit(batch.step)
@@ -1012,6 +1022,7 @@ class Server(ThreadingHTTPServer):
 
     def cancel(self, requests):
         """Free the rows of requests, ended or not."""
+        # The rows themselves are the worker's to free.
         for request in requests:
             request.cancelled = True
         self.worker.submit(self.batch.release)
@@ -1184,7 +1195,7 @@ class Handler(BaseHTTPRequestHandler):
         if int(length[:9]) > MAX_BODY:
             raise Refused(f"the body is larger than {MAX_BODY} bytes", 413)
         # Ends early where the deadline shuts the reading side.
-        text = self.rfile.read(int(length))
+        text = self.rfile.read(int(length[:9]))
         if time.monotonic() >= self.ends:
             raise Refused(f"the body did not come within {self.server.seconds} seconds", 408)
         try:
@@ -1205,7 +1216,8 @@ class Handler(BaseHTTPRequestHandler):
                 elif value and PLAIN.get(name) != value:  # false, 0, "" and [] ask for nothing
                     raise ValueError("not supported")
             except ValueError as error:
-                raise Refused(f"{name:.100}: {error}", param=name) from None
+                code = None if name in FIELDS else "unsupported_parameter"
+                raise Refused(f"{name:.100}: {error}", 400, name, code) from None
         return body
 
     def make_requests(self, sent, chat):
@@ -1280,6 +1292,7 @@ class Handler(BaseHTTPRequestHandler):
 def read_question(messages):
     """The turns of a client's messages, which end with a question."""
     turns = read_turns({"messages": messages})
+    # Tool calls and the like, if they say anything.
     keys = {key for message in messages for key in message if message[key]}
     if keys - {"role", "content", "name"}:
         raise ValueError(f"messages: {min(keys - {'role', 'content', 'name'})} is not supported")
@@ -1403,6 +1416,7 @@ def trained_with(adapter):
 def load(options, adapter):
     """(model, tokenizer, template, a line about them) that options name: what they leave empty is
     the adapter's own, else data/tiny and med_template."""
+    # What training used is what asking should use.
     made = trained_with(adapter)
     base = options.base_model or str(made.get("base_model") or DATA / "tiny")
     name = options.prompt_template or str(made.get("prompt_template_name") or "med_template")

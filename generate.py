@@ -75,13 +75,15 @@ class Tokenizer:
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is no SentencePiece model ({error})") from None
         self.vocab_size = len(self.pieces)
-        self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
+        self.bos_id = self.pieces.bos_id()
+        self.eos_id = self.pieces.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} has no BOS or EOS piece; LLaMA wants both")
         self.newline = self.pieces.piece_to_id("<0x0A>")
 
     def encode(self, text, bos=False, eos=False):
         """Ids of a text. Raises ValueError for half a character, which is no Unicode text."""
+        # Python's own sentence names the character.
         text.encode()
         return [self.bos_id] * bos + self.pieces.encode(text) + [self.eos_id] * eos
 
@@ -94,7 +96,8 @@ class Tokenizer:
     def byte_ends(self, ids, text):
         """Where each of the ids that `encode` made of text ends in it, in bytes of UTF-8 (0 or
         less: before it begins)."""
-        ends, end = [], 0
+        ends = []
+        end = 0
         for i in ids:
             piece = "" if self.pieces.is_control(i) else self.pieces.id_to_piece(i)
             end += 1 if self.pieces.is_byte(i) else len(piece.replace("\u2581", " ").encode())
@@ -123,6 +126,7 @@ def load_template(name):
     ValueError naming the file and the text in it that cannot be filled."""
     path = Path(name) if str(name).endswith(".json") else DATA / "templates" / f"{name}.json"
     template = {"description": "", "response_split": "", **read_json_file(path)}
+    # Braces of anything else would fail later, or be filled with what nobody meant.
     template.setdefault("prompt_input", template.get("prompt_no_input"))
     for key in ("prompt_no_input", "prompt_input"):
         text = str(template.get(key))
@@ -209,12 +213,15 @@ def penalise(logits, ids, decoding):
     """logits (V,) with the ids (prompt and answer so far) made less likely: by repetition_penalty
     (Keskar et al. 2019, 4.1), and -inf for each id that would repeat an n-gram of
     no_repeat_ngram_size (Paulus et al. 2018, 2.5)."""
-    penalty, n = decoding.repetition_penalty, decoding.no_repeat_ngram_size
+    penalty = decoding.repetition_penalty
+    n = decoding.no_repeat_ngram_size
+    # A negative score is multiplied, or it would become likelier.
     if penalty != 1:
         seen = torch.tensor(ids, device=logits.device)
         score = logits[seen]
         score = torch.where(score < 0, score * penalty, score / penalty)
         logits = logits.index_put((seen,), score)
+    # Which ids followed, wherever the last n - 1 ids stood before?
     if 0 < n <= len(ids):
         last = ids[len(ids) - n + 1 :]
         starts = range(len(ids) - n + 1)
@@ -232,6 +239,7 @@ def sample(logits, decoding, generator=None):
     if decoding.temperature == 0:
         return logits.argmax()
     logits = logits / decoding.temperature
+    # Each filter sets what it excludes to -inf, so that the next one does not see it.
     if 0 < decoding.top_k < logits.numel():
         least = logits.topk(decoding.top_k).values[-1]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -257,7 +265,10 @@ class Refused(ValueError):
 
     def __init__(self, message, status=400, param=None, code=None, **headers):
         super().__init__(message)
-        self.status, self.param, self.code, self.headers = status, param, code, headers
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = headers
 
 
 @dataclass(eq=False)
@@ -296,7 +307,10 @@ class Batch:
     ValueError if memory cannot hold the cache."""
 
     def __init__(self, model, size, positions, eos_id=None, decode=None, compile=False):
-        self.model, self.size, self.eos_id, self.decode = model, size, eos_id, decode
+        self.model = model
+        self.size = size
+        self.eos_id = eos_id
+        self.decode = decode
         try:
             self.cache = model.new_cache(size, positions)
         except RuntimeError:
@@ -304,13 +318,15 @@ class Batch:
                 f"{size} rows of {positions} tokens do not fit into memory; lower batch_size or "
                 "max_new_tokens"
             ) from None
-        self.waiting, self.rows = [], []  # Requests, and the Rows in use: rows[i] is row i
+        self.waiting = []  # Requests
+        self.rows = []  # the Rows in use: rows[i] is row i of the cache
         self.adapted = None  # as the adapter is scaled now
         self.forward = compile_step(self) if compile else self.logits
 
     def submit(self, request):
         """Let a request wait for rows. Raises Refused if it can never have them."""
-        length, decoding = len(request.prompt_ids), request.decoding
+        length = len(request.prompt_ids)
+        decoding = request.decoding
         end = length + decoding.max_new_tokens
         if not length or end > self.cache.positions or decoding.num_beams > self.size:
             raise Refused(
@@ -331,6 +347,7 @@ class Batch:
             self.waiting.pop(0)  # not before: after an error it still waits
         if not self.rows:
             return
+        # One forward and one choice for all rows; beams then choose among themselves.
         logits = self.next_logits()  # (B, V)
         chosen = self.choose(logits)
         for request in dict.fromkeys(row.request for row in self.rows):
@@ -347,6 +364,7 @@ class Batch:
         for request in self.waiting[:]:
             if request.cancelled:
                 self.waiting.remove(request)
+        # From the end: the last row is then one that stays, and may fill the gap.
         for i in reversed(range(len(self.rows))):
             request = self.rows[i].request
             if request.finish_reason or request.cancelled:
@@ -357,11 +375,14 @@ class Batch:
 
     def admit(self, request):
         """Run a prompt but for its last id, which the next step feeds."""
-        prompt, n, first = request.prompt_ids, request.decoding.num_beams, len(self.rows)
+        prompt = request.prompt_ids
+        n = request.decoding.num_beams
+        first = len(self.rows)
         if request.decoding.seed is not None:
             generator = torch.Generator(self.model.device)
             request.generator = generator.manual_seed(request.decoding.seed)
         self.scale_adapter([request])
+        # In chunks, which bound the memory of the activations.
         cache = self.cache.rows(first, [0])
         for start in range(0, len(prompt) - 1, PREFILL_CHUNK):
             chunk = prompt[start : min(start + PREFILL_CHUNK, len(prompt) - 1)]
@@ -369,11 +390,13 @@ class Batch:
         # all beams begin with the prompt; the first alone may be chosen from, so that they part
         beams = [Row(request, prompt[:], -1e9 * (i > 0)) for i in range(n)]
         self.cache.copy_rows([first] * (n - 1), range(first + 1, first + n), 0, len(prompt) - 1)
+        # Last, so that after an error nothing stands in the rows.
         self.rows += beams
 
     def scale_adapter(self, requests):
         """Scale the adapter's update in each of the rows that run next: by 0 for the base alone."""
         adapted = [float(request.adapted) for request in requests]
+        # All rows of one kind is the usual case, which costs nothing.
         adapted = [] if all(adapted) else adapted
         if adapted != self.adapted:
             share = torch.tensor(adapted, device=self.model.device).view(-1, 1, 1)
@@ -397,6 +420,7 @@ class Batch:
         """The next id of each row, B of them, from logits (B, V); beams are chosen elsewhere."""
         chosen = logits.argmax(-1)
         for i, row in enumerate(self.rows):
+            # Only rows that sample, or whose logits change, need a look of their own.
             decoding = row.request.decoding
             if not decoding.is_greedy and decoding.num_beams == 1:
                 scores = penalise(logits[i], row.ids, decoding)
@@ -406,7 +430,9 @@ class Batch:
     def outcome(self, request, ids):
         """(answer, finish_reason or None) of ids, which begin with the prompt and may end with EOS:
         the answer is what lies between."""
-        start, decoding = len(request.prompt_ids), request.decoding
+        start = len(request.prompt_ids)
+        decoding = request.decoding
+        # EOS is no part of the answer; a stop text is, until it is shown.
         if ids[-1] == self.eos_id:
             return ids[start:-1], "stop"
         answer = ids[start:]
@@ -424,7 +450,7 @@ class Batch:
 def generate_ids(model, prompt_ids, max_new_tokens, eos_id=None, **decoding):
     """Yield the ids that follow prompt_ids, at most max_new_tokens, up to eos_id (which is not
     yielded; None: none ends it); with beams, those of the best answer when it is found. The rest is
-    as in `Decoding`, but for stop texts, which want a tokenizer (`finish`)."""
+    as in `Decoding`, but for stop texts, which want a tokenizer (see `finish`)."""
     request = Request(prompt_ids, Decoding(max_new_tokens, **decoding))
     batch = Batch(model, request.decoding.num_beams, len(prompt_ids) + max_new_tokens, eos_id)
     batch.submit(request)
@@ -442,6 +468,7 @@ def visible(text, stop=(), ended=True):
     starts = [text.index(s) for s in stop if s in text]
     if starts:
         return text[: min(starts)]
+    # What no later byte completes is dropped at the end, too.
     text = text.rstrip("\ufffd")
     if ended:
         return text
@@ -452,7 +479,8 @@ def visible(text, stop=(), ended=True):
 def stream(tokenizer, request, step=None):
     """Yield a request's text in pieces as it grows; step() makes, or awaits, one id more. The whole
     text at once if it has ended."""
-    shown, ended = 0, False
+    shown = 0
+    ended = False
     while not ended:
         if not request.finish_reason:
             step()
@@ -473,15 +501,20 @@ def step_beams(batch, at, logits):
     length_penalty, and the best n that do not end go on. It is over when n are ranked and the best
     that goes on, ending now, would beat none."""
     beams = [batch.rows[i] for i in at]
-    request, n, decoding = beams[0].request, len(at), beams[0].request.decoding
+    request = beams[0].request
+    n = len(at)
+    decoding = beams[0].request.decoding
     scores = [
         penalise(logprobs, beam.ids, decoding) + beam.score
         for logprobs, beam in zip(logits.log_softmax(-1), beams)
     ]
+    # 2n, since at most n of them end while n must go on.
     best = torch.stack(scores).flatten().topk(2 * n)
-    first, length = len(request.prompt_ids) - 1, len(beams[0].ids)
+    first = len(request.prompt_ids) - 1
+    length = len(beams[0].ids)
     scale = (length - first) ** decoding.length_penalty
 
+    # Candidates that end are ranked, the others go on; both best first.
     going = []
     for rank, (score, place) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
         parent, token = divmod(place, logits.size(1))
@@ -493,6 +526,7 @@ def step_beams(batch, at, logits):
             request.ranked.append(replace(beam, score=score / scale))
     request.ranked = sorted(request.ranked, key=lambda beam: -beam.score)[:n]
 
+    # Over, if the best that goes on cannot get past the worst of those ranked.
     full = len(request.ranked) == n
     if not going or full and going[0].score / scale <= request.ranked[-1].score:
         request.ids, request.finish_reason = batch.outcome(request, request.ranked[0].ids)
@@ -506,6 +540,7 @@ def place_beams(batch, at, beams, start, stop):
     """Put each of beams into a row of `at` that holds its parent's keys and values: the first of a
     parent keeps its row, others get a copy of positions start to stop (before, all are equal)."""
     parents = [beam.parent for beam in beams]
+    # Rows whose beam has no successor.
     free = [i for i in at if i not in parents]
     for beam in beams:
         row = beam.parent
@@ -528,7 +563,9 @@ def compile_step(batch):
     for more over weights packed for products of few rows, which doubles their memory."""
     import torch._inductor.config
 
-    device, packed = batch.model.device, batch.model.device.type == "cpu" and batch.size > 1
+    # Packed weights pay where several rows share the reading of them.
+    device = batch.model.device
+    packed = batch.model.device.type == "cpu" and batch.size > 1
     torch._inductor.config.freezing = packed  # read while tracing too, where `options` do not reach
     # values of more than 11 operations are stored: each row of the product that reads SwiGLU or a
     # norm would make them again
@@ -538,6 +575,7 @@ def compile_step(batch):
         options |= {"max_autotune_gemm_backends": "CPP,ATEN"}
     else:
         options |= {"coordinate_descent_tuning": True}
+    # The one shape: all rows, whether in use or not, and as many positions as there are.
     compiled = torch.compile(batch.logits, fullgraph=True, dynamic=False, options=options)
     fed = torch.zeros(2, batch.size, dtype=torch.long, device=device)
 
@@ -557,7 +595,8 @@ def compile_step(batch):
 
 def record_graph(call):
     """call() as a CUDA graph; it returns the same memory each time."""
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         call()  # compiles: a graph would record that too
@@ -580,8 +619,10 @@ def read_records(path):
     """[("line 3" or, in an array, "record 3", object), ...] of a JSON array or JSON lines, whatever
     the extension; a BOM is skipped; "-" is standard input. Raises ValueError naming the file and
     the place."""
+    # `place` is where reading stands, for the errors below.
     path = Path("/dev/stdin" if str(path) == "-" else path)
-    place, rows = "as an array", []
+    place = "as an array"
+    rows = []
     try:
         text = path.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
@@ -601,6 +642,7 @@ def read_records(path):
     return rows
 
 
+# s: system, u: user, a: assistant, so that one pattern says whose turn it is
 SIDES = {"system": "s", "developer": "s", "user": "u", "human": "u", "assistant": "a", "gpt": "a"}
 
 
@@ -609,6 +651,7 @@ def message_texts(messages):
     [{from, value}]. A system text opens the first question, on a line of its own: templates have
     no place for it."""
     sides = "".join(SIDES[m.get("role", m.get("from"))] for m in messages)
+    # An assistant's text may end it, or a question that waits for one.
     if not re.fullmatch("s?u(au)*a?", sides):
         raise ValueError("wanted user and assistant in turn, before them one system text or none")
     texts = [plain_text(m.get("content", m.get("value"))) for m in messages]
@@ -638,6 +681,7 @@ def read_turns(row):
         else:
             texts = [text for user, bot in row.get("history") or () for text in (user, bot)]
             texts += [row["instruction"], row.get("output")]
+        # A question without an answer gets None.
         texts += [None] * (len(texts) % 2)
         "".join([*texts[:-1], texts[-1] or ""])  # raises for what is no text
     except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -654,18 +698,21 @@ def read_instructions(path, answers=False):
     ShareGPT's `conversations`; Med-ChatGLM's {context, target}; BenTsao's literature rows. If one
     has several turns, all are put in the form of those rows (`render_turns`), as a chat of several
     turns is. With answers, each must end in one. Raises ValueError naming the line or record."""
-    records, several = [], False
+    records = []
+    several = False
     for place, row in read_records(path):
         try:
             # half a character would be met when the answer is written
             json.dumps(row, ensure_ascii=False).encode()
-            turns, input = read_turns(row), row.get("input") or ""
+            turns = read_turns(row)
+            input = row.get("input") or ""
             if not isinstance(input, str):
                 raise ValueError(f"input is {input!r}, wanted a text")
             if answers and not (turns[-1][1] or "").strip():
                 raise ValueError("the answer is empty or missing, and teaches nothing")
         except ValueError as error:
             raise ValueError(f"{path} {place}: {error}") from None
+        # One conversation makes the whole file one of conversations.
         several = several or len(turns) > 1
         records.append({**row, "turns": turns, "input": input})
     return [make_instruction(record, several) for record in records]
@@ -679,7 +726,8 @@ def make_instruction(record, several):
         question = " " + question
     if several and not question.startswith(" <user>: "):
         question = "\n".join(filter(None, (question, record["input"])))
-        question, record["input"] = render_turns([*earlier, (question, None)]), ""
+        question = render_turns([*earlier, (question, None)])
+        record["input"] = ""
     output = {} if answer is None else {"output": answer}
     return {**record, "instruction": question, **output}
 
@@ -690,6 +738,7 @@ def make_instruction(record, several):
 
 def pick_device(name):
     """The torch device of an option: "auto" is the first GPU, else the CPU."""
+    # A value is fetched back, which `meta` and a card that is gone cannot do.
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         torch.zeros(1, device=name).item()  # fails on meta too
@@ -727,15 +776,18 @@ def load_base(path, device, dtype, base_dtype="auto"):
     decapoda-research/llama-7b-hf has it, is not followed. Raises ValueError if the embedding has
     not one row for each piece (those of added_tokens.json, such as Alpaca's [PAD], count)."""
     path = find_base(path)
-    tokenizer, config = load_tokenizer(path), Checkpoint(path).config
+    tokenizer = load_tokenizer(path)
+    config = Checkpoint(path).config
     files = (path / "added_tokens.json", path / "config.json")
     added, theirs = (read_json_file(file) if file.is_file() else {} for file in files)
+    # A tokenizer of another base would give every word another one's row.
     pieces = tokenizer.vocab_size + len(added)
     if pieces != config.vocab_size:
         raise ValueError(
             f"{path}: tokenizer.model has {pieces} pieces, the model {config.vocab_size} embedding "
             "rows; they belong to different models"
         )
+    # Wrong ids in config.json are common, and would end no answer.
     ours = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     for key in ours:
         if theirs.get(key) not in (ours[key], None):
@@ -752,6 +804,7 @@ def load_base(path, device, dtype, base_dtype="auto"):
 def fingerprint(model):
     """What tells one model's answers from another's, as a hash: shape, dtypes, and about a thousand
     values of each tensor, evenly spread: what the weights are counts, not where they lie."""
+    # Settings first: a scale is no tensor.
     adapters = [module.config for _, module in lora_linears(model)]
     digest = sha256(f"{model.config} {model.dtype} {adapters}".encode())
     for tensor in model.state_dict().values():
@@ -797,9 +850,11 @@ def count_answers(path, keys):
     taken off. Raises ValueError, and leaves the file as it is, if something else stands there."""
     if not Path(path).is_file():
         return 0
+    # Behind the last line end stands nothing, or what a kill cut short.
     *lines, torn = Path(path).read_bytes().split(b"\n")
     with suppress(ValueError, TypeError, KeyError):
         found = [json.loads(line)["key"] for line in lines]
+        # A line begins with a brace; a diary does not.
         if found == keys[: len(lines)] and torn[:1] in (b"", b"{"):
             os.truncate(path, os.path.getsize(path) - len(torn))
             return len(lines)
@@ -814,13 +869,16 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
     file output ("": stdout): the record with answer, finish_reason, index, and a key that stands
     for prompt, decoding and model. Started again it goes on. Raises ValueError as `count_answers`
     does."""
-    requests, lines, weights = [], [], fingerprint(model)
+    requests = []
+    lines = []
+    weights = fingerprint(model)
     for question in questions:
         prompt = render_prompt(template, question["instruction"], question["input"])
         for each in decoding.each():
             key = sha256(f"{prompt!r} {each} {weights}".encode()).hexdigest()[:16]
             lines.append({**question, "index": len(lines), "key": key})
             requests.append(Request(tokenizer.encode(prompt, bos=True), each))
+    # What is in the file already is not asked again.
     done = count_answers(output, [line["key"] for line in lines])
     ended = finish(model, tokenizer, requests[done:], rows, compile)
     bar = tqdm(ended, total=len(lines), initial=done, unit="answer", dynamic_ncols=True)
@@ -848,40 +906,23 @@ def chat(answer, render, tokenizer, multi, room, about):
     """Read questions until end of input. With multi each sees the turns before it, as many as fit
     into room tokens. answer(prompt) prints an answer and yields it as it grows. Raises
     BrokenPipeError if nobody reads the answers."""
+    if not (sys.stdin and sys.stdout):
+        raise ValueError("a chat wants standard input and output, and one is closed")
+    with suppress(AttributeError):  # in tests
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused alone
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  (gives input() its line editing)
     print(f"{DISCLAIMER}\n{COMMANDS}", file=sys.stderr)
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     turns = []
-
-    def ask(question):
-        asked = [*turns[:] * multi, (question, None)]
-        while len(tokenizer.encode(render(asked), bos=True)) > room:
-            if len(asked) == 1:
-                raise ValueError(f"the question has more than {room} tokens; give more --context")
-            asked.pop(0)
-        if multi and len(asked) <= len(turns):
-            print(f"[without the oldest {len(turns) + 1 - len(asked)} turns]", file=sys.stderr)
-        turns.append([question, ""])
-        for text in answer(render(asked)):
-            turns[-1][1] += text
-
-    def obey(line):
-        command, _, path = line.partition(" ")
-        if command == "/reset":
-            turns.clear()
-        elif command == "/model":
-            print(about, file=sys.stderr)
-        elif command == "/save":
-            pairs = [pair for turn in turns for pair in zip(("user", "assistant"), turn)]
-            messages = [{"role": role, "content": text} for role, text in pairs]
-            write_json(path.strip() or "chat.json", [{"messages": messages}])
-        elif line:
-            ask(line)
-
     while True:
         try:
-            obey(input(prompt).strip())
+            line = input(prompt).strip()
+            if line and not obey(line, turns, about):
+                earlier = fitting_turns(line, turns if multi else [], render, tokenizer, room)
+                turns.append([line, ""])
+                for text in answer(render([*earlier, (line, None)])):
+                    turns[-1][1] += text
         except KeyboardInterrupt:  # ends the answer or the line, not the chat
             print(file=sys.stderr)
         except EOFError:
@@ -890,6 +931,32 @@ def chat(answer, render, tokenizer, multi, room, about):
             raise
         except (ValueError, OSError) as error:  # what cannot be asked or saved
             print(f"error: {error}", file=sys.stderr)
+
+
+def obey(line, turns, about):
+    """Carry out a line that is a command; False if it is a question."""
+    command, _, path = line.partition(" ")
+    if command == "/reset":
+        turns.clear()
+    elif command == "/model":
+        print(about, file=sys.stderr)
+    elif command == "/save":
+        pairs = [pair for turn in turns for pair in zip(("user", "assistant"), turn)]
+        messages = [{"role": role, "content": text} for role, text in pairs]
+        write_json(path.strip() or "chat.json", [{"messages": messages}])
+    return command in ("/reset", "/model", "/save")
+
+
+def fitting_turns(question, turns, render, tokenizer, room):
+    """As many of the last turns as fit into room tokens together with a question. Raises ValueError
+    if it does not fit alone."""
+    for first in range(len(turns) + 1):
+        asked = render([*turns[first:], (question, None)])
+        if len(tokenizer.encode(asked, bos=True)) <= room:
+            if first:
+                print(f"[without the oldest {first} turns]", file=sys.stderr)
+            return turns[first:]
+    raise ValueError(f"the question has more than {room} tokens; give more --context")
 
 
 # ==================================================================================================
@@ -907,18 +974,26 @@ class Server(ThreadingHTTPServer):
 
     names     the models on offer: the adapter's, and "base"
     render    makes a prompt of turns [(user, bot), ..., (user, None)]
-    decoding  what clients leave open"""
+    options   the Options: among them what clients leave open"""
 
-    daemon_threads, request_queue_size = False, 128  # server_close waits for answers under way
+    daemon_threads = False  # server_close waits for answers under way
+    request_queue_size = 128
     limit = 64  # requests that may wait
     seconds = 10  # in which a request must be read
 
-    def __init__(self, address, batch, tokenizer, names, render, decoding, api_key=""):
-        self.batch, self.tokenizer, self.names, self.render = batch, tokenizer, names, render
-        self.decoding, self.api_key, self.stopping = decoding, api_key, False
-        self.lock, self.worker = threading.Lock(), ThreadPoolExecutor(1)
+    def __init__(self, batch, tokenizer, names, render, options):
+        self.batch = batch
+        self.tokenizer = tokenizer
+        self.names = names
+        self.render = render
+        self.decoding = options.each()[0]
+        self.api_key = options.api_key
+        self.stopping = False
+        # The batch belongs to the worker; what clients do to it, they do under the lock.
+        self.lock = threading.Lock()
+        self.worker = ThreadPoolExecutor(1)
         self.pending = self.worker.submit(batch.step)
-        super().__init__(address, Handler)
+        super().__init__((options.host, options.port), Handler)
 
     def verify_request(self, request, client_address):
         return threading.active_count() < 4 * self.limit  # a connection is a thread
@@ -947,6 +1022,7 @@ class Server(ThreadingHTTPServer):
 
     def cancel(self, requests):
         """Free the rows of requests, ended or not."""
+        # The rows themselves are the worker's to free.
         for request in requests:
             request.cancelled = True
         self.worker.submit(self.batch.release)
@@ -984,11 +1060,16 @@ class Handler(BaseHTTPRequestHandler):
     """The one request of a connection."""
 
     protocol_version = default_request_version = "HTTP/1.1"
-    server_version, sys_version, disable_nagle_algorithm = "TCM-LLM", "", True
-    timeout, streaming = 10, False  # seconds until a write fails; whether events are being sent
+    server_version = "TCM-LLM"
+    sys_version = ""
+    disable_nagle_algorithm = True
+    timeout = 10  # seconds until a write fails
+    streaming = False  # whether events are being sent
 
     def handle(self):
-        # A client that sends a byte now and then does not keep its thread: reading ends here.
+        # A client that sends a byte now and then does not keep its thread: the reading side is shut
+        # when its time is over.
+        self.ends = time.monotonic() + self.server.seconds
         shut = (socket.SHUT_RD,)
         self.deadline = threading.Timer(self.server.seconds, self.connection.shutdown, shut)
         self.deadline.start()
@@ -997,7 +1078,8 @@ class Handler(BaseHTTPRequestHandler):
         self.deadline.cancel()
 
     def do_GET(self):
-        path, requests = self.path.partition("?")[0], []
+        path = self.path.partition("?")[0]
+        requests = []
         path, _, name = path.partition("/v1/models/")
         try:
             self.authorise(path + "/v1/models" * bool(name))
@@ -1008,7 +1090,8 @@ class Handler(BaseHTTPRequestHandler):
                 policy = "frame-ancestors 'none'"  # the rest stands in the page
                 self.send(page, 200, "text/html; charset=utf-8", Content_Security_Policy=policy)
             elif path == "/health":
-                batch, status = self.server.batch, "stopping" if self.server.stopping else "ok"
+                batch = self.server.batch
+                status = "stopping" if self.server.stopping else "ok"
                 counts = {"waiting": len(batch.waiting), "running": len(batch.rows)}
                 self.send({"status": status, "places": batch.size, **counts})
             else:
@@ -1038,11 +1121,14 @@ class Handler(BaseHTTPRequestHandler):
         if METHODS[path] != self.command.replace("HEAD", "GET"):
             allowed = METHODS[path].replace("GET", "GET, HEAD")
             raise Refused(f"{path} takes {allowed}", 405, Allow=allowed)
+        # A page of another site says so in Origin; under a name of its own, in Host.
         host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
-        key, given = self.server.api_key, self.headers.get("Authorization", "")
+        key = self.server.api_key
+        given = self.headers.get("Authorization", "")
         elsewhere = not key and host.partition(":")[0] not in LOCAL
         if elsewhere or origin and origin.partition("://")[2] != host:
             raise Refused("requests from other sites' pages are not answered", 403)
+        # compare_digest takes as long for a wrong key as for the right one.
         wanted = f"Bearer {key}".encode()
         if key and "v1" in path and not hmac.compare_digest(given.encode("latin-1"), wanted):
             message = "no API key or a wrong one; send Authorization: Bearer KEY"
@@ -1078,8 +1164,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.streaming:
             return self.event({"error": body})
         self.send({"error": body}, error.status, **error.headers)
+        # Nothing more comes from here; what comes from there is thrown away.
         self.connection.shutdown(socket.SHUT_WR)
-        while self.deadline.is_alive() and self.rfile.read1(65536):
+        while time.monotonic() < self.ends and self.rfile.read1(65536):
             pass
 
     def send_error(self, status, message=None, explain=None):
@@ -1107,8 +1194,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused("a Content-Length is wanted", 411)
         if int(length[:9]) > MAX_BODY:
             raise Refused(f"the body is larger than {MAX_BODY} bytes", 413)
-        text = self.rfile.read(int(length))
-        if not self.deadline.is_alive():
+        # Ends early where the deadline shuts the reading side.
+        text = self.rfile.read(int(length[:9]))
+        if time.monotonic() >= self.ends:
             raise Refused(f"the body did not come within {self.server.seconds} seconds", 408)
         try:
             sent = json.loads(text.decode())
@@ -1119,6 +1207,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def read_body(self, sent):
         """The Body of what a client sent: the server's own settings, and over them the client's."""
+        # One field at a time, so that the refusal names it.
         body = Body(**asdict(self.server.decoding))
         for name, value in sent.items():
             try:
@@ -1127,18 +1216,21 @@ class Handler(BaseHTTPRequestHandler):
                 elif value and PLAIN.get(name) != value:  # false, 0, "" and [] ask for nothing
                     raise ValueError("not supported")
             except ValueError as error:
-                raise Refused(f"{name:.100}: {error}", param=name) from None
+                code = None if name in FIELDS else "unsupported_parameter"
+                raise Refused(f"{name:.100}: {error}", 400, name, code) from None
         return body
 
     def make_requests(self, sent, chat):
         """(Body, a Request for each of n answers) of what a client sent."""
-        server, body = self.server, self.read_body(sent)
+        server = self.server
+        body = self.read_body(sent)
         wanted, other = ("messages", "prompt") if chat else ("prompt", "messages")
         try:
             if not getattr(body, wanted) or other in sent:
                 raise ValueError(f"{wanted} is wanted, and no {other}")
             prompt = server.render(read_question(body.messages)) if chat else body.prompt
             ids = server.tokenizer.encode(prompt, bos=True)
+            # Left open, an answer is as long as the default, or as the room that is left.
             if not {"max_tokens", "max_completion_tokens"} & sent.keys():
                 room = max(1, server.batch.cache.positions - len(ids))
                 body = replace(body, max_new_tokens=min(room, body.max_new_tokens))
@@ -1154,34 +1246,36 @@ class Handler(BaseHTTPRequestHandler):
         self.deadline.cancel()
         kind, key = ("chat.completion", "message") if chat else ("text_completion", "text")
         if chat and body.stream:
-            kind, key = "chat.completion.chunk", "delta"
+            kind = "chat.completion.chunk"
+            key = "delta"
         number = f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}"
         head = {"id": number, "object": kind, "created": int(time.time()), "model": body.model}
-        asked, choices = len(requests[0].prompt_ids), []
+        choices = []
 
         def choice(i, text, reason=None, **role):
             said = {**role, "content": text} if chat else text
             return {"index": i, key: said, "logprobs": None, "finish_reason": reason}
 
-        def usage():
-            made = sum(len(r.ids) for r in requests)
-            counts = {"prompt_tokens": asked, "completion_tokens": made}
-            return counts | {"total_tokens": asked + made}
-
+        # From here on an error can only be an event.
         if body.stream:
             self.begin(200, "text/event-stream")
             self.streaming = True
         for i, request in enumerate(requests):
             pieces = stream(self.server.tokenizer, request, self.step)
+            # Whole: the answers are sent together below.
             if not body.stream:
                 text = "".join(pieces)
                 choices.append(choice(i, text, request.finish_reason, role="assistant"))
                 continue
+            # Streamed: who speaks, the text in pieces, why it ended.
             self.event({**head, "choices": [choice(i, "", role="assistant")]})
             for piece in filter(None, pieces):
                 self.event({**head, "choices": [choice(i, piece)]})
             self.event({**head, "choices": [choice(i, "", request.finish_reason)]})
-        whole = {**head, "choices": choices, "usage": usage()}
+        asked = len(requests[0].prompt_ids)
+        made = sum(len(r.ids) for r in requests)
+        usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
+        whole = {**head, "choices": choices, "usage": usage}
         if not body.stream:
             return self.send(whole)
         if (body.stream_options or {}).get("include_usage"):
@@ -1198,6 +1292,7 @@ class Handler(BaseHTTPRequestHandler):
 def read_question(messages):
     """The turns of a client's messages, which end with a question."""
     turns = read_turns({"messages": messages})
+    # Tool calls and the like, if they say anything.
     keys = {key for message in messages for key in message if message[key]}
     if keys - {"role", "content", "name"}:
         raise ValueError(f"messages: {min(keys - {'role', 'content', 'name'})} is not supported")
@@ -1216,6 +1311,7 @@ def serve(server):
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    # Connections are taken in a thread, while this one waits for a signal.
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = "http://{}:{}/".format(*server.server_address)
     print(f"{address}  models: {' '.join(server.names)}", file=sys.stderr, flush=True)
@@ -1281,6 +1377,7 @@ def parse_options():
     parser = Parser(description=__doc__.splitlines()[0])
     text = "one question; without it, --instruct_dir and --serve, a chat"
     parser.add_argument("prompt", nargs="?", help=text)
+    # argparse converts a default that is a text, as it does an option.
     parser.add_settings(Options)
     for name, variable in (("host", "API_HOST"), ("port", "API_PORT"), ("api_key", "API_KEY")):
         if os.environ.get(variable):
@@ -1289,6 +1386,7 @@ def parse_options():
     prompt = given.pop("prompt")
     options = Options(**given)
 
+    # Which of the four ways is it?
     asked = {"question": prompt is not None, "file": options.instruct_dir, "serve": options.serve}
     way, *more = [way for way in asked if asked[way]] or ["chat"]
     if more or prompt == "":
@@ -1302,97 +1400,99 @@ def parse_options():
     return prompt, way, options
 
 
-class Assistant:
-    """The model of the command line's options: a base, with an adapter or without, its tokenizer
-    and the template of its prompts. `adapter` is "" for the base alone."""
+def trained_with(adapter):
+    """The settings that an adapter's run.json says it was trained with; {} without. Raises
+    ValueError if there is no such adapter."""
+    if adapter and not Path(adapter).is_dir():
+        raise ValueError(
+            f"no adapter at {adapter}; run python train.py first, name one with --lora_weights, or "
+            "ask the base alone with --use_lora False"
+        )
+    file = Path(adapter, "run.json")
+    made = read_json_file(file).get("config") if adapter and file.is_file() else {}
+    return made if isinstance(made, dict) else {}
 
-    def __init__(self, options):
-        self.options, self.adapter = options, options.lora_weights if options.use_lora else ""
-        made = self.trained_with()
-        base = options.base_model or str(made.get("base_model") or DATA / "tiny")
-        name = options.prompt_template or made.get("prompt_template_name") or "med_template"
-        self.template, device = load_template(name), pick_device(options.device)
-        dtype, base_dtype = pick_dtype(options.dtype, device), options.base_dtype
-        base_dtype = "int8" if options.load_8bit else base_dtype
-        self.model, self.tokenizer = load_base(base, device, dtype, base_dtype)
-        if self.adapter:
-            load_adapter(self.model, self.adapter)
-        if options.merge:
-            lost = merge(self.model).values()
-            text = f"merged {len(lost)} linears; the updates lose {sum(lost) / len(lost):.1%}"
-            print(f"{text} to {self.model.dtype}", file=sys.stderr)
-        self.about = f"{base} and {self.adapter or 'no adapter'} on {device}, {dtype}; "
-        self.about += self.template["description"]
 
-    def trained_with(self):
-        """The settings that the adapter's run.json says it was trained with; {} without."""
-        if self.adapter and not Path(self.adapter).is_dir():
-            raise ValueError(
-                f"no adapter at {self.adapter}; run python train.py first, name one with "
-                "--lora_weights, or ask the base alone with --use_lora False"
-            )
-        file = Path(self.adapter, "run.json")
-        made = read_json_file(file).get("config") if self.adapter and file.is_file() else {}
-        return made if isinstance(made, dict) else {}
+def load(options, adapter):
+    """(model, tokenizer, template, a line about them) that options name: what they leave empty is
+    the adapter's own, else data/tiny and med_template."""
+    # What training used is what asking should use.
+    made = trained_with(adapter)
+    base = options.base_model or str(made.get("base_model") or DATA / "tiny")
+    name = options.prompt_template or str(made.get("prompt_template_name") or "med_template")
+    template = load_template(name)
+    device = pick_device(options.device)
+    # The activations' dtype, and that of the weights as stored.
+    dtype = pick_dtype(options.dtype, device)
+    stored = options.base_dtype
+    stored = "int8" if options.load_8bit else stored
+    model, tokenizer = load_base(base, device, dtype, stored)
+    if adapter:
+        load_adapter(model, adapter)
+    # Faster by two thin products a linear, at a loss that is told.
+    if options.merge:
+        lost = merge(model).values()
+        told = f"merged {len(lost)} linears; the updates lose {sum(lost) / len(lost):.1%}"
+        print(f"{told} to {dtype}", file=sys.stderr)
+    about = f"{base} with {adapter or 'no adapter'} on {device}, {dtype}"
+    return model, tokenizer, template, f"{about}; {template['description']}"
 
-    def render(self, turns):
-        """The prompt for turns [(user, bot), ..., (user, None)]: a lone question stands as in a
-        record of one turn, unless --single_or_multi multi; a conversation in BenTsao's form."""
-        alone = self.options.single_or_multi == "single" and len(turns) == 1
-        return render_prompt(self.template, turns[0][0] if alone else render_turns(turns))
 
-    def answer(self, prompt):
-        """Print the answers to a prompt as they grow, and their speed; yield their text."""
-        started, ids = time.time(), self.tokenizer.encode(prompt, bos=True)
-        requests = [Request(ids, decoding) for decoding in self.options.each()]
-        batch = new_batch(self.model, self.tokenizer, requests, len(requests))
-        try:
-            for request in requests:
-                for text in stream(self.tokenizer, request, batch.step):
-                    print(text, end="", flush=True)
-                    yield text
-                print(flush=True)
-        finally:  # also where Ctrl-C ends it
-            count = sum(len(request.ids) for request in requests)
-            speed = count / (time.time() - started)
-            print(f"[{count} tokens, {speed:.0f} tokens/s]", file=sys.stderr)
-
-    def server(self):
-        """A Server of the adapter and its base, side by side."""
-        options, name = self.options, Path(self.adapter).resolve().name
-        name = "tuned" if name == "base" else name
-        names = [name, "base"] if self.adapter else ["base"]
-        eos_id, decode = self.tokenizer.eos_id, self.tokenizer.decode
-        size = options.batch_size * len(names)
-        batch = Batch(self.model, size, options.context, eos_id, decode)
-        address, decoding = (options.host, options.port), options.each()[0]
-        return Server(address, batch, self.tokenizer, names, self.render, decoding, options.api_key)
-
-    def chat(self):
-        if not (sys.stdin and sys.stdout):
-            raise ValueError("a chat wants standard input and output, and one is closed")
-        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused alone
-        room = self.options.context - self.options.max_new_tokens
-        multi = self.options.single_or_multi == "multi"
-        chat(self.answer, self.render, self.tokenizer, multi, room, self.about)
+def print_answers(model, tokenizer, prompt, decoding):
+    """Print the answers to a prompt as they grow, and their speed; yield their text."""
+    started = time.time()
+    ids = tokenizer.encode(prompt, bos=True)
+    # All n answers are decoded together, and shown one after the other.
+    requests = [Request(ids, each) for each in decoding.each()]
+    batch = new_batch(model, tokenizer, requests, len(requests))
+    try:
+        for request in requests:
+            for text in stream(tokenizer, request, batch.step):
+                print(text, end="", flush=True)
+                yield text
+            print(flush=True)
+    finally:  # also where Ctrl-C ends it
+        count = sum(len(request.ids) for request in requests)
+        speed = count / (time.time() - started)
+        print(f"[{count} tokens, {speed:.0f} tokens/s]", file=sys.stderr)
 
 
 def main():
     prompt, way, options = parse_options()
+    multi = options.single_or_multi == "multi"
+    rows = options.batch_size
     questions = read_instructions(options.instruct_dir) if way == "file" else []
-    assistant = Assistant(options)
+    adapter = options.lora_weights if options.use_lora else ""
+    model, tokenizer, template, about = load(options, adapter)
+
+    def render(turns):
+        """The prompt for turns [(user, bot), ..., (user, None)]: a lone question stands as in a
+        record of one turn, unless --single_or_multi multi; a conversation in BenTsao's form."""
+        together = multi or len(turns) > 1
+        return render_prompt(template, render_turns(turns) if together else turns[0][0])
+
+    def answer(prompt):
+        return print_answers(model, tokenizer, prompt, options)
+
     if way == "question":
-        for _ in assistant.answer(render_prompt(assistant.template, prompt, options.input)):
+        for _ in answer(render_prompt(template, prompt, options.input)):
             pass
         print(DISCLAIMER, file=sys.stderr)
     elif way == "file":
-        model, tokenizer, template = assistant.model, assistant.tokenizer, assistant.template
-        rows, output, compiled = options.batch_size, options.output, options.compile
+        output = options.output
+        compiled = options.compile
         answer_file(model, tokenizer, template, questions, options, output, rows, compiled)
     elif way == "serve":
-        serve(assistant.server())
+        name = Path(adapter).resolve().name
+        names = ["tuned" if name == "base" else name, "base"] if adapter else ["base"]
+        # As many rows for the base as for the adapter, side by side.
+        size = rows * len(names)
+        decode = tokenizer.decode
+        batch = Batch(model, size, options.context, tokenizer.eos_id, decode)
+        serve(Server(batch, tokenizer, names, render, options))
     else:
-        assistant.chat()
+        room = options.context - options.max_new_tokens
+        chat(answer, render, tokenizer, multi, room, about)
 
 
 if __name__ == "__main__":

@@ -848,40 +848,23 @@ def chat(answer, render, tokenizer, multi, room, about):
     """Read questions until end of input. With multi each sees the turns before it, as many as fit
     into room tokens. answer(prompt) prints an answer and yields it as it grows. Raises
     BrokenPipeError if nobody reads the answers."""
+    if not (sys.stdin and sys.stdout):
+        raise ValueError("a chat wants standard input and output, and one is closed")
+    with suppress(AttributeError):  # in tests
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused alone
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  (gives input() its line editing)
     print(f"{DISCLAIMER}\n{COMMANDS}", file=sys.stderr)
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     turns = []
-
-    def ask(question):
-        asked = [*turns[:] * multi, (question, None)]
-        while len(tokenizer.encode(render(asked), bos=True)) > room:
-            if len(asked) == 1:
-                raise ValueError(f"the question has more than {room} tokens; give more --context")
-            asked.pop(0)
-        if multi and len(asked) <= len(turns):
-            print(f"[without the oldest {len(turns) + 1 - len(asked)} turns]", file=sys.stderr)
-        turns.append([question, ""])
-        for text in answer(render(asked)):
-            turns[-1][1] += text
-
-    def obey(line):
-        command, _, path = line.partition(" ")
-        if command == "/reset":
-            turns.clear()
-        elif command == "/model":
-            print(about, file=sys.stderr)
-        elif command == "/save":
-            pairs = [pair for turn in turns for pair in zip(("user", "assistant"), turn)]
-            messages = [{"role": role, "content": text} for role, text in pairs]
-            write_json(path.strip() or "chat.json", [{"messages": messages}])
-        elif line:
-            ask(line)
-
     while True:
         try:
-            obey(input(prompt).strip())
+            line = input(prompt).strip()
+            if line and not obey(line, turns, about):
+                earlier = fitting_turns(line, turns if multi else [], render, tokenizer, room)
+                turns.append([line, ""])
+                for text in answer(render([*earlier, (line, None)])):
+                    turns[-1][1] += text
         except KeyboardInterrupt:  # ends the answer or the line, not the chat
             print(file=sys.stderr)
         except EOFError:
@@ -890,6 +873,32 @@ def chat(answer, render, tokenizer, multi, room, about):
             raise
         except (ValueError, OSError) as error:  # what cannot be asked or saved
             print(f"error: {error}", file=sys.stderr)
+
+
+def obey(line, turns, about):
+    """Carry out a line that is a command; False if it is a question."""
+    command, _, path = line.partition(" ")
+    if command == "/reset":
+        turns.clear()
+    elif command == "/model":
+        print(about, file=sys.stderr)
+    elif command == "/save":
+        pairs = [pair for turn in turns for pair in zip(("user", "assistant"), turn)]
+        messages = [{"role": role, "content": text} for role, text in pairs]
+        write_json(path.strip() or "chat.json", [{"messages": messages}])
+    return command in ("/reset", "/model", "/save")
+
+
+def fitting_turns(question, turns, render, tokenizer, room):
+    """As many of the last turns as fit into room tokens together with a question. Raises ValueError
+    if it does not fit alone."""
+    for first in range(len(turns) + 1):
+        asked = render([*turns[first:], (question, None)])
+        if len(tokenizer.encode(asked, bos=True)) <= room:
+            if first:
+                print(f"[without the oldest {first} turns]", file=sys.stderr)
+            return turns[first:]
+    raise ValueError(f"the question has more than {room} tokens; give more --context")
 
 
 # ==================================================================================================
@@ -907,18 +916,18 @@ class Server(ThreadingHTTPServer):
 
     names     the models on offer: the adapter's, and "base"
     render    makes a prompt of turns [(user, bot), ..., (user, None)]
-    decoding  what clients leave open"""
+    options   the Options: among them what clients leave open"""
 
     daemon_threads, request_queue_size = False, 128  # server_close waits for answers under way
     limit = 64  # requests that may wait
     seconds = 10  # in which a request must be read
 
-    def __init__(self, address, batch, tokenizer, names, render, decoding, api_key=""):
+    def __init__(self, batch, tokenizer, names, render, options):
         self.batch, self.tokenizer, self.names, self.render = batch, tokenizer, names, render
-        self.decoding, self.api_key, self.stopping = decoding, api_key, False
+        self.decoding, self.api_key, self.stopping = options.each()[0], options.api_key, False
         self.lock, self.worker = threading.Lock(), ThreadPoolExecutor(1)
         self.pending = self.worker.submit(batch.step)
-        super().__init__(address, Handler)
+        super().__init__((options.host, options.port), Handler)
 
     def verify_request(self, request, client_address):
         return threading.active_count() < 4 * self.limit  # a connection is a thread
@@ -1157,16 +1166,11 @@ class Handler(BaseHTTPRequestHandler):
             kind, key = "chat.completion.chunk", "delta"
         number = f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}"
         head = {"id": number, "object": kind, "created": int(time.time()), "model": body.model}
-        asked, choices = len(requests[0].prompt_ids), []
+        choices = []
 
         def choice(i, text, reason=None, **role):
             said = {**role, "content": text} if chat else text
             return {"index": i, key: said, "logprobs": None, "finish_reason": reason}
-
-        def usage():
-            made = sum(len(r.ids) for r in requests)
-            counts = {"prompt_tokens": asked, "completion_tokens": made}
-            return counts | {"total_tokens": asked + made}
 
         if body.stream:
             self.begin(200, "text/event-stream")
@@ -1181,7 +1185,9 @@ class Handler(BaseHTTPRequestHandler):
             for piece in filter(None, pieces):
                 self.event({**head, "choices": [choice(i, piece)]})
             self.event({**head, "choices": [choice(i, "", request.finish_reason)]})
-        whole = {**head, "choices": choices, "usage": usage()}
+        asked, made = len(requests[0].prompt_ids), sum(len(r.ids) for r in requests)
+        usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
+        whole = {**head, "choices": choices, "usage": usage}
         if not body.stream:
             return self.send(whole)
         if (body.stream_options or {}).get("include_usage"):
@@ -1302,97 +1308,88 @@ def parse_options():
     return prompt, way, options
 
 
-class Assistant:
-    """The model of the command line's options: a base, with an adapter or without, its tokenizer
-    and the template of its prompts. `adapter` is "" for the base alone."""
+def trained_with(adapter):
+    """The settings that an adapter's run.json says it was trained with; {} without. Raises
+    ValueError if there is no such adapter."""
+    if adapter and not Path(adapter).is_dir():
+        raise ValueError(
+            f"no adapter at {adapter}; run python train.py first, name one with --lora_weights, or "
+            "ask the base alone with --use_lora False"
+        )
+    file = Path(adapter, "run.json")
+    made = read_json_file(file).get("config") if adapter and file.is_file() else {}
+    return made if isinstance(made, dict) else {}
 
-    def __init__(self, options):
-        self.options, self.adapter = options, options.lora_weights if options.use_lora else ""
-        made = self.trained_with()
-        base = options.base_model or str(made.get("base_model") or DATA / "tiny")
-        name = options.prompt_template or made.get("prompt_template_name") or "med_template"
-        self.template, device = load_template(name), pick_device(options.device)
-        dtype, base_dtype = pick_dtype(options.dtype, device), options.base_dtype
-        base_dtype = "int8" if options.load_8bit else base_dtype
-        self.model, self.tokenizer = load_base(base, device, dtype, base_dtype)
-        if self.adapter:
-            load_adapter(self.model, self.adapter)
-        if options.merge:
-            lost = merge(self.model).values()
-            text = f"merged {len(lost)} linears; the updates lose {sum(lost) / len(lost):.1%}"
-            print(f"{text} to {self.model.dtype}", file=sys.stderr)
-        self.about = f"{base} and {self.adapter or 'no adapter'} on {device}, {dtype}; "
-        self.about += self.template["description"]
 
-    def trained_with(self):
-        """The settings that the adapter's run.json says it was trained with; {} without."""
-        if self.adapter and not Path(self.adapter).is_dir():
-            raise ValueError(
-                f"no adapter at {self.adapter}; run python train.py first, name one with "
-                "--lora_weights, or ask the base alone with --use_lora False"
-            )
-        file = Path(self.adapter, "run.json")
-        made = read_json_file(file).get("config") if self.adapter and file.is_file() else {}
-        return made if isinstance(made, dict) else {}
+def load(options, adapter):
+    """(model, tokenizer, template, a line about them) that options name: what they leave empty is
+    the adapter's own, else data/tiny and med_template."""
+    made = trained_with(adapter)
+    base = options.base_model or str(made.get("base_model") or DATA / "tiny")
+    name = options.prompt_template or str(made.get("prompt_template_name") or "med_template")
+    template, device = load_template(name), pick_device(options.device)
+    dtype, stored = pick_dtype(options.dtype, device), options.base_dtype
+    stored = "int8" if options.load_8bit else stored
+    model, tokenizer = load_base(base, device, dtype, stored)
+    if adapter:
+        load_adapter(model, adapter)
+    if options.merge:
+        lost = merge(model).values()
+        told = f"merged {len(lost)} linears; the updates lose {sum(lost) / len(lost):.1%}"
+        print(f"{told} to {dtype}", file=sys.stderr)
+    about = f"{base} with {adapter or 'no adapter'} on {device}, {dtype}"
+    return model, tokenizer, template, f"{about}; {template['description']}"
 
-    def render(self, turns):
-        """The prompt for turns [(user, bot), ..., (user, None)]: a lone question stands as in a
-        record of one turn, unless --single_or_multi multi; a conversation in BenTsao's form."""
-        alone = self.options.single_or_multi == "single" and len(turns) == 1
-        return render_prompt(self.template, turns[0][0] if alone else render_turns(turns))
 
-    def answer(self, prompt):
-        """Print the answers to a prompt as they grow, and their speed; yield their text."""
-        started, ids = time.time(), self.tokenizer.encode(prompt, bos=True)
-        requests = [Request(ids, decoding) for decoding in self.options.each()]
-        batch = new_batch(self.model, self.tokenizer, requests, len(requests))
-        try:
-            for request in requests:
-                for text in stream(self.tokenizer, request, batch.step):
-                    print(text, end="", flush=True)
-                    yield text
-                print(flush=True)
-        finally:  # also where Ctrl-C ends it
-            count = sum(len(request.ids) for request in requests)
-            speed = count / (time.time() - started)
-            print(f"[{count} tokens, {speed:.0f} tokens/s]", file=sys.stderr)
-
-    def server(self):
-        """A Server of the adapter and its base, side by side."""
-        options, name = self.options, Path(self.adapter).resolve().name
-        name = "tuned" if name == "base" else name
-        names = [name, "base"] if self.adapter else ["base"]
-        eos_id, decode = self.tokenizer.eos_id, self.tokenizer.decode
-        size = options.batch_size * len(names)
-        batch = Batch(self.model, size, options.context, eos_id, decode)
-        address, decoding = (options.host, options.port), options.each()[0]
-        return Server(address, batch, self.tokenizer, names, self.render, decoding, options.api_key)
-
-    def chat(self):
-        if not (sys.stdin and sys.stdout):
-            raise ValueError("a chat wants standard input and output, and one is closed")
-        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused alone
-        room = self.options.context - self.options.max_new_tokens
-        multi = self.options.single_or_multi == "multi"
-        chat(self.answer, self.render, self.tokenizer, multi, room, self.about)
+def print_answers(model, tokenizer, prompt, decoding):
+    """Print the answers to a prompt as they grow, and their speed; yield their text."""
+    started, ids = time.time(), tokenizer.encode(prompt, bos=True)
+    requests = [Request(ids, each) for each in decoding.each()]
+    batch = new_batch(model, tokenizer, requests, len(requests))
+    try:
+        for request in requests:
+            for text in stream(tokenizer, request, batch.step):
+                print(text, end="", flush=True)
+                yield text
+            print(flush=True)
+    finally:  # also where Ctrl-C ends it
+        count = sum(len(request.ids) for request in requests)
+        speed = count / (time.time() - started)
+        print(f"[{count} tokens, {speed:.0f} tokens/s]", file=sys.stderr)
 
 
 def main():
     prompt, way, options = parse_options()
+    multi, rows = options.single_or_multi == "multi", options.batch_size
     questions = read_instructions(options.instruct_dir) if way == "file" else []
-    assistant = Assistant(options)
+    adapter = options.lora_weights if options.use_lora else ""
+    model, tokenizer, template, about = load(options, adapter)
+
+    def render(turns):
+        """The prompt for turns [(user, bot), ..., (user, None)]: a lone question stands as in a
+        record of one turn, unless --single_or_multi multi; a conversation in BenTsao's form."""
+        together = multi or len(turns) > 1
+        return render_prompt(template, render_turns(turns) if together else turns[0][0])
+
+    def answer(prompt):
+        return print_answers(model, tokenizer, prompt, options)
+
     if way == "question":
-        for _ in assistant.answer(render_prompt(assistant.template, prompt, options.input)):
+        for _ in answer(render_prompt(template, prompt, options.input)):
             pass
         print(DISCLAIMER, file=sys.stderr)
     elif way == "file":
-        model, tokenizer, template = assistant.model, assistant.tokenizer, assistant.template
-        rows, output, compiled = options.batch_size, options.output, options.compile
+        output, compiled = options.output, options.compile
         answer_file(model, tokenizer, template, questions, options, output, rows, compiled)
     elif way == "serve":
-        serve(assistant.server())
+        name = Path(adapter).resolve().name
+        names = ["tuned" if name == "base" else name, "base"] if adapter else ["base"]
+        size, decode = rows * len(names), tokenizer.decode
+        batch = Batch(model, size, options.context, tokenizer.eos_id, decode)
+        serve(Server(batch, tokenizer, names, render, options))
     else:
-        assistant.chat()
+        room = options.context - options.max_new_tokens
+        chat(answer, render, tokenizer, multi, room, about)
 
 
 if __name__ == "__main__":

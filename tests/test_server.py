@@ -52,9 +52,8 @@ def start(models, rows=3, positions=160, limit=64, **more):
     def render(turns):
         return G.render_prompt(template, G.render_turns(turns) if len(turns) > 1 else turns[0][0])
 
-    decoding = G.Decoding(max_new_tokens=24)
-    names = ["tuned", "base"]
-    server = G.Server(("127.0.0.1", 0), batch, tokenizer, names, render, decoding, **more)
+    options = G.Options(max_new_tokens=24, port=0, **more)
+    server = G.Server(batch, tokenizer, ["tuned", "base"], render, options)
     server.seconds, server.limit = 1.0, limit
     threading.Thread(target=server.serve_forever, daemon=True).start()
 

@@ -75,13 +75,15 @@ class Tokenizer:
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is no SentencePiece model ({error})") from None
         self.vocab_size = len(self.pieces)
-        self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
+        self.bos_id = self.pieces.bos_id()
+        self.eos_id = self.pieces.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} has no BOS or EOS piece; LLaMA wants both")
         self.newline = self.pieces.piece_to_id("<0x0A>")
 
     def encode(self, text, bos=False, eos=False):
         """Ids of a text. Raises ValueError for half a character, which is no Unicode text."""
+        # Python's own sentence names the character.
         text.encode()
         return [self.bos_id] * bos + self.pieces.encode(text) + [self.eos_id] * eos
 
@@ -94,7 +96,8 @@ class Tokenizer:
     def byte_ends(self, ids, text):
         """Where each of the ids that `encode` made of text ends in it, in bytes of UTF-8 (0 or
         less: before it begins)."""
-        ends, end = [], 0
+        ends = []
+        end = 0
         for i in ids:
             piece = "" if self.pieces.is_control(i) else self.pieces.id_to_piece(i)
             end += 1 if self.pieces.is_byte(i) else len(piece.replace("\u2581", " ").encode())
@@ -209,12 +212,15 @@ def penalise(logits, ids, decoding):
     """logits (V,) with the ids (prompt and answer so far) made less likely: by repetition_penalty
     (Keskar et al. 2019, 4.1), and -inf for each id that would repeat an n-gram of
     no_repeat_ngram_size (Paulus et al. 2018, 2.5)."""
-    penalty, n = decoding.repetition_penalty, decoding.no_repeat_ngram_size
+    penalty = decoding.repetition_penalty
+    n = decoding.no_repeat_ngram_size
+    # A negative score is multiplied, or it would become likelier.
     if penalty != 1:
         seen = torch.tensor(ids, device=logits.device)
         score = logits[seen]
         score = torch.where(score < 0, score * penalty, score / penalty)
         logits = logits.index_put((seen,), score)
+    # Which ids followed, wherever the last n - 1 ids stood before?
     if 0 < n <= len(ids):
         last = ids[len(ids) - n + 1 :]
         starts = range(len(ids) - n + 1)
@@ -232,6 +238,7 @@ def sample(logits, decoding, generator=None):
     if decoding.temperature == 0:
         return logits.argmax()
     logits = logits / decoding.temperature
+    # Each filter sets what it excludes to -inf, so that the next one does not see it.
     if 0 < decoding.top_k < logits.numel():
         least = logits.topk(decoding.top_k).values[-1]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -257,7 +264,10 @@ class Refused(ValueError):
 
     def __init__(self, message, status=400, param=None, code=None, **headers):
         super().__init__(message)
-        self.status, self.param, self.code, self.headers = status, param, code, headers
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = headers
 
 
 @dataclass(eq=False)
@@ -296,7 +306,10 @@ class Batch:
     ValueError if memory cannot hold the cache."""
 
     def __init__(self, model, size, positions, eos_id=None, decode=None, compile=False):
-        self.model, self.size, self.eos_id, self.decode = model, size, eos_id, decode
+        self.model = model
+        self.size = size
+        self.eos_id = eos_id
+        self.decode = decode
         try:
             self.cache = model.new_cache(size, positions)
         except RuntimeError:
@@ -304,13 +317,15 @@ class Batch:
                 f"{size} rows of {positions} tokens do not fit into memory; lower batch_size or "
                 "max_new_tokens"
             ) from None
-        self.waiting, self.rows = [], []  # Requests, and the Rows in use: rows[i] is row i
+        self.waiting = []  # Requests
+        self.rows = []  # the Rows in use: rows[i] is row i of the cache
         self.adapted = None  # as the adapter is scaled now
         self.forward = compile_step(self) if compile else self.logits
 
     def submit(self, request):
         """Let a request wait for rows. Raises Refused if it can never have them."""
-        length, decoding = len(request.prompt_ids), request.decoding
+        length = len(request.prompt_ids)
+        decoding = request.decoding
         end = length + decoding.max_new_tokens
         if not length or end > self.cache.positions or decoding.num_beams > self.size:
             raise Refused(
@@ -331,6 +346,7 @@ class Batch:
             self.waiting.pop(0)  # not before: after an error it still waits
         if not self.rows:
             return
+        # One forward and one choice for all rows; beams then choose among themselves.
         logits = self.next_logits()  # (B, V)
         chosen = self.choose(logits)
         for request in dict.fromkeys(row.request for row in self.rows):
@@ -347,6 +363,7 @@ class Batch:
         for request in self.waiting[:]:
             if request.cancelled:
                 self.waiting.remove(request)
+        # From the end: the last row is then one that stays, and may fill the gap.
         for i in reversed(range(len(self.rows))):
             request = self.rows[i].request
             if request.finish_reason or request.cancelled:
@@ -357,11 +374,14 @@ class Batch:
 
     def admit(self, request):
         """Run a prompt but for its last id, which the next step feeds."""
-        prompt, n, first = request.prompt_ids, request.decoding.num_beams, len(self.rows)
+        prompt = request.prompt_ids
+        n = request.decoding.num_beams
+        first = len(self.rows)
         if request.decoding.seed is not None:
             generator = torch.Generator(self.model.device)
             request.generator = generator.manual_seed(request.decoding.seed)
         self.scale_adapter([request])
+        # In chunks, which bound the memory of the activations.
         cache = self.cache.rows(first, [0])
         for start in range(0, len(prompt) - 1, PREFILL_CHUNK):
             chunk = prompt[start : min(start + PREFILL_CHUNK, len(prompt) - 1)]
@@ -374,6 +394,7 @@ class Batch:
     def scale_adapter(self, requests):
         """Scale the adapter's update in each of the rows that run next: by 0 for the base alone."""
         adapted = [float(request.adapted) for request in requests]
+        # All rows of one kind is the usual case, which costs nothing.
         adapted = [] if all(adapted) else adapted
         if adapted != self.adapted:
             share = torch.tensor(adapted, device=self.model.device).view(-1, 1, 1)
@@ -397,6 +418,7 @@ class Batch:
         """The next id of each row, B of them, from logits (B, V); beams are chosen elsewhere."""
         chosen = logits.argmax(-1)
         for i, row in enumerate(self.rows):
+            # Only rows that sample, or whose logits change, need a look of their own.
             decoding = row.request.decoding
             if not decoding.is_greedy and decoding.num_beams == 1:
                 scores = penalise(logits[i], row.ids, decoding)
@@ -406,7 +428,8 @@ class Batch:
     def outcome(self, request, ids):
         """(answer, finish_reason or None) of ids, which begin with the prompt and may end with EOS:
         the answer is what lies between."""
-        start, decoding = len(request.prompt_ids), request.decoding
+        start = len(request.prompt_ids)
+        decoding = request.decoding
         if ids[-1] == self.eos_id:
             return ids[start:-1], "stop"
         answer = ids[start:]
@@ -452,7 +475,8 @@ def visible(text, stop=(), ended=True):
 def stream(tokenizer, request, step=None):
     """Yield a request's text in pieces as it grows; step() makes, or awaits, one id more. The whole
     text at once if it has ended."""
-    shown, ended = 0, False
+    shown = 0
+    ended = False
     while not ended:
         if not request.finish_reason:
             step()
@@ -473,15 +497,19 @@ def step_beams(batch, at, logits):
     length_penalty, and the best n that do not end go on. It is over when n are ranked and the best
     that goes on, ending now, would beat none."""
     beams = [batch.rows[i] for i in at]
-    request, n, decoding = beams[0].request, len(at), beams[0].request.decoding
+    request = beams[0].request
+    n = len(at)
+    decoding = beams[0].request.decoding
     scores = [
         penalise(logprobs, beam.ids, decoding) + beam.score
         for logprobs, beam in zip(logits.log_softmax(-1), beams)
     ]
     best = torch.stack(scores).flatten().topk(2 * n)
-    first, length = len(request.prompt_ids) - 1, len(beams[0].ids)
+    first = len(request.prompt_ids) - 1
+    length = len(beams[0].ids)
     scale = (length - first) ** decoding.length_penalty
 
+    # Candidates that end are ranked, the others go on; both best first.
     going = []
     for rank, (score, place) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
         parent, token = divmod(place, logits.size(1))
@@ -493,6 +521,7 @@ def step_beams(batch, at, logits):
             request.ranked.append(replace(beam, score=score / scale))
     request.ranked = sorted(request.ranked, key=lambda beam: -beam.score)[:n]
 
+    # Over, if the best that goes on cannot get past the worst of those ranked.
     full = len(request.ranked) == n
     if not going or full and going[0].score / scale <= request.ranked[-1].score:
         request.ids, request.finish_reason = batch.outcome(request, request.ranked[0].ids)
@@ -506,6 +535,7 @@ def place_beams(batch, at, beams, start, stop):
     """Put each of beams into a row of `at` that holds its parent's keys and values: the first of a
     parent keeps its row, others get a copy of positions start to stop (before, all are equal)."""
     parents = [beam.parent for beam in beams]
+    # Rows whose beam has no successor.
     free = [i for i in at if i not in parents]
     for beam in beams:
         row = beam.parent
@@ -528,7 +558,8 @@ def compile_step(batch):
     for more over weights packed for products of few rows, which doubles their memory."""
     import torch._inductor.config
 
-    device, packed = batch.model.device, batch.model.device.type == "cpu" and batch.size > 1
+    device = batch.model.device
+    packed = batch.model.device.type == "cpu" and batch.size > 1
     torch._inductor.config.freezing = packed  # read while tracing too, where `options` do not reach
     # values of more than 11 operations are stored: each row of the product that reads SwiGLU or a
     # norm would make them again
@@ -538,6 +569,7 @@ def compile_step(batch):
         options |= {"max_autotune_gemm_backends": "CPP,ATEN"}
     else:
         options |= {"coordinate_descent_tuning": True}
+    # The one shape: all rows, whether in use or not, and as many positions as there are.
     compiled = torch.compile(batch.logits, fullgraph=True, dynamic=False, options=options)
     fed = torch.zeros(2, batch.size, dtype=torch.long, device=device)
 
@@ -557,7 +589,8 @@ def compile_step(batch):
 
 def record_graph(call):
     """call() as a CUDA graph; it returns the same memory each time."""
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         call()  # compiles: a graph would record that too
@@ -580,8 +613,10 @@ def read_records(path):
     """[("line 3" or, in an array, "record 3", object), ...] of a JSON array or JSON lines, whatever
     the extension; a BOM is skipped; "-" is standard input. Raises ValueError naming the file and
     the place."""
+    # `place` is where reading stands, for the errors below.
     path = Path("/dev/stdin" if str(path) == "-" else path)
-    place, rows = "as an array", []
+    place = "as an array"
+    rows = []
     try:
         text = path.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
@@ -601,6 +636,7 @@ def read_records(path):
     return rows
 
 
+# s: system, u: user, a: assistant, so that one pattern says whose turn it is
 SIDES = {"system": "s", "developer": "s", "user": "u", "human": "u", "assistant": "a", "gpt": "a"}
 
 
@@ -609,6 +645,7 @@ def message_texts(messages):
     [{from, value}]. A system text opens the first question, on a line of its own: templates have
     no place for it."""
     sides = "".join(SIDES[m.get("role", m.get("from"))] for m in messages)
+    # An assistant's text may end it, or a question that waits for one.
     if not re.fullmatch("s?u(au)*a?", sides):
         raise ValueError("wanted user and assistant in turn, before them one system text or none")
     texts = [plain_text(m.get("content", m.get("value"))) for m in messages]
@@ -638,6 +675,7 @@ def read_turns(row):
         else:
             texts = [text for user, bot in row.get("history") or () for text in (user, bot)]
             texts += [row["instruction"], row.get("output")]
+        # A question without an answer gets None.
         texts += [None] * (len(texts) % 2)
         "".join([*texts[:-1], texts[-1] or ""])  # raises for what is no text
     except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -654,18 +692,21 @@ def read_instructions(path, answers=False):
     ShareGPT's `conversations`; Med-ChatGLM's {context, target}; BenTsao's literature rows. If one
     has several turns, all are put in the form of those rows (`render_turns`), as a chat of several
     turns is. With answers, each must end in one. Raises ValueError naming the line or record."""
-    records, several = [], False
+    records = []
+    several = False
     for place, row in read_records(path):
         try:
             # half a character would be met when the answer is written
             json.dumps(row, ensure_ascii=False).encode()
-            turns, input = read_turns(row), row.get("input") or ""
+            turns = read_turns(row)
+            input = row.get("input") or ""
             if not isinstance(input, str):
                 raise ValueError(f"input is {input!r}, wanted a text")
             if answers and not (turns[-1][1] or "").strip():
                 raise ValueError("the answer is empty or missing, and teaches nothing")
         except ValueError as error:
             raise ValueError(f"{path} {place}: {error}") from None
+        # One conversation makes the whole file one of conversations.
         several = several or len(turns) > 1
         records.append({**row, "turns": turns, "input": input})
     return [make_instruction(record, several) for record in records]
@@ -679,7 +720,8 @@ def make_instruction(record, several):
         question = " " + question
     if several and not question.startswith(" <user>: "):
         question = "\n".join(filter(None, (question, record["input"])))
-        question, record["input"] = render_turns([*earlier, (question, None)]), ""
+        question = render_turns([*earlier, (question, None)])
+        record["input"] = ""
     output = {} if answer is None else {"output": answer}
     return {**record, "instruction": question, **output}
 
@@ -727,15 +769,18 @@ def load_base(path, device, dtype, base_dtype="auto"):
     decapoda-research/llama-7b-hf has it, is not followed. Raises ValueError if the embedding has
     not one row for each piece (those of added_tokens.json, such as Alpaca's [PAD], count)."""
     path = find_base(path)
-    tokenizer, config = load_tokenizer(path), Checkpoint(path).config
+    tokenizer = load_tokenizer(path)
+    config = Checkpoint(path).config
     files = (path / "added_tokens.json", path / "config.json")
     added, theirs = (read_json_file(file) if file.is_file() else {} for file in files)
+    # A tokenizer of another base would give every word another one's row.
     pieces = tokenizer.vocab_size + len(added)
     if pieces != config.vocab_size:
         raise ValueError(
             f"{path}: tokenizer.model has {pieces} pieces, the model {config.vocab_size} embedding "
             "rows; they belong to different models"
         )
+    # Wrong ids in config.json are common, and would end no answer.
     ours = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     for key in ours:
         if theirs.get(key) not in (ours[key], None):
@@ -800,6 +845,7 @@ def count_answers(path, keys):
     *lines, torn = Path(path).read_bytes().split(b"\n")
     with suppress(ValueError, TypeError, KeyError):
         found = [json.loads(line)["key"] for line in lines]
+        # A line begins with a brace; a diary does not.
         if found == keys[: len(lines)] and torn[:1] in (b"", b"{"):
             os.truncate(path, os.path.getsize(path) - len(torn))
             return len(lines)
@@ -814,13 +860,16 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
     file output ("": stdout): the record with answer, finish_reason, index, and a key that stands
     for prompt, decoding and model. Started again it goes on. Raises ValueError as `count_answers`
     does."""
-    requests, lines, weights = [], [], fingerprint(model)
+    requests = []
+    lines = []
+    weights = fingerprint(model)
     for question in questions:
         prompt = render_prompt(template, question["instruction"], question["input"])
         for each in decoding.each():
             key = sha256(f"{prompt!r} {each} {weights}".encode()).hexdigest()[:16]
             lines.append({**question, "index": len(lines), "key": key})
             requests.append(Request(tokenizer.encode(prompt, bos=True), each))
+    # What is in the file already is not asked again.
     done = count_answers(output, [line["key"] for line in lines])
     ended = finish(model, tokenizer, requests[done:], rows, compile)
     bar = tqdm(ended, total=len(lines), initial=done, unit="answer", dynamic_ncols=True)
@@ -918,14 +967,21 @@ class Server(ThreadingHTTPServer):
     render    makes a prompt of turns [(user, bot), ..., (user, None)]
     options   the Options: among them what clients leave open"""
 
-    daemon_threads, request_queue_size = False, 128  # server_close waits for answers under way
+    daemon_threads = False  # server_close waits for answers under way
+    request_queue_size = 128
     limit = 64  # requests that may wait
     seconds = 10  # in which a request must be read
 
     def __init__(self, batch, tokenizer, names, render, options):
-        self.batch, self.tokenizer, self.names, self.render = batch, tokenizer, names, render
-        self.decoding, self.api_key, self.stopping = options.each()[0], options.api_key, False
-        self.lock, self.worker = threading.Lock(), ThreadPoolExecutor(1)
+        self.batch = batch
+        self.tokenizer = tokenizer
+        self.names = names
+        self.render = render
+        self.decoding = options.each()[0]
+        self.api_key = options.api_key
+        self.stopping = False
+        self.lock = threading.Lock()
+        self.worker = ThreadPoolExecutor(1)
         self.pending = self.worker.submit(batch.step)
         super().__init__((options.host, options.port), Handler)
 
@@ -993,11 +1049,16 @@ class Handler(BaseHTTPRequestHandler):
     """The one request of a connection."""
 
     protocol_version = default_request_version = "HTTP/1.1"
-    server_version, sys_version, disable_nagle_algorithm = "TCM-LLM", "", True
-    timeout, streaming = 10, False  # seconds until a write fails; whether events are being sent
+    server_version = "TCM-LLM"
+    sys_version = ""
+    disable_nagle_algorithm = True
+    timeout = 10  # seconds until a write fails
+    streaming = False  # whether events are being sent
 
     def handle(self):
-        # A client that sends a byte now and then does not keep its thread: reading ends here.
+        # A client that sends a byte now and then does not keep its thread: the reading side is shut
+        # when its time is over.
+        self.ends = time.monotonic() + self.server.seconds
         shut = (socket.SHUT_RD,)
         self.deadline = threading.Timer(self.server.seconds, self.connection.shutdown, shut)
         self.deadline.start()
@@ -1006,7 +1067,8 @@ class Handler(BaseHTTPRequestHandler):
         self.deadline.cancel()
 
     def do_GET(self):
-        path, requests = self.path.partition("?")[0], []
+        path = self.path.partition("?")[0]
+        requests = []
         path, _, name = path.partition("/v1/models/")
         try:
             self.authorise(path + "/v1/models" * bool(name))
@@ -1017,7 +1079,8 @@ class Handler(BaseHTTPRequestHandler):
                 policy = "frame-ancestors 'none'"  # the rest stands in the page
                 self.send(page, 200, "text/html; charset=utf-8", Content_Security_Policy=policy)
             elif path == "/health":
-                batch, status = self.server.batch, "stopping" if self.server.stopping else "ok"
+                batch = self.server.batch
+                status = "stopping" if self.server.stopping else "ok"
                 counts = {"waiting": len(batch.waiting), "running": len(batch.rows)}
                 self.send({"status": status, "places": batch.size, **counts})
             else:
@@ -1047,11 +1110,14 @@ class Handler(BaseHTTPRequestHandler):
         if METHODS[path] != self.command.replace("HEAD", "GET"):
             allowed = METHODS[path].replace("GET", "GET, HEAD")
             raise Refused(f"{path} takes {allowed}", 405, Allow=allowed)
+        # A page of another site says so in Origin; under a name of its own, in Host.
         host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
-        key, given = self.server.api_key, self.headers.get("Authorization", "")
+        key = self.server.api_key
+        given = self.headers.get("Authorization", "")
         elsewhere = not key and host.partition(":")[0] not in LOCAL
         if elsewhere or origin and origin.partition("://")[2] != host:
             raise Refused("requests from other sites' pages are not answered", 403)
+        # compare_digest takes as long for a wrong key as for the right one.
         wanted = f"Bearer {key}".encode()
         if key and "v1" in path and not hmac.compare_digest(given.encode("latin-1"), wanted):
             message = "no API key or a wrong one; send Authorization: Bearer KEY"
@@ -1087,8 +1153,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.streaming:
             return self.event({"error": body})
         self.send({"error": body}, error.status, **error.headers)
+        # Nothing more comes from here; what comes from there is thrown away.
         self.connection.shutdown(socket.SHUT_WR)
-        while self.deadline.is_alive() and self.rfile.read1(65536):
+        while time.monotonic() < self.ends and self.rfile.read1(65536):
             pass
 
     def send_error(self, status, message=None, explain=None):
@@ -1116,8 +1183,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused("a Content-Length is wanted", 411)
         if int(length[:9]) > MAX_BODY:
             raise Refused(f"the body is larger than {MAX_BODY} bytes", 413)
+        # Ends early where the deadline shuts the reading side.
         text = self.rfile.read(int(length))
-        if not self.deadline.is_alive():
+        if time.monotonic() >= self.ends:
             raise Refused(f"the body did not come within {self.server.seconds} seconds", 408)
         try:
             sent = json.loads(text.decode())
@@ -1128,6 +1196,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def read_body(self, sent):
         """The Body of what a client sent: the server's own settings, and over them the client's."""
+        # One field at a time, so that the refusal names it.
         body = Body(**asdict(self.server.decoding))
         for name, value in sent.items():
             try:
@@ -1141,13 +1210,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def make_requests(self, sent, chat):
         """(Body, a Request for each of n answers) of what a client sent."""
-        server, body = self.server, self.read_body(sent)
+        server = self.server
+        body = self.read_body(sent)
         wanted, other = ("messages", "prompt") if chat else ("prompt", "messages")
         try:
             if not getattr(body, wanted) or other in sent:
                 raise ValueError(f"{wanted} is wanted, and no {other}")
             prompt = server.render(read_question(body.messages)) if chat else body.prompt
             ids = server.tokenizer.encode(prompt, bos=True)
+            # Left open, an answer is as long as the default, or as the room that is left.
             if not {"max_tokens", "max_completion_tokens"} & sent.keys():
                 room = max(1, server.batch.cache.positions - len(ids))
                 body = replace(body, max_new_tokens=min(room, body.max_new_tokens))
@@ -1163,7 +1234,8 @@ class Handler(BaseHTTPRequestHandler):
         self.deadline.cancel()
         kind, key = ("chat.completion", "message") if chat else ("text_completion", "text")
         if chat and body.stream:
-            kind, key = "chat.completion.chunk", "delta"
+            kind = "chat.completion.chunk"
+            key = "delta"
         number = f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}"
         head = {"id": number, "object": kind, "created": int(time.time()), "model": body.model}
         choices = []
@@ -1172,20 +1244,24 @@ class Handler(BaseHTTPRequestHandler):
             said = {**role, "content": text} if chat else text
             return {"index": i, key: said, "logprobs": None, "finish_reason": reason}
 
+        # From here on an error can only be an event.
         if body.stream:
             self.begin(200, "text/event-stream")
             self.streaming = True
         for i, request in enumerate(requests):
             pieces = stream(self.server.tokenizer, request, self.step)
+            # Whole: the answers are sent together below.
             if not body.stream:
                 text = "".join(pieces)
                 choices.append(choice(i, text, request.finish_reason, role="assistant"))
                 continue
+            # Streamed: who speaks, the text in pieces, why it ended.
             self.event({**head, "choices": [choice(i, "", role="assistant")]})
             for piece in filter(None, pieces):
                 self.event({**head, "choices": [choice(i, piece)]})
             self.event({**head, "choices": [choice(i, "", request.finish_reason)]})
-        asked, made = len(requests[0].prompt_ids), sum(len(r.ids) for r in requests)
+        asked = len(requests[0].prompt_ids)
+        made = sum(len(r.ids) for r in requests)
         usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
         whole = {**head, "choices": choices, "usage": usage}
         if not body.stream:
@@ -1222,6 +1298,7 @@ def serve(server):
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    # Connections are taken in a thread, while this one waits for a signal.
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = "http://{}:{}/".format(*server.server_address)
     print(f"{address}  models: {' '.join(server.names)}", file=sys.stderr, flush=True)
@@ -1287,6 +1364,7 @@ def parse_options():
     parser = Parser(description=__doc__.splitlines()[0])
     text = "one question; without it, --instruct_dir and --serve, a chat"
     parser.add_argument("prompt", nargs="?", help=text)
+    # argparse converts a default that is a text, as it does an option.
     parser.add_settings(Options)
     for name, variable in (("host", "API_HOST"), ("port", "API_PORT"), ("api_key", "API_KEY")):
         if os.environ.get(variable):
@@ -1295,6 +1373,7 @@ def parse_options():
     prompt = given.pop("prompt")
     options = Options(**given)
 
+    # Which of the four ways is it?
     asked = {"question": prompt is not None, "file": options.instruct_dir, "serve": options.serve}
     way, *more = [way for way in asked if asked[way]] or ["chat"]
     if more or prompt == "":
@@ -1327,12 +1406,16 @@ def load(options, adapter):
     made = trained_with(adapter)
     base = options.base_model or str(made.get("base_model") or DATA / "tiny")
     name = options.prompt_template or str(made.get("prompt_template_name") or "med_template")
-    template, device = load_template(name), pick_device(options.device)
-    dtype, stored = pick_dtype(options.dtype, device), options.base_dtype
+    template = load_template(name)
+    device = pick_device(options.device)
+    # The activations' dtype, and that of the weights as stored.
+    dtype = pick_dtype(options.dtype, device)
+    stored = options.base_dtype
     stored = "int8" if options.load_8bit else stored
     model, tokenizer = load_base(base, device, dtype, stored)
     if adapter:
         load_adapter(model, adapter)
+    # Faster by two thin products a linear, at a loss that is told.
     if options.merge:
         lost = merge(model).values()
         told = f"merged {len(lost)} linears; the updates lose {sum(lost) / len(lost):.1%}"
@@ -1343,7 +1426,9 @@ def load(options, adapter):
 
 def print_answers(model, tokenizer, prompt, decoding):
     """Print the answers to a prompt as they grow, and their speed; yield their text."""
-    started, ids = time.time(), tokenizer.encode(prompt, bos=True)
+    started = time.time()
+    ids = tokenizer.encode(prompt, bos=True)
+    # All n answers are decoded together, and shown one after the other.
     requests = [Request(ids, each) for each in decoding.each()]
     batch = new_batch(model, tokenizer, requests, len(requests))
     try:
@@ -1360,7 +1445,8 @@ def print_answers(model, tokenizer, prompt, decoding):
 
 def main():
     prompt, way, options = parse_options()
-    multi, rows = options.single_or_multi == "multi", options.batch_size
+    multi = options.single_or_multi == "multi"
+    rows = options.batch_size
     questions = read_instructions(options.instruct_dir) if way == "file" else []
     adapter = options.lora_weights if options.use_lora else ""
     model, tokenizer, template, about = load(options, adapter)
@@ -1379,12 +1465,15 @@ def main():
             pass
         print(DISCLAIMER, file=sys.stderr)
     elif way == "file":
-        output, compiled = options.output, options.compile
+        output = options.output
+        compiled = options.compile
         answer_file(model, tokenizer, template, questions, options, output, rows, compiled)
     elif way == "serve":
         name = Path(adapter).resolve().name
         names = ["tuned" if name == "base" else name, "base"] if adapter else ["base"]
-        size, decode = rows * len(names), tokenizer.decode
+        # As many rows for the base as for the adapter, side by side.
+        size = rows * len(names)
+        decode = tokenizer.decode
         batch = Batch(model, size, options.context, tokenizer.eos_id, decode)
         serve(Server(batch, tokenizer, names, render, options))
     else:

@@ -110,6 +110,9 @@ def start(log, *options, port=0):
     return server, int(found[-1])
 
 
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:1\r\nContent-Length: %d\r\n\r\n%b"
+
+
 class Clients:
     """Threads that treat a server badly until told to stop, and what they saw."""
 
@@ -183,10 +186,7 @@ class Clients:
         body = json.dumps(
             {**BODY, "model": name, "max_tokens": 500, "stream": dice.random() < 0.5}
         ).encode()
-        data = (
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:1\r\nContent-Length: %d\r\n\r\n%b"
-            % (len(body), body)
-        )
+        data = POST % (len(body), body)
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
             connection.sendall(data[: dice.choice((1, len(data) // 2, len(data), len(data)))])
             time.sleep(dice.random())
@@ -195,10 +195,7 @@ class Clients:
     def rubbish(self, client, dice, question, name, whole):
         status, body = dice.choice(RUBBISH)
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
-            connection.sendall(
-                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:1\r\nContent-Length: %d\r\n\r\n%b"
-                % (len(body), body)
-            )
+            connection.sendall(POST % (len(body), body))
             got = b""
             while piece := connection.recv(65536):
                 got += piece
@@ -236,7 +233,8 @@ def main():
                 time.sleep(args.seconds / 20)
                 rss.append(memory(server.pid))
                 print(
-                    f"{time.time() - started:5.0f} s  {rss[-1]:.1f} MiB  {dict(clients.seen)}  {len(clients.wrong)} wrong",
+                    f"{time.time() - started:5.0f} s  {rss[-1]:.1f} MiB  {dict(clients.seen)}  "
+                    f"{len(clients.wrong)} wrong",
                     flush=True,
                 )
             clients.done.set()

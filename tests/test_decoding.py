@@ -525,7 +525,7 @@ def test_merge_and_compile_from_the_command_line(base, records, tmp_path):
     assert answers[0] == answers[1] and len(answers[0]) == 8
     for args, words in (
         (("a", "--merge", "--use_lora=False"), "no adapter"),
-        (("a", "--compile"), "--instruct_dir"),
+        (("a", "--compile"), "--compile"),
     ):
         done = call(*args)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1

@@ -16,7 +16,8 @@ CONSTANTS = {
     "med_template": (MED, MED, "### 回答:"),
     "literature_template": (
         None,
-        "以下是描述任务的说明，编写适当地回复完成请求的响应。\n\n ### 说明:\n{instruction}\n\n### 回复:\n",
+        "以下是描述任务的说明，编写适当地回复完成请求的响应。\n\n ### 说明:\n"
+        "{instruction}\n\n### 回复:\n",
         "### 回复:",
     ),
     "bloom_deploy": (
@@ -25,10 +26,12 @@ CONSTANTS = {
         "### 回答：",
     ),
     "alpaca": (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}"
+        "Below is an instruction that describes a task, paired with an input that provides "
+        "further context. Write a response that appropriately completes the request.\n\n### "
+        "Instruction:\n{instruction}\n\n### Input:\n{input}"
         "\n\n### Response:\n",
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request."
         "\n\n### Instruction:\n{instruction}\n\n### Response:\n",
         "### Response:",
     ),

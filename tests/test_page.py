@@ -21,7 +21,10 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM, reason="there is no chromium on this machine"),
 ]
-HTML = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>**粗** & \u201c引\u201d"
+HTML = (
+    "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>**粗** & "
+    "\u201c引\u201d"
+)
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +112,14 @@ def test_asked_streamed_and_regenerated(page, served):
     _, answers, _, folder = served
     page.screenshot(path=folder / f"empty-{page.viewport_size['width']}.png")
     mode(page, "tuned")
-    page.evaluate("""() => { window.seen = []; new MutationObserver(() => { const node = [...document.querySelectorAll('.text')].at(-1)
-                     if (node) seen.push(node.textContent.length) }).observe(document.getElementById('turns'),
-                     {childList: true, subtree: true, characterData: true}) }""")
+    page.evaluate("""() => {
+        window.seen = []
+        new MutationObserver(() => {
+            const node = [...document.querySelectorAll('.text')].at(-1)
+            if (node) seen.push(node.textContent.length)
+        }).observe(document.getElementById('turns'),
+                   {childList: true, subtree: true, characterData: true})
+    }""")
     question = max(QUESTIONS, key=lambda q: len(answers[q, "tuned"]))
     send(page, question)
     assert done(page) == [answers[question, "tuned"]]

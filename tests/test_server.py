@@ -645,7 +645,8 @@ def test_page_comes_with_a_policy_that_fits_it(server):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy[1] and page.count(f"<{tag}") == 1
     assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|new Function|https?://|style=| on\w+=",
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|new Function|https?://|style=|"
+        r" on\w+=",
         page,
     )
     assert "不构成医疗建议" in page and "no medical advice" in page

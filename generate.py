@@ -8,12 +8,12 @@
 What this file teaches, in this order:
 
   tokenizer   Tokenizer: text to ids and back
-  prompt      render_prompt, render_turns: a question as training saw it
+  prompt      render_prompt: a question as training saw it
   sampling    Decoding, penalise, sample: from logits to the next id
   batch       Request, Row, Batch: many answers, an id each a step, in one KV cache
   one answer  generate_ids: the ids that follow a prompt
 
-Below the lesson stand beams, the compiled step, texts as they grow, templates and
+Below the lesson stand beams, rows of the base, the compiled step, texts as they grow, templates and
 records, models, answers to a file, chat, server, and the commands.
 
 Letters: B rows of the batch, V vocabulary size, n beams. Logits, and all that is made of them, are
@@ -60,6 +60,7 @@ from model import (
 )
 
 DATA = Path(__file__).parent / "data"
+PREFILL_CHUNK = 512  # tokens of a prompt in one forward
 
 
 def log(*texts):
@@ -68,7 +69,7 @@ def log(*texts):
 
 
 # --------------------------------------------------------------------------------------------------
-# Tokenizer
+# Tokenizer and prompt
 
 
 class Tokenizer:
@@ -81,16 +82,14 @@ class Tokenizer:
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is no SentencePiece model ({error})") from None
         self.vocab_size = len(self.pieces)
-        self.bos_id = self.pieces.bos_id()
-        self.eos_id = self.pieces.eos_id()
+        self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} has no BOS or EOS piece; LLaMA wants both")
         self.newline = self.pieces.piece_to_id("<0x0A>")
 
     def encode(self, text, bos=False, eos=False):
         """Ids of a text. Raises ValueError for half a character, which is no Unicode text."""
-        # Python's own sentence names the character.
-        text.encode()
+        text.encode()  # Python's own sentence names the character
         return [self.bos_id] * bos + self.pieces.encode(text) + [self.eos_id] * eos
 
     def encode_answer(self, text):
@@ -101,8 +100,7 @@ class Tokenizer:
 
     def byte_ends(self, ids, text):
         """Where each of the ids of a text ends in it, in bytes (0 or less: before it begins)."""
-        ends = []
-        end = 0
+        ends, end = [], 0
         for i in ids:
             piece = "" if self.pieces.is_control(i) else self.pieces.id_to_piece(i)
             end += 1 if self.pieces.is_byte(i) else len(piece.replace("\u2581", " ").encode())
@@ -111,13 +109,8 @@ class Tokenizer:
         return [e - end + len(text.encode()) for e in ends]
 
     def decode(self, ids):
-        """The text of ids. Bytes that make no character become U+FFFD; ids beyond the pieces, of
-        added_tokens.json, have no text."""
+        """The text of ids: U+FFFD for half a character, none for ids of added_tokens.json."""
         return self.pieces.decode([i for i in ids if i < self.vocab_size])
-
-
-# --------------------------------------------------------------------------------------------------
-# Prompt
 
 
 def render_prompt(template, instruction, input=""):
@@ -126,23 +119,14 @@ def render_prompt(template, instruction, input=""):
     return template[key].format(instruction=instruction, input=input)
 
 
-def render_turns(turns):
-    """Turns [(user, bot), ..., (user, None)] as one instruction, in the form of BenTsao's
-    literature rows. The leading space is theirs, and changes ids."""
-    *earlier, (question, _) = turns
-    said = [f" <user>: {user} <bot>: {bot}" for user, bot in earlier]
-    return "".join(said) + f" <user>: {question}"
-
-
 # --------------------------------------------------------------------------------------------------
 # Sampling
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an answer is chosen: what a call, the command line and a client of the server may set.
-    Names and meanings are transformers'. Greedy by default, as BenTsao's beams in effect are.
-    Raises ValueError."""
+    """How an answer is chosen, by the command line or a client. Names and meanings are
+    transformers'; greedy by default, as BenTsao's beams in effect are. Raises ValueError."""
 
     max_new_tokens: int = setting(256, "tokens of an answer at most")
     temperature: float = setting(0.0, "0 takes the likeliest token, above 0 samples", 0, 1e6)
@@ -170,8 +154,7 @@ class Decoding:
 
     def each(self):
         """The Decoding of each of n answers."""
-        first = self.seed
-        seeds = [None] * self.n if first is None else range(first, first + self.n)
+        seeds = [None] * self.n if self.seed is None else range(self.seed, self.seed + self.n)
         return [replace(self, n=1, seed=seed) for seed in seeds]
 
 
@@ -179,8 +162,7 @@ def penalise(logits, ids, decoding):
     """logits (V,) with the ids (prompt and answer so far) made less likely: by repetition_penalty
     (Keskar et al. 2019, 4.1), and -inf for each id that would repeat an n-gram of
     no_repeat_ngram_size (Paulus et al. 2018, 2.5)."""
-    penalty = decoding.repetition_penalty
-    n = decoding.no_repeat_ngram_size
+    penalty, n = decoding.repetition_penalty, decoding.no_repeat_ngram_size
     # A negative score is multiplied, or it would become likelier.
     if penalty != 1:
         seen = torch.tensor(ids, device=logits.device)
@@ -239,8 +221,7 @@ class Request:
 
     @property
     def positions(self):
-        """How many positions prompt and answer take at most."""
-        return len(self.prompt_ids) + self.decoding.max_new_tokens
+        return len(self.prompt_ids) + self.decoding.max_new_tokens  # at most
 
 
 @dataclass(eq=False)
@@ -253,31 +234,24 @@ class Row:
     parent: int = 0  # of a beam: the row that holds its keys and values
 
 
-PREFILL_CHUNK = 512  # tokens of a prompt in one forward
-
-
 class Batch:
     """Requests decoded together in one KV cache of `size` rows. They wait until num_beams rows are
     free. Rows stand at their own lengths, so that each answer is what it would be alone.
 
-    eos_id ends an answer (None: nothing does); decode(ids) -> text is for stop texts. Raises
-    ValueError if memory cannot hold the cache."""
+    eos_id ends an answer, decode(ids) -> text finds stop texts. Raises ValueError if memory cannot
+    hold the cache."""
 
     def __init__(self, model, size, positions, eos_id=None, decode=None, compile=False):
-        self.model = model
-        self.size = size
-        self.eos_id = eos_id
-        self.decode = decode
+        self.model, self.size = model, size
+        self.eos_id, self.decode = eos_id, decode
         self.waiting = []  # Requests
         self.rows = []  # the Rows in use: rows[i] is row i of the cache
         self.adapted = None  # as the adapter is scaled now
         try:
             self.cache = model.new_cache(size, positions)
         except RuntimeError:
-            raise ValueError(
-                f"{size} rows of {positions} tokens do not fit into memory; lower batch_size or "
-                "max_new_tokens"
-            ) from None
+            text = f"{size} rows of {positions} tokens do not fit into memory"
+            raise ValueError(f"{text}; lower batch_size or max_new_tokens") from None
         self.forward = compile_step(self) if compile else self.logits
 
     def submit(self, request):
@@ -302,7 +276,7 @@ class Batch:
         if not self.rows:
             return
         # One forward for all: the last id of each row, behind so many positions.
-        self.scale_adapter([row.request for row in self.rows])
+        scale_adapter(self, [row.request for row in self.rows])
         ids = [row.ids[-1] for row in self.rows]
         lengths = [len(row.ids) - 1 for row in self.rows]
         fed = torch.tensor([ids, lengths], device=self.model.device)
@@ -338,7 +312,7 @@ class Batch:
         device, first = self.model.device, len(self.rows)
         if seed is not None:
             request.generator = torch.Generator(device).manual_seed(seed)
-        self.scale_adapter([request])
+        scale_adapter(self, [request])
         # In chunks, which bound the memory of the activations.
         cache = self.cache.rows(first, [0])
         ids = request.prompt_ids[:-1]
@@ -349,17 +323,8 @@ class Batch:
         self.cache.copy_rows([first] * (n - 1), range(first + 1, first + n), 0, len(ids))
         self.rows += [Row(request, request.prompt_ids[:], -1e9 * (i > 0)) for i in range(n)]
 
-    def scale_adapter(self, requests):
-        """Scale the adapter's update in each of the rows that run next: by 0 for the base alone."""
-        adapted = [request.adapted for request in requests]
-        if adapted != self.adapted:
-            share = torch.tensor(adapted, device=self.model.device).view(-1, 1, 1)
-            share_rows(self.model, None if all(adapted) else share)
-            self.adapted = adapted
-
     def logits(self, fed, longest):
-        """Logits (B, V) of fed (2, B): an id for each row, and how many positions are before it, of
-        which `longest` is a bound."""
+        """Logits (B, V) of fed (2, B): each row's id, and how many stand before it (<= longest)."""
         ids, lengths = fed
         return self.model(ids[:, None], self.cache.rows(0, lengths, longest))[:, -1]
 
@@ -375,8 +340,7 @@ class Batch:
         return chosen.tolist()  # the one wait for the device
 
     def outcome(self, request, ids):
-        """(answer, finish_reason or None) of ids, which begin with the prompt and may end with EOS:
-        the answer is what lies between."""
+        """(answer, finish_reason or None) of ids: a prompt, an answer, and perhaps EOS."""
         answer = ids[len(request.prompt_ids) :]
         if ids[-1] == self.eos_id:
             return answer[:-1], "stop"
@@ -392,9 +356,8 @@ class Batch:
 
 
 def generate_ids(model, prompt_ids, max_new_tokens, eos_id=None, **decoding):
-    """Yield the ids that follow prompt_ids, at most max_new_tokens, up to eos_id (which is not
-    yielded; None: none ends it); with beams, those of the best answer when it is found. The rest is
-    as in `Decoding`, but for stop texts, which want a tokenizer."""
+    """Yield the ids that follow prompt_ids, at most max_new_tokens, up to eos_id; with beams, those
+    of the best answer when it is found. The rest is as in `Decoding`, but for stop texts."""
     request = Request(prompt_ids, Decoding(max_new_tokens, **decoding))
     batch = Batch(model, request.decoding.num_beams, request.positions, eos_id)
     batch.submit(request)
@@ -461,6 +424,20 @@ def place_beams(batch, at, beams, start, stop):
             row = free.pop()
             batch.cache.copy_rows([beam.parent], [row], start, stop)
         batch.rows[row] = beam
+
+
+# ==================================================================================================
+# Rows that ask the base
+
+
+def scale_adapter(batch, requests):
+    """Scale the adapter's update in each of the rows that run next: by 0 for the base alone."""
+    adapted = [request.adapted for request in requests]
+    # Rows change seldom; most steps have nothing to do here.
+    if adapted != batch.adapted:
+        share = torch.tensor(adapted, device=batch.model.device).view(-1, 1, 1)
+        share_rows(batch.model, None if all(adapted) else share)
+        batch.adapted = adapted
 
 
 # ==================================================================================================
@@ -558,17 +535,25 @@ def load_template(name):
     """The prompt template of a bare name in data/templates, or of a path: {prompt_no_input,
     prompt_input}, the second by default the first. Raises ValueError for one without places."""
     path = Path(name) if str(name).endswith(".json") else DATA / "templates" / f"{name}.json"
-    template = {"description": "", "response_split": "", **read_json_file(path)}
+    template = read_json_file(path)
     template.setdefault("prompt_input", template.get("prompt_no_input"))
+    some = r"(?:[^{}]|\{\{|\}\}|\{input\}|\{instruction\})*"
     for key in ("prompt_no_input", "prompt_input"):
         text = str(template.get(key))
-        braces = re.findall(r"\{\{|\}\}|\{instruction\}|\{input\}|[{}]", text)
-        if "{instruction}" not in braces or {"{", "}"} & {*braces}:
+        if not re.fullmatch(some + r"\{instruction\}" + some, text):
             raise ValueError(
                 f"{path}: {key} is {text!r:.200}, wanted a text with {{instruction}}; braces other "
                 "than of it and {input} are doubled"
             )
     return template
+
+
+def render_turns(turns):
+    """Turns [(user, bot), ..., (user, None)] as one instruction, in the form of BenTsao's
+    literature rows. The leading space is theirs, and changes ids."""
+    *earlier, (question, _) = turns
+    said = [f" <user>: {user} <bot>: {bot}" for user, bot in earlier]
+    return "".join(said) + f" <user>: {question}"
 
 
 def read_records(path):
@@ -588,10 +573,8 @@ def read_records(path):
                 place = f"line {i}"
                 if line.strip():
                     rows[place] = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}); try iconv -f GBK -t UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} {place} is not JSON: {error}") from None
+        raise ValueError(f"{path} {place} is not JSON in UTF-8: {error}") from None
     for place, row in (rows or {"(empty)": None}).items():
         if not isinstance(row, dict):
             raise ValueError(f"{path} {place} holds a {type(row).__name__}, wanted an object")
@@ -712,8 +695,7 @@ def pick_device(name):
     try:
         torch.zeros(1, device=name).item()  # fails on meta too
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+        raise ValueError(f"device {name!r} is no use: {str(error).splitlines()[0]}") from None
     return torch.device(name)
 
 
@@ -873,10 +855,6 @@ def chat(answer, render, tokenizer, multi, room, about):
     """Read questions until end of input. With multi each sees the turns before it, as many as fit
     into room tokens. answer(prompt) prints an answer and yields it as it grows. Raises
     BrokenPipeError if nobody reads the answers."""
-    if None in (sys.stdin, sys.stdout):
-        raise ValueError("a chat wants standard input and output, and one is closed")
-    with suppress(AttributeError):  # in tests
-        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused alone
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  (gives input() its line editing)
     log(f"{DISCLAIMER}\n{COMMANDS}")
@@ -989,6 +967,56 @@ class Server(ThreadingHTTPServer):
     def verify_request(self, request, client_address):
         return threading.active_count() < 4 * self.limit  # a connection is a thread
 
+    def cards(self, name):
+        """The card of one model, or of all (""). Raises Refused for one that is not on offer."""
+        defaults = {**self.defaults, "max_tokens": self.defaults["max_new_tokens"]}
+        card = {"object": "model", "created": 0, "owned_by": "local", "defaults": defaults}
+        models = {name: {"id": name, **card} for name in self.names}
+        models[""] = {"object": "list", "data": [*models.values()]}
+        if name not in models:
+            raise Refused(
+                f"no model {name!r:.100}; there are {' '.join(self.names)}",
+                404,
+                param="model",
+                code="model_not_found",
+            )
+        return models[name]
+
+    def read_body(self, sent):
+        """The Body of what a client sent: the server's own settings, and over them the client's."""
+        # One field at a time, so that the refusal names it.
+        body = Body(**self.defaults)
+        for name, value in sent.items():
+            try:
+                if name in FIELDS:
+                    body = replace(body, **{FIELDS[name]: value})
+                elif value and PLAIN.get(name) != value:  # false, 0, "" and [] ask for nothing
+                    raise ValueError("not supported")
+            except ValueError as error:
+                raise Refused(f"{name:.100}: {error}", param=name) from None
+        return replace(body, model=body.model or self.names[0])
+
+    def make_requests(self, sent, chat):
+        """(Body, a Request for each of n answers) of what a client sent."""
+        body = self.read_body(sent)
+        self.cards(body.model)
+        # Before there are n of them.
+        if body.n > self.batch.size:
+            raise Refused(f"n is {body.n}, wanted 1 to {self.batch.size}", param="n")
+        wanted, other = ("messages", "prompt") if chat else ("prompt", "messages")
+        try:
+            if not getattr(body, wanted) or other in sent:
+                raise ValueError(f"{wanted} is wanted, and no {other}")
+            prompt = self.render(read_question(body.messages)) if chat else body.prompt
+            ids = self.tokenizer.encode(prompt, bos=True)
+        except ValueError as error:
+            raise Refused(str(error), param=wanted) from None
+        # Left open, an answer is as long as the default, or as the room that is left.
+        if not {"max_tokens", "max_completion_tokens"} & sent.keys():
+            room = max(1, self.batch.cache.positions - len(ids))
+            body = replace(body, max_new_tokens=min(room, body.max_new_tokens))
+        return body, [Request(ids, each, body.model != "base") for each in body.each()]
+
     def submit(self, requests):
         """Let requests wait. Raises Refused if too many do, or the server stops."""
         with self.lock:
@@ -1067,8 +1095,9 @@ class Handler(BaseHTTPRequestHandler):
         # A client that sends a byte now and then does not keep its thread: the reading side is shut
         # when its time is over.
         self.ends = time.monotonic() + self.server.seconds
-        shut = [socket.SHUT_RD]
-        self.deadline = threading.Timer(self.server.seconds, self.connection.shutdown, shut)
+        self.deadline = threading.Timer(
+            self.server.seconds, self.connection.shutdown, [socket.SHUT_RD]
+        )
         self.deadline.start()
         with suppress(OSError):  # the client has left, or does not read
             super().handle()
@@ -1085,14 +1114,18 @@ class Handler(BaseHTTPRequestHandler):
                 self.send((DATA / "page.html").read_bytes(), kind="text/html; charset=utf-8")
             elif path == "/health":
                 batch = self.server.batch
-                counts = {"waiting": len(batch.waiting), "running": len(batch.rows)}
-                status = "stopping" if self.server.stopping else "ok"
-                self.send({"status": status, "places": batch.size, **counts})
+                status = {
+                    "status": "stopping" if self.server.stopping else "ok",
+                    "places": batch.size,
+                    "waiting": len(batch.waiting),
+                    "running": len(batch.rows),
+                }
+                self.send(status)
             elif path == "/v1/models":
-                self.send_models(unquote(name))
+                self.send(self.server.cards(unquote(name)))
             else:
                 chat = path == "/v1/chat/completions"
-                body, requests = self.make_requests(self.read_json(), chat)
+                body, requests = self.server.make_requests(self.read_json(), chat)
                 self.server.submit(requests)
                 self.complete(requests, body, chat)
         except Refused as error:
@@ -1160,20 +1193,6 @@ class Handler(BaseHTTPRequestHandler):
         """http.server's own refusals, in the same form."""
         self.refuse(Refused(message or self.responses[status][0], status))
 
-    def send_models(self, name):
-        """Send the card of one model, or of all ("")."""
-        self.check_model(name or "base")
-        defaults = self.server.defaults
-        defaults = {**defaults, "max_tokens": defaults["max_new_tokens"]}
-        card = {"object": "model", "created": 0, "owned_by": "local", "defaults": defaults}
-        models = {name: {"id": name, **card} for name in self.server.names}
-        self.send(models.get(name) or {"object": "list", "data": [*models.values()]})
-
-    def check_model(self, name):
-        if name not in self.server.names:
-            message = f"no model {name!r:.100}; there are {' '.join(self.server.names)}"
-            raise Refused(message, 404, "model", "model_not_found")
-
     def read_json(self):
         """The object in the body; fields that are null are left out."""
         length = self.headers.get("Content-Length", "")
@@ -1193,49 +1212,18 @@ class Handler(BaseHTTPRequestHandler):
         except (ValueError, RecursionError, AttributeError) as error:
             raise Refused(f"the body is no JSON object in UTF-8 ({str(error)[:100]})") from None
 
-    def read_body(self, sent):
-        """The Body of what a client sent: the server's own settings, and over them the client's."""
-        # One field at a time, so that the refusal names it.
-        body = Body(**self.server.defaults)
-        for name, value in sent.items():
-            try:
-                if name in FIELDS:
-                    body = replace(body, **{FIELDS[name]: value})
-                elif value and PLAIN.get(name) != value:  # false, 0, "" and [] ask for nothing
-                    raise ValueError("not supported")
-            except ValueError as error:
-                raise Refused(f"{name:.100}: {error}", param=name) from None
-        return replace(body, model=body.model or self.server.names[0])
-
-    def make_requests(self, sent, chat):
-        """(Body, a Request for each of n answers) of what a client sent."""
-        server = self.server
-        body = self.read_body(sent)
-        self.check_model(body.model)
-        if body.n > server.batch.size:
-            raise Refused(f"n is {body.n}, wanted 1 to {server.batch.size}", param="n")
-        wanted, other = ("messages", "prompt") if chat else ("prompt", "messages")
-        try:
-            if not getattr(body, wanted) or other in sent:
-                raise ValueError(f"{wanted} is wanted, and no {other}")
-            prompt = server.render(read_question(body.messages)) if chat else body.prompt
-            ids = server.tokenizer.encode(prompt, bos=True)
-        except ValueError as error:
-            raise Refused(str(error), param=wanted) from None
-        # Left open, an answer is as long as the default, or as the room that is left.
-        if not {"max_tokens", "max_completion_tokens"} & sent.keys():
-            room = max(1, server.batch.cache.positions - len(ids))
-            body = replace(body, max_new_tokens=min(room, body.max_new_tokens))
-        return body, [Request(ids, each, body.model != "base") for each in body.each()]
-
     def complete(self, requests, body, chat):
         """Send the answers, as they grow if the client wants a stream."""
         self.deadline.cancel()
         kind, key = ("chat.completion", "message") if chat else ("text_completion", "text")
         if chat and body.stream:
             kind, key = "chat.completion.chunk", "delta"
-        number = f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}"
-        head = {"id": number, "object": kind, "created": int(time.time()), "model": body.model}
+        head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": body.model,
+        }
 
         def choice(i, text, reason=None, **role):
             said = {**role, "content": text} if chat else text
@@ -1302,8 +1290,8 @@ def serve(server):
         signal.signal(number, stop)
     # Connections are taken in a thread, while this one waits for a signal.
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = "http://{}:{}/".format(*server.server_address)
-    log(f"{address}  models: {' '.join(server.names)}")
+    host, port = server.server_address
+    log(f"http://{host}:{port}/  models: {' '.join(server.names)}")
     # until then new requests are told so
     while not server.stopping or server.batch.waiting or server.batch.rows:
         time.sleep(0.1)
@@ -1419,10 +1407,10 @@ def load(options, adapter):
     # Faster by two thin products a linear, at a loss that is told.
     if options.merge:
         lost = merge(model).values()
-        share = sum(lost) / len(lost)
-        log(f"merged {len(lost)} linears; the updates lose {share:.1%} to {dtype}")
+        mean = f"{sum(lost) / len(lost):.1%} to {dtype}"
+        log(f"merged {len(lost)} linears; the updates lose {mean}")
     about = f"{base} with {adapter or 'no adapter'} on {device}, {dtype}"
-    return model, tokenizer, template, f"{about}; {template['description']}"
+    return model, tokenizer, template, f"{about}; {template.get('description', '')}"
 
 
 def print_answers(model, tokenizer, prompt, decoding):
@@ -1439,8 +1427,7 @@ def print_answers(model, tokenizer, prompt, decoding):
             print(flush=True)
     finally:  # also where Ctrl-C ends it
         count = sum(len(request.ids) for request in requests)
-        speed = count / (time.time() - started)
-        log(f"[{count} tokens, {speed:.0f} tokens/s]")
+        log(f"[{count} tokens, {count / (time.time() - started):.0f} tokens/s]")
 
 
 def main():
@@ -1475,6 +1462,9 @@ def main():
         batch = Batch(model, rows, options.context, tokenizer.eos_id, tokenizer.decode)
         serve(Server(batch, tokenizer, names, render, options))
     else:
+        if None in (sys.stdin, sys.stdout):
+            raise ValueError("a chat wants standard input and output, and one is closed")
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused alone
         room = options.context - options.max_new_tokens
         chat(answer, render, tokenizer, multi, room, about)
 

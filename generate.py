@@ -996,18 +996,18 @@ class Server(ThreadingHTTPServer):
                 raise Refused(f"{name:.100}: {error}", param=name) from None
         return replace(body, model=body.model or self.names[0])
 
-    def make_requests(self, sent, chat):
-        """(Body, a Request for each of n answers) of what a client sent."""
+    def make_requests(self, sent, wanted):
+        """(Body, a Request for each of n answers) of what a client sent, with the field that is
+        wanted: "messages" or "prompt"."""
         body = self.read_body(sent)
         self.cards(body.model)
         # Before there are n of them.
         if body.n > self.batch.size:
             raise Refused(f"n is {body.n}, wanted 1 to {self.batch.size}", param="n")
-        wanted, other = ("messages", "prompt") if chat else ("prompt", "messages")
         try:
-            if not getattr(body, wanted) or other in sent:
-                raise ValueError(f"{wanted} is wanted, and no {other}")
-            prompt = self.render(read_question(body.messages)) if chat else body.prompt
+            if not getattr(body, wanted) or {"messages", "prompt"} <= sent.keys():
+                raise ValueError(f"{wanted} wanted, and not both messages and prompt")
+            prompt = body.prompt or self.render(read_question(body.messages))
             ids = self.tokenizer.encode(prompt, bos=True)
         except ValueError as error:
             raise Refused(str(error), param=wanted) from None
@@ -1124,10 +1124,10 @@ class Handler(BaseHTTPRequestHandler):
             elif path == "/v1/models":
                 self.send(self.server.cards(unquote(name)))
             else:
-                chat = path == "/v1/chat/completions"
-                body, requests = self.server.make_requests(self.read_json(), chat)
+                wanted = "messages" if "chat" in path else "prompt"
+                body, requests = self.server.make_requests(self.read_json(), wanted)
                 self.server.submit(requests)
-                self.complete(requests, body, chat)
+                self.complete(requests, body)
         except Refused as error:
             self.refuse(error)
         except OSError:
@@ -1212,9 +1212,10 @@ class Handler(BaseHTTPRequestHandler):
         except (ValueError, RecursionError, AttributeError) as error:
             raise Refused(f"the body is no JSON object in UTF-8 ({str(error)[:100]})") from None
 
-    def complete(self, requests, body, chat):
+    def complete(self, requests, body):
         """Send the answers, as they grow if the client wants a stream."""
         self.deadline.cancel()
+        chat = not body.prompt
         kind, key = ("chat.completion", "message") if chat else ("text_completion", "text")
         if chat and body.stream:
             kind, key = "chat.completion.chunk", "delta"

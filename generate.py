@@ -62,12 +62,6 @@ from model import (
 DATA = Path(__file__).parent / "data"
 PREFILL_CHUNK = 512  # tokens of a prompt in one forward
 
-
-def log(*texts):
-    """To stderr: only answers go to stdout."""
-    print(*texts, file=sys.stderr, flush=True)
-
-
 # --------------------------------------------------------------------------------------------------
 # Tokenizer and prompt
 
@@ -681,6 +675,11 @@ def bot_spans(instruction):
 
 # ==================================================================================================
 # Models
+
+
+def log(*texts):
+    """To stderr: only answers go to stdout."""
+    print(*texts, file=sys.stderr, flush=True)
 
 
 def load_tokenizer(folder):

@@ -8,13 +8,13 @@
 What this file teaches, in this order:
 
   tokenizer   Tokenizer: text to ids and back
-  prompt      load_template, render_prompt, render_turns: a question as training saw it
+  prompt      render_prompt: a question as training saw it
   sampling    Decoding, penalise, sample: from logits to the next id
   batch       Request, Row, Batch: many answers, an id each a step, in one KV cache
-  one answer  generate_ids: the ids of an answer; visible, stream: its text while it grows
+  one answer  generate_ids: the ids that follow a prompt
 
-Below the lesson stand beams, the compiled step, files of records, models, answers to a file, chat,
-server, and the commands.
+Below the lesson stand beams, rows of the base, the compiled step, texts as they grow, templates and
+records, models, answers to a file, chat, server, and the commands.
 
 Letters: B rows of the batch, V vocabulary size, n beams. Logits, and all that is made of them, are
 float32. Answers go to stdout, everything else to stderr.
@@ -33,7 +33,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -60,9 +60,10 @@ from model import (
 )
 
 DATA = Path(__file__).parent / "data"
+PREFILL_CHUNK = 512  # tokens of a prompt in one forward
 
 # --------------------------------------------------------------------------------------------------
-# Tokenizer
+# Tokenizer and prompt
 
 
 class Tokenizer:
@@ -75,29 +76,25 @@ class Tokenizer:
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is no SentencePiece model ({error})") from None
         self.vocab_size = len(self.pieces)
-        self.bos_id = self.pieces.bos_id()
-        self.eos_id = self.pieces.eos_id()
+        self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} has no BOS or EOS piece; LLaMA wants both")
         self.newline = self.pieces.piece_to_id("<0x0A>")
 
     def encode(self, text, bos=False, eos=False):
         """Ids of a text. Raises ValueError for half a character, which is no Unicode text."""
-        # Python's own sentence names the character.
-        text.encode()
+        text.encode()  # Python's own sentence names the character
         return [self.bos_id] * bos + self.pieces.encode(text) + [self.eos_id] * eos
 
     def encode_answer(self, text):
-        """Ids of a text that follows a prompt, without the space that SentencePiece puts before a
-        text. Behind a newline, where templates end, this is what encoding both together gives."""
+        """Ids of a text behind a prompt that ends with a newline, as encoding both together gives
+        them: without the space that SentencePiece puts before a text."""
         ids = self.encode("\n" + text)
         return ids[ids.index(self.newline) + 1 :]
 
     def byte_ends(self, ids, text):
-        """Where each of the ids that `encode` made of text ends in it, in bytes of UTF-8 (0 or
-        less: before it begins)."""
-        ends = []
-        end = 0
+        """Where each of the ids of a text ends in it, in bytes (0 or less: before it begins)."""
+        ends, end = [], 0
         for i in ids:
             piece = "" if self.pieces.is_control(i) else self.pieces.id_to_piece(i)
             end += 1 if self.pieces.is_byte(i) else len(piece.replace("\u2581", " ").encode())
@@ -106,37 +103,8 @@ class Tokenizer:
         return [e - end + len(text.encode()) for e in ends]
 
     def decode(self, ids):
-        """The text of ids. Bytes that make no character become U+FFFD; ids beyond the pieces, of
-        added_tokens.json, have no text."""
+        """The text of ids: U+FFFD for half a character, none for ids of added_tokens.json."""
         return self.pieces.decode([i for i in ids if i < self.vocab_size])
-
-
-def load_tokenizer(folder):
-    """The Tokenizer of a base's folder."""
-    return Tokenizer(find_tokenizer(folder))
-
-
-# --------------------------------------------------------------------------------------------------
-# Prompt
-
-
-def load_template(name):
-    """The prompt template of a bare name in data/templates, or of a path: {prompt_no_input,
-    prompt_input}, the second by default the first, as in BenTsao's literature template. Raises
-    ValueError naming the file and the text in it that cannot be filled."""
-    path = Path(name) if str(name).endswith(".json") else DATA / "templates" / f"{name}.json"
-    template = {"description": "", "response_split": "", **read_json_file(path)}
-    # Braces of anything else would fail later, or be filled with what nobody meant.
-    template.setdefault("prompt_input", template.get("prompt_no_input"))
-    for key in ("prompt_no_input", "prompt_input"):
-        text = str(template.get(key))
-        braces = re.findall(r"\{\{|\}\}|\{instruction\}|\{input\}|[{}]", text)
-        if "{instruction}" not in braces or {"{", "}"} & {*braces}:
-            raise ValueError(
-                f"{path}: {key} is {text!r:.200}, wanted a text with {{instruction}}; braces other "
-                "than of it and {input} are doubled"
-            )
-    return template
 
 
 def render_prompt(template, instruction, input=""):
@@ -145,31 +113,14 @@ def render_prompt(template, instruction, input=""):
     return template[key].format(instruction=instruction, input=input)
 
 
-def render_turns(turns):
-    """Turns [(user, bot), ...], the last bot None, in the form of BenTsao's literature rows: the
-    conversation that goes into {instruction}. The leading space is theirs, and changes ids."""
-    return "".join(
-        f" <user>: {user}" + ("" if bot is None else f" <bot>: {bot}") for user, bot in turns
-    )
-
-
-def bot_spans(instruction):
-    """[(start, end), ...] in characters: the bot's answers in an instruction of `render_turns`."""
-    found = re.finditer(r" <bot>: (.*?)(?= <user>: )", instruction, re.DOTALL)
-    return [match.span(1) for match in found]
-
-
 # --------------------------------------------------------------------------------------------------
 # Sampling
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an answer is chosen: what a call, the command line and a client of the server may set,
-    with the same defaults everywhere. Names and meanings are transformers'. Raises ValueError.
-
-    BenTsao passes temperature 0.1 but decodes by beams without sampling, so that it has no effect:
-    greedy is the default here."""
+    """How an answer is chosen, by the command line or a client. Names and meanings are
+    transformers'; greedy by default, as BenTsao's beams in effect are. Raises ValueError."""
 
     max_new_tokens: int = setting(256, "tokens of an answer at most")
     temperature: float = setting(0.0, "0 takes the likeliest token, above 0 samples", 0, 1e6)
@@ -181,9 +132,7 @@ class Decoding:
     num_beams: int = setting(1, "beam search of this width, which does not sample")
     length_penalty: float = setting(1.0, "of beams: score = sum / length ** this", -20, 20)
     n: int = setting(1, "answers to each question")
-    seed: int = setting(
-        None, "repeatable samples; the next answer's is seed + 1", -(2**63), 2**63 - 1
-    )
+    seed: int = setting(None, "of samples; the next answer's is seed + 1", -(2**63), 2**63 - 1)
     stop: tuple = setting((), "texts that end an answer and are no part of it")
 
     def __post_init__(self):
@@ -197,35 +146,27 @@ class Decoding:
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError("num_beams with temperature: beam search does not sample; drop one")
 
-    @property
-    def is_greedy(self):
-        """Is the next id the likeliest one, with nothing else to look at?"""
-        return not self.temperature and self.repetition_penalty == 1 > self.no_repeat_ngram_size
-
     def each(self):
         """The Decoding of each of n answers."""
-        settings = {f.name: getattr(self, f.name) for f in fields(Decoding)}
-        seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
-        return [Decoding(**settings | {"n": 1, "seed": seed}) for seed in seeds]
+        seeds = [None] * self.n if self.seed is None else range(self.seed, self.seed + self.n)
+        return [replace(self, n=1, seed=seed) for seed in seeds]
 
 
 def penalise(logits, ids, decoding):
     """logits (V,) with the ids (prompt and answer so far) made less likely: by repetition_penalty
     (Keskar et al. 2019, 4.1), and -inf for each id that would repeat an n-gram of
     no_repeat_ngram_size (Paulus et al. 2018, 2.5)."""
-    penalty = decoding.repetition_penalty
-    n = decoding.no_repeat_ngram_size
+    penalty, n = decoding.repetition_penalty, decoding.no_repeat_ngram_size
     # A negative score is multiplied, or it would become likelier.
     if penalty != 1:
         seen = torch.tensor(ids, device=logits.device)
         score = logits[seen]
         score = torch.where(score < 0, score * penalty, score / penalty)
-        logits = logits.index_put((seen,), score)
+        logits = logits.scatter(0, seen, score)
     # Which ids followed, wherever the last n - 1 ids stood before?
-    if 0 < n <= len(ids):
+    if n:
         last = ids[len(ids) - n + 1 :]
-        starts = range(len(ids) - n + 1)
-        banned = [ids[i + n - 1] for i in starts if ids[i : i + n - 1] == last]
+        banned = [ids[i] for i in range(n - 1, len(ids)) if ids[i - n + 1 : i] == last]
         banned = torch.tensor(banned, dtype=torch.long, device=logits.device)
         logits = logits.index_fill(0, banned, -torch.inf)
     return logits
@@ -233,9 +174,9 @@ def penalise(logits, ids, decoding):
 
 def sample(logits, decoding, generator=None):
     """One id, a tensor (), from logits (V,): the greatest at temperature 0; else drawn from
-    softmax(logits / temperature) kept to the top_k greatest, then to the fewest that hold top_p
-    of the mass (Holtzman et al. 2020), then to those of at least min_p times the greatest
-    probability (Nguyen et al. 2024), in transformers' order."""
+    softmax(logits / temperature), of the top_k greatest, then of the fewest that hold top_p of the
+    mass (Holtzman et al. 2020), then of those of min_p times the greatest probability and more
+    (Nguyen et al. 2024), in transformers' order."""
     if decoding.temperature == 0:
         return logits.argmax()
     logits = logits / decoding.temperature
@@ -259,18 +200,6 @@ def sample(logits, decoding, generator=None):
 # Batch
 
 
-class Refused(ValueError):
-    """What cannot be answered, and why. Clients of the server get it with an HTTP status, headers,
-    and OpenAI's names for the field and the kind of error."""
-
-    def __init__(self, message, status=400, param=None, code=None, **headers):
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-        self.headers = headers
-
-
 @dataclass(eq=False)
 class Request:
     """A prompt, how to answer it, and the answer so far. A beam search has its ids at the end."""
@@ -284,6 +213,10 @@ class Request:
     generator: torch.Generator = None
     ranked: list = field(default_factory=list)  # beams that ended, best first
 
+    @property
+    def positions(self):
+        return len(self.prompt_ids) + self.decoding.max_new_tokens  # at most
+
 
 @dataclass(eq=False)
 class Row:
@@ -295,62 +228,56 @@ class Row:
     parent: int = 0  # of a beam: the row that holds its keys and values
 
 
-PREFILL_CHUNK = 512  # tokens of a prompt in one forward
-
-
 class Batch:
-    """Requests decoded together, one id each a step, in one KV cache of `size` rows and so many
-    positions. They wait until num_beams rows are free; when one ends, the next takes its rows. Rows
-    stand at their own lengths, so that each answer is what it would be alone.
+    """Requests decoded together in one KV cache of `size` rows. They wait until num_beams rows are
+    free. Rows stand at their own lengths, so that each answer is what it would be alone.
 
-    eos_id ends an answer (None: nothing does); decode(ids) -> text is for stop texts. Raises
-    ValueError if memory cannot hold the cache."""
+    eos_id ends an answer, decode(ids) -> text finds stop texts. Raises ValueError if memory cannot
+    hold the cache."""
 
     def __init__(self, model, size, positions, eos_id=None, decode=None, compile=False):
-        self.model = model
-        self.size = size
-        self.eos_id = eos_id
-        self.decode = decode
-        try:
-            self.cache = model.new_cache(size, positions)
-        except RuntimeError:
-            raise ValueError(
-                f"{size} rows of {positions} tokens do not fit into memory; lower batch_size or "
-                "max_new_tokens"
-            ) from None
+        self.model, self.size = model, size
+        self.eos_id, self.decode = eos_id, decode
         self.waiting = []  # Requests
         self.rows = []  # the Rows in use: rows[i] is row i of the cache
         self.adapted = None  # as the adapter is scaled now
+        try:
+            self.cache = model.new_cache(size, positions)
+        except RuntimeError:
+            text = f"{size} rows of {positions} tokens do not fit into memory"
+            raise ValueError(f"{text}; lower batch_size or max_new_tokens") from None
         self.forward = compile_step(self) if compile else self.logits
 
     def submit(self, request):
         """Let a request wait for rows. Raises Refused if it can never have them."""
-        length = len(request.prompt_ids)
-        decoding = request.decoding
-        end = length + decoding.max_new_tokens
-        if not length or end > self.cache.positions or decoding.num_beams > self.size:
+        length, beams = len(request.prompt_ids), request.decoding.num_beams
+        if not length or request.positions > self.cache.positions or beams > self.size:
             raise Refused(
-                f"a prompt of {length} tokens and {decoding.max_new_tokens} new ones, by "
-                f"{decoding.num_beams} beams, in {self.size} rows of {self.cache.positions}; "
-                "wanted one that fits",
+                f"a prompt of {length} tokens, {request.positions} with its answer, by {beams} "
+                f"beams, does not fit into {self.size} rows of {self.cache.positions}",
                 code="context_length_exceeded",
             )
         self.waiting.append(request)
 
     @torch.inference_mode()
     def step(self):
-        """Make one id more for each request, after those that ended have left their rows and those
-        that wait have taken them."""
+        """Make one id more for each request that has rows."""
+        # Those that ended leave their rows, those that wait take them.
         self.release()
         while self.waiting and len(self.rows) + self.waiting[0].decoding.num_beams <= self.size:
             self.admit(self.waiting[0])
             self.waiting.pop(0)  # not before: after an error it still waits
         if not self.rows:
             return
-        # One forward and one choice for all rows; beams then choose among themselves.
-        logits = self.next_logits()  # (B, V)
+        # One forward for all: the last id of each row, behind so many positions.
+        scale_adapter(self, [row.request for row in self.rows])
+        ids = [row.ids[-1] for row in self.rows]
+        lengths = [len(row.ids) - 1 for row in self.rows]
+        fed = torch.tensor([ids, lengths], device=self.model.device)
+        logits = self.forward(fed, max(lengths))  # (B, V)
+        # One choice for all; beams then choose among themselves.
         chosen = self.choose(logits)
-        for request in dict.fromkeys(row.request for row in self.rows):
+        for request in {row.request for row in self.rows}:
             at = [i for i, row in enumerate(self.rows) if row.request is request]
             if len(at) > 1:
                 step_beams(self, at, logits[at])
@@ -374,73 +301,48 @@ class Batch:
                     self.rows[i] = last
 
     def admit(self, request):
-        """Run a prompt but for its last id, which the next step feeds."""
-        prompt = request.prompt_ids
-        n = request.decoding.num_beams
-        first = len(self.rows)
-        if request.decoding.seed is not None:
-            generator = torch.Generator(self.model.device)
-            request.generator = generator.manual_seed(request.decoding.seed)
-        self.scale_adapter([request])
+        """Give a request rows: run its prompt but for the last id, which the next step feeds."""
+        n, seed = request.decoding.num_beams, request.decoding.seed
+        device, first = self.model.device, len(self.rows)
+        if seed is not None:
+            request.generator = torch.Generator(device).manual_seed(seed)
+        scale_adapter(self, [request])
         # In chunks, which bound the memory of the activations.
         cache = self.cache.rows(first, [0])
-        for start in range(0, len(prompt) - 1, PREFILL_CHUNK):
-            chunk = prompt[start : min(start + PREFILL_CHUNK, len(prompt) - 1)]
-            self.model.hidden_states(torch.tensor([chunk], device=self.model.device), cache)
-        # all beams begin with the prompt; the first alone may be chosen from, so that they part
-        beams = [Row(request, prompt[:], -1e9 * (i > 0)) for i in range(n)]
-        self.cache.copy_rows([first] * (n - 1), range(first + 1, first + n), 0, len(prompt) - 1)
-        # Last, so that after an error nothing stands in the rows.
-        self.rows += beams
-
-    def scale_adapter(self, requests):
-        """Scale the adapter's update in each of the rows that run next: by 0 for the base alone."""
-        adapted = [float(request.adapted) for request in requests]
-        # All rows of one kind is the usual case, which costs nothing.
-        adapted = [] if all(adapted) else adapted
-        if adapted != self.adapted:
-            share = torch.tensor(adapted, device=self.model.device).view(-1, 1, 1)
-            share_rows(self.model, share if adapted else None)
-            self.adapted = adapted
-
-    def next_logits(self):
-        """Logits (B, V) behind the last id of each row."""
-        self.scale_adapter([row.request for row in self.rows])
-        ids = [row.ids[-1] for row in self.rows]
-        lengths = [len(row.ids) - 1 for row in self.rows]
-        return self.forward(torch.tensor([ids, lengths], device=self.model.device), max(lengths))
+        ids = request.prompt_ids[:-1]
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            chunk = ids[start : start + PREFILL_CHUNK]
+            self.model.hidden_states(torch.tensor([chunk], device=device), cache)
+        # All beams begin with the prompt; the first alone may be chosen from, so that they part.
+        self.cache.copy_rows([first] * (n - 1), range(first + 1, first + n), 0, len(ids))
+        self.rows += [Row(request, request.prompt_ids[:], -1e9 * (i > 0)) for i in range(n)]
 
     def logits(self, fed, longest):
-        """Logits (B, V) of fed (2, B): an id for each row, and how many positions are before it, of
-        which `longest` is a bound."""
+        """Logits (B, V) of fed (2, B): each row's id, and how many stand before it (<= longest)."""
         ids, lengths = fed
         return self.model(ids[:, None], self.cache.rows(0, lengths, longest))[:, -1]
 
     def choose(self, logits):
-        """The next id of each row, B of them, from logits (B, V); beams are chosen elsewhere."""
+        """The next id of each row, B of them, from logits (B, V)."""
         chosen = logits.argmax(-1)
         for i, row in enumerate(self.rows):
             # Only rows that sample, or whose logits change, need a look of their own.
-            decoding = row.request.decoding
-            if not decoding.is_greedy and decoding.num_beams == 1:
-                scores = penalise(logits[i], row.ids, decoding)
-                chosen[i] = sample(scores, decoding, row.request.generator)
+            d = row.request.decoding
+            if d.temperature or d.repetition_penalty != 1 or d.no_repeat_ngram_size:
+                scores = penalise(logits[i], row.ids, d)
+                chosen[i] = sample(scores, d, row.request.generator)
         return chosen.tolist()  # the one wait for the device
 
     def outcome(self, request, ids):
-        """(answer, finish_reason or None) of ids, which begin with the prompt and may end with EOS:
-        the answer is what lies between."""
-        start = len(request.prompt_ids)
-        decoding = request.decoding
-        # EOS is no part of the answer; a stop text is, until it is shown.
+        """(answer, finish_reason or None) of ids: a prompt, an answer, and perhaps EOS."""
+        answer = ids[len(request.prompt_ids) :]
         if ids[-1] == self.eos_id:
-            return ids[start:-1], "stop"
-        answer = ids[start:]
-        for text in decoding.stop:
+            return answer[:-1], "stop"
+        for text in request.decoding.stop:
             # an id is a byte at least, so that the text lies within so many
             if text in self.decode(answer[-len(text.encode()) - 4 :]):
                 return answer, "stop"
-        return answer, "length" if len(answer) == decoding.max_new_tokens else None
+        return answer, "length" if len(ids) == request.positions else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -448,46 +350,16 @@ class Batch:
 
 
 def generate_ids(model, prompt_ids, max_new_tokens, eos_id=None, **decoding):
-    """Yield the ids that follow prompt_ids, at most max_new_tokens, up to eos_id (which is not
-    yielded; None: none ends it); with beams, those of the best answer when it is found. The rest is
-    as in `Decoding`, but for stop texts, which want a tokenizer (see `finish`)."""
+    """Yield the ids that follow prompt_ids, at most max_new_tokens, up to eos_id; with beams, those
+    of the best answer when it is found. The rest is as in `Decoding`, but for stop texts."""
     request = Request(prompt_ids, Decoding(max_new_tokens, **decoding))
-    batch = Batch(model, request.decoding.num_beams, len(prompt_ids) + max_new_tokens, eos_id)
+    batch = Batch(model, request.decoding.num_beams, request.positions, eos_id)
     batch.submit(request)
     count = 0
     while not request.finish_reason:
         batch.step()
         yield from request.ids[count:]
         count = len(request.ids)
-
-
-def visible(text, stop=(), ended=True):
-    """What may be shown of an answer's text: nothing from a stop text on; no half character, which
-    is U+FFFD (most Chinese ones are three byte tokens in LLaMA's vocabulary); and, unless it has
-    ended, nothing that may become a stop text."""
-    starts = [text.index(s) for s in stop if s in text]
-    if starts:
-        return text[: min(starts)]
-    # What no later byte completes is dropped at the end, too.
-    text = text.rstrip("\ufffd")
-    if ended:
-        return text
-    begun = [n for s in stop for n in range(min(len(s), len(text) + 1)) if text.endswith(s[:n])]
-    return text[: len(text) - max(begun, default=0)]
-
-
-def stream(tokenizer, request, step=None):
-    """Yield a request's text in pieces as it grows; step() makes, or awaits, one id more. The whole
-    text at once if it has ended."""
-    shown = 0
-    ended = False
-    while not ended:
-        if not request.finish_reason:
-            step()
-        ended = request.finish_reason  # read before the ids, which another thread may add to
-        text = visible(tokenizer.decode(request.ids), request.decoding.stop, ended)
-        yield text[shown:]
-        shown = len(text)
 
 
 # ==================================================================================================
@@ -503,24 +375,22 @@ def step_beams(batch, at, logits):
     beams = [batch.rows[i] for i in at]
     request = beams[0].request
     n = len(at)
-    decoding = beams[0].request.decoding
+    # Each candidate is a beam and one id more: n V of them, of which 2n are looked at.
     scores = [
-        penalise(logprobs, beam.ids, decoding) + beam.score
+        penalise(logprobs, beam.ids, request.decoding) + beam.score
         for logprobs, beam in zip(logits.log_softmax(-1), beams)
     ]
-    # 2n, since at most n of them end while n must go on.
     best = torch.stack(scores).flatten().topk(2 * n)
     first = len(request.prompt_ids) - 1
     length = len(beams[0].ids)
-    scale = (length - first) ** decoding.length_penalty
+    scale = (length - first) ** request.decoding.length_penalty
 
     # Candidates that end are ranked, the others go on; both best first.
     going = []
     for rank, (score, place) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
         parent, token = divmod(place, logits.size(1))
         beam = Row(request, beams[parent].ids + [token], score, at[parent])
-        ended = batch.outcome(request, beam.ids)[1]
-        if not ended:
+        if not batch.outcome(request, beam.ids)[1]:
             going.append(beam)
         elif rank < n:
             request.ranked.append(replace(beam, score=score / scale))
@@ -531,7 +401,7 @@ def step_beams(batch, at, logits):
     if not going or full and going[0].score / scale <= request.ranked[-1].score:
         request.ids, request.finish_reason = batch.outcome(request, request.ranked[0].ids)
         return
-    # where stop texts end so many that rows are left over, these go on without a chance
+    # Where stop texts end so many that rows are left over, these go on without a chance.
     going += [replace(going[0], score=-1e9)] * n
     place_beams(batch, at, going[:n], first, length)
 
@@ -551,6 +421,20 @@ def place_beams(batch, at, beams, start, stop):
 
 
 # ==================================================================================================
+# Rows that ask the base
+
+
+def scale_adapter(batch, requests):
+    """Scale the adapter's update in each of the rows that run next: by 0 for the base alone."""
+    adapted = [request.adapted for request in requests]
+    # Rows change seldom; most steps have nothing to do here.
+    if adapted != batch.adapted:
+        share = torch.tensor(adapted, device=batch.model.device).view(-1, 1, 1)
+        share_rows(batch.model, None if all(adapted) else share)
+        batch.adapted = adapted
+
+
+# ==================================================================================================
 # The compiled step
 
 
@@ -563,18 +447,20 @@ def compile_step(batch):
     for more over weights packed for products of few rows, which doubles their memory."""
     import torch._inductor.config
 
-    # Packed weights pay where several rows share the reading of them.
     device = batch.model.device
-    packed = batch.model.device.type == "cpu" and batch.size > 1
+    on_cpu = device.type == "cpu"
+    packed = on_cpu and batch.size > 1
     torch._inductor.config.freezing = packed  # read while tracing too, where `options` do not reach
     # values of more than 11 operations are stored: each row of the product that reads SwiGLU or a
     # norm would make them again
-    options = {"realize_opcount_threshold": 11}
-    if device.type == "cpu":
-        options |= {"freezing": packed, "max_autotune": packed, "cpp_wrapper": True}
-        options |= {"max_autotune_gemm_backends": "CPP,ATEN"}
-    else:
-        options |= {"coordinate_descent_tuning": True}
+    options = {
+        "realize_opcount_threshold": 11,
+        "freezing": packed,
+        "max_autotune": packed,
+        "max_autotune_gemm_backends": "CPP,ATEN",
+        "cpp_wrapper": on_cpu,
+        "coordinate_descent_tuning": not on_cpu,
+    }
     # The one shape: all rows, whether in use or not, and as many positions as there are.
     compiled = torch.compile(batch.logits, fullgraph=True, dynamic=False, options=options)
     fed = torch.zeros(2, batch.size, dtype=torch.long, device=device)
@@ -582,11 +468,11 @@ def compile_step(batch):
     def run():
         return compiled(fed, batch.cache.positions - 1)
 
-    replay = record_graph(run) if device.type == "cuda" else run
+    replay = run if on_cpu else record_graph(run)
 
     def call(given, longest):
+        # What stands in rows not in use is overwritten by the next prompt.
         rows = given.size(1)
-        fed.zero_()
         fed[:, :rows] = given
         return replay()[:rows]
 
@@ -595,12 +481,8 @@ def compile_step(batch):
 
 def record_graph(call):
     """call() as a CUDA graph; it returns the same memory each time."""
+    call()  # compiles: a graph would record that too
     graph = torch.cuda.CUDAGraph()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()  # compiles: a graph would record that too
-    torch.cuda.current_stream().wait_stream(side)
     with torch.cuda.graph(graph):
         logits = call()
 
@@ -612,7 +494,60 @@ def record_graph(call):
 
 
 # ==================================================================================================
-# Records in all their forms
+# The text of an answer while it grows
+
+
+def visible(text, stop=(), ended=True):
+    """What may be shown of an answer's text: nothing from a stop text on; no half character, which
+    is U+FFFD (most Chinese ones are three byte tokens in LLaMA's vocabulary); and, unless it has
+    ended, not the last characters, which may begin a stop text."""
+    starts = [text.index(s) for s in stop if s in text]
+    text = text[: min(starts, default=None)].rstrip("\ufffd")
+    held = 0 if ended else max(map(len, stop), default=1) - 1
+    return text[: max(0, len(text) - held)]
+
+
+def stream(tokenizer, request, step=None):
+    """Yield a request's text in pieces as it grows; step() makes, or awaits, one id more. The whole
+    text at once if it has ended."""
+    shown = 0
+    ended = False
+    while not ended:
+        if not request.finish_reason:
+            step()
+        ended = request.finish_reason  # read before the ids, which another thread may add to
+        text = visible(tokenizer.decode(request.ids), request.decoding.stop, ended)
+        yield text[shown:]
+        shown = len(text)
+
+
+# ==================================================================================================
+# Templates and records in all their forms
+
+
+def load_template(name):
+    """The prompt template of a bare name in data/templates, or of a path: {prompt_no_input,
+    prompt_input}, the second by default the first. Raises ValueError for one without places."""
+    path = Path(name) if str(name).endswith(".json") else DATA / "templates" / f"{name}.json"
+    template = read_json_file(path)
+    template.setdefault("prompt_input", template.get("prompt_no_input"))
+    some = r"(?:[^{}]|\{\{|\}\}|\{input\}|\{instruction\})*"
+    for key in ("prompt_no_input", "prompt_input"):
+        text = str(template.get(key))
+        if not re.fullmatch(some + r"\{instruction\}" + some, text):
+            raise ValueError(
+                f"{path}: {key} is {text!r:.200}, wanted a text with {{instruction}}; braces other "
+                "than of it and {input} are doubled"
+            )
+    return template
+
+
+def render_turns(turns):
+    """Turns [(user, bot), ..., (user, None)] as one instruction, in the form of BenTsao's
+    literature rows. The leading space is theirs, and changes ids."""
+    *earlier, (question, _) = turns
+    said = [f" <user>: {user} <bot>: {bot}" for user, bot in earlier]
+    return "".join(said) + f" <user>: {question}"
 
 
 def read_records(path):
@@ -622,24 +557,27 @@ def read_records(path):
     # `place` is where reading stands, for the errors below.
     path = Path("/dev/stdin" if str(path) == "-" else path)
     place = "as an array"
-    rows = []
+    rows = {}
     try:
         text = path.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
-            rows = [(f"record {i}", row) for i, row in enumerate(json.loads(text), 1)]
+            rows = {f"record {i}": row for i, row in enumerate(json.loads(text), 1)}
         else:
             for i, line in enumerate(text.split("\n"), 1):
                 place = f"line {i}"
                 if line.strip():
-                    rows.append((place, json.loads(line)))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}); try iconv -f GBK -t UTF-8") from None
+                    rows[place] = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} {place} is not JSON: {error}") from None
-    for place, row in rows or [("(empty)", None)]:
+        raise ValueError(f"{path} {place} is not JSON in UTF-8: {error}") from None
+    for place, row in (rows or {"(empty)": None}).items():
         if not isinstance(row, dict):
             raise ValueError(f"{path} {place} holds a {type(row).__name__}, wanted an object")
-    return rows
+    return [*rows.items()]
+
+
+def to_json(value):
+    """JSON in UTF-8. Raises ValueError for half a character, which is no Unicode text."""
+    return json.dumps(value, ensure_ascii=False).encode()
 
 
 # s: system, u: user, a: assistant, so that one pattern says whose turn it is
@@ -683,11 +621,12 @@ def read_turns(row):
             texts += [row["instruction"], row.get("output")]
         # A question without an answer gets None.
         texts += [None] * (len(texts) % 2)
-        "".join([*texts[:-1], texts[-1] or ""])  # raises for what is no text
+        # Raises for what is no text.
+        "".join([*texts[:-1], texts[-1] or "", row.get("input") or ""])
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
-            "no instruction and output, no messages of user and assistant in turn "
-            f"({type(error).__name__}: {error})"
+            "wanted texts as instruction and output (and input), or messages of user and assistant "
+            f"in turn ({type(error).__name__}: {error})"
         ) from None
     return list(zip(texts[::2], texts[1::2]))
 
@@ -699,52 +638,63 @@ def read_instructions(path, answers=False):
     has several turns, all are put in the form of those rows (`render_turns`), as a chat of several
     turns is. With answers, each must end in one. Raises ValueError naming the line or record."""
     records = []
-    several = False
     for place, row in read_records(path):
         try:
-            # half a character would be met when the answer is written
-            json.dumps(row, ensure_ascii=False).encode()
+            to_json(row)  # half a character would be met when the answer is written
             turns = read_turns(row)
-            input = row.get("input") or ""
-            if not isinstance(input, str):
-                raise ValueError(f"input is {input!r}, wanted a text")
             if answers and not (turns[-1][1] or "").strip():
                 raise ValueError("the answer is empty or missing, and teaches nothing")
         except ValueError as error:
             raise ValueError(f"{path} {place}: {error}") from None
-        # One conversation makes the whole file one of conversations.
-        several = several or len(turns) > 1
-        records.append({**row, "turns": turns, "input": input})
-    return [make_instruction(record, several) for record in records]
+        records.append((row, turns))
+    # One conversation makes the whole file one of conversations.
+    several = any(len(turns) > 1 for _, turns in records)
+    return [make_instruction(row, turns, several) for row, turns in records]
 
 
-def make_instruction(record, several):
-    """A record with its `turns` as instruction, input and output; several: in the form of
-    BenTsao's literature rows."""
-    *earlier, (question, answer) = record.pop("turns")
+def make_instruction(row, turns, several):
+    """A record as instruction, input and output; several: in the form of BenTsao's literature
+    rows."""
+    *earlier, (question, answer) = turns
+    input = row.get("input") or ""
     if question.startswith("<user>: "):  # BenTsao's infer_literature.py leaves the space out
         question = " " + question
     if several and not question.startswith(" <user>: "):
-        question = "\n".join(filter(None, (question, record["input"])))
+        question = "\n".join(filter(None, (question, input)))
         question = render_turns([*earlier, (question, None)])
-        record["input"] = ""
+        input = ""
     output = {} if answer is None else {"output": answer}
-    return {**record, "instruction": question, **output}
+    return {**row, "instruction": question, "input": input, **output}
+
+
+def bot_spans(instruction):
+    """[(start, end), ...] in characters: the bot's answers in an instruction of `render_turns`."""
+    found = re.finditer(r" <bot>: (.*?)(?= <user>: )", instruction, re.DOTALL)
+    return [match.span(1) for match in found]
 
 
 # ==================================================================================================
 # Models
 
 
+def log(*texts):
+    """To stderr: only answers go to stdout."""
+    print(*texts, file=sys.stderr, flush=True)
+
+
+def load_tokenizer(folder):
+    """The Tokenizer of a base's folder."""
+    return Tokenizer(find_tokenizer(folder))
+
+
 def pick_device(name):
     """The torch device of an option: "auto" is the first GPU, else the CPU."""
-    # A value is fetched back, which `meta` and a card that is gone cannot do.
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()  # fails on meta too
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+        raise ValueError(f"device {name!r} is no use: {str(error).splitlines()[0]}") from None
     return torch.device(name)
 
 
@@ -766,7 +716,7 @@ def pick_dtype(name, device):
     if name not in DTYPES:
         raise ValueError(f"dtype is {name!r}, wanted auto or one of {' '.join(DTYPES)}")
     if name == "bf16" and not has_bf16(device):
-        print(f"warning: {device} has no instructions for bf16; fp32 is faster", file=sys.stderr)
+        log(f"warning: {device} has no instructions for bf16; fp32 is faster")
     return DTYPES[name]
 
 
@@ -777,22 +727,23 @@ def load_base(path, device, dtype, base_dtype="auto"):
     not one row for each piece (those of added_tokens.json, such as Alpaca's [PAD], count)."""
     path = find_base(path)
     tokenizer = load_tokenizer(path)
-    config = Checkpoint(path).config
+    size = Checkpoint(path).config.vocab_size
     files = (path / "added_tokens.json", path / "config.json")
     added, theirs = (read_json_file(file) if file.is_file() else {} for file in files)
     # A tokenizer of another base would give every word another one's row.
     pieces = tokenizer.vocab_size + len(added)
-    if pieces != config.vocab_size:
+    if pieces != size:
         raise ValueError(
-            f"{path}: tokenizer.model has {pieces} pieces, the model {config.vocab_size} embedding "
-            "rows; they belong to different models"
+            f"{path}: tokenizer.model has {pieces} pieces, the model {size} embedding rows; they "
+            "belong to different models"
         )
     # Wrong ids in config.json are common, and would end no answer.
-    ours = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    for key in ours:
-        if theirs.get(key) not in (ours[key], None):
-            told = f"config.json has {key} {theirs[key]}, tokenizer.model {ours[key]}"
-            print(f"warning: {path}: {told}, which is followed", file=sys.stderr)
+    for key, ours in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
+        if theirs.get(key) not in (ours, None):
+            log(
+                f"warning: {path}/config.json has {key} {theirs[key]}, tokenizer.model {ours}, "
+                "which is followed"
+            )
     if base_dtype in ("auto", *DTYPES):
         model = load_model(path, device, DTYPES.get(base_dtype, dtype))
     else:
@@ -804,7 +755,6 @@ def load_base(path, device, dtype, base_dtype="auto"):
 def fingerprint(model):
     """What tells one model's answers from another's, as a hash: shape, dtypes, and about a thousand
     values of each tensor, evenly spread: what the weights are counts, not where they lie."""
-    # Settings first: a scale is no tensor.
     adapters = [module.config for _, module in lora_linears(model)]
     digest = sha256(f"{model.config} {model.dtype} {adapters}".encode())
     for tensor in model.state_dict().values():
@@ -819,19 +769,19 @@ def fingerprint(model):
 
 def new_batch(model, tokenizer, requests, rows, compile=False):
     """A Batch in which requests wait, to be answered `rows` at a time."""
-    rows *= max(request.decoding.num_beams for request in requests)
-    ends = [len(request.prompt_ids) + request.decoding.max_new_tokens for request in requests]
-    batch = Batch(model, rows, max(ends), tokenizer.eos_id, tokenizer.decode, compile)
+    rows = min(rows, len(requests)) * max(request.decoding.num_beams for request in requests)
+    positions = max(request.positions for request in requests)
+    batch = Batch(model, rows, positions, tokenizer.eos_id, tokenizer.decode, compile)
     for request in requests:
         batch.submit(request)
     return batch
 
 
-def finish(model, tokenizer, requests, rows, compile=False):
-    """Yield each of requests, in their order, once it has ended; `rows` are decoded together."""
-    rows = min(rows, len(requests))
-    batch = rows and new_batch(model, tokenizer, requests, rows, compile)
-    for request in requests:
+def finish(model, tokenizer, requests, rows, compile=False, **bar):
+    """Yield each of requests, in their order, once it has ended; `rows` are decoded together, and
+    a bar goes to stderr."""
+    batch = requests and new_batch(model, tokenizer, requests, rows, compile)
+    for request in tqdm(requests, unit="answer", dynamic_ncols=True, **bar):
         while not request.finish_reason:
             batch.step()
         yield request
@@ -840,9 +790,8 @@ def finish(model, tokenizer, requests, rows, compile=False):
 def answer_batch(model, tokenizer, prompts, decoding, rows, label=""):
     """The answers to prompts (lists of ids), as texts in their order; a bar goes to stderr."""
     requests = [Request(ids, decoding) for ids in prompts]
-    ended = finish(model, tokenizer, requests, rows)
-    bar = tqdm(ended, label, len(requests), unit="answer", dynamic_ncols=True)
-    return ["".join(stream(tokenizer, request)) for request in bar]
+    ended = finish(model, tokenizer, requests, rows, desc=label)
+    return ["".join(stream(tokenizer, request)) for request in ended]
 
 
 def count_answers(path, keys):
@@ -850,7 +799,6 @@ def count_answers(path, keys):
     taken off. Raises ValueError, and leaves the file as it is, if something else stands there."""
     if not Path(path).is_file():
         return 0
-    # Behind the last line end stands nothing, or what a kill cut short.
     *lines, torn = Path(path).read_bytes().split(b"\n")
     with suppress(ValueError, TypeError, KeyError):
         found = [json.loads(line)["key"] for line in lines]
@@ -880,13 +828,13 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
             requests.append(Request(tokenizer.encode(prompt, bos=True), each))
     # What is in the file already is not asked again.
     done = count_answers(output, [line["key"] for line in lines])
-    ended = finish(model, tokenizer, requests[done:], rows, compile)
-    bar = tqdm(ended, total=len(lines), initial=done, unit="answer", dynamic_ncols=True)
+    bar = {"initial": done, "total": len(lines)}
+    ended = finish(model, tokenizer, requests[done:], rows, compile, **bar)
     with open(output, "a", encoding="utf-8") if output else nullcontext(sys.stdout) as file:
-        for line, request in zip(lines[done:], bar):
+        for line, request in zip(lines[done:], ended):
             answer = "".join(stream(tokenizer, request))
             line |= {"answer": answer, "finish_reason": request.finish_reason}
-            print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+            print(to_json(line).decode(), file=file, flush=True)
 
 
 # ==================================================================================================
@@ -906,31 +854,28 @@ def chat(answer, render, tokenizer, multi, room, about):
     """Read questions until end of input. With multi each sees the turns before it, as many as fit
     into room tokens. answer(prompt) prints an answer and yields it as it grows. Raises
     BrokenPipeError if nobody reads the answers."""
-    if not (sys.stdin and sys.stdout):
-        raise ValueError("a chat wants standard input and output, and one is closed")
-    with suppress(AttributeError):  # in tests
-        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused alone
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  (gives input() its line editing)
-    print(f"{DISCLAIMER}\n{COMMANDS}", file=sys.stderr)
-    prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    log(f"{DISCLAIMER}\n{COMMANDS}")
+    mark = "> " * (sys.stdin.isatty() and sys.stdout.isatty())
     turns = []
     while True:
         try:
-            line = input(prompt).strip()
+            line = input(mark).strip()
             if line and not obey(line, turns, about):
-                earlier = fitting_turns(line, turns if multi else [], render, tokenizer, room)
+                prompt = fitting_prompt(line, turns * multi, render, tokenizer, room)
+                # What is said stands in `turns` at once, also of an answer that is stopped.
                 turns.append([line, ""])
-                for text in answer(render([*earlier, (line, None)])):
+                for text in answer(prompt):
                     turns[-1][1] += text
         except KeyboardInterrupt:  # ends the answer or the line, not the chat
-            print(file=sys.stderr)
+            log()
         except EOFError:
             return
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:  # what cannot be asked or saved
-            print(f"error: {error}", file=sys.stderr)
+            log(f"error: {error}")
 
 
 def obey(line, turns, about):
@@ -939,23 +884,26 @@ def obey(line, turns, about):
     if command == "/reset":
         turns.clear()
     elif command == "/model":
-        print(about, file=sys.stderr)
+        log(about)
     elif command == "/save":
+        # A record that can be trained on: OpenAI's messages.
         pairs = [pair for turn in turns for pair in zip(("user", "assistant"), turn)]
         messages = [{"role": role, "content": text} for role, text in pairs]
         write_json(path.strip() or "chat.json", [{"messages": messages}])
-    return command in ("/reset", "/model", "/save")
+    else:
+        return False
+    return True
 
 
-def fitting_turns(question, turns, render, tokenizer, room):
-    """As many of the last turns as fit into room tokens together with a question. Raises ValueError
-    if it does not fit alone."""
+def fitting_prompt(question, turns, render, tokenizer, room):
+    """The prompt for a question behind as many of the last turns as fit into room tokens with it.
+    Raises ValueError if it does not fit alone."""
     for first in range(len(turns) + 1):
-        asked = render([*turns[first:], (question, None)])
-        if len(tokenizer.encode(asked, bos=True)) <= room:
+        prompt = render([*turns[first:], (question, None)])
+        if len(tokenizer.encode(prompt, bos=True)) <= room:
             if first:
-                print(f"[without the oldest {first} turns]", file=sys.stderr)
-            return turns[first:]
+                log(f"[without the oldest {first} turns]")
+            return prompt
     raise ValueError(f"the question has more than {room} tokens; give more --context")
 
 
@@ -964,6 +912,25 @@ def fitting_turns(question, turns, render, tokenizer, room):
 
 LOCAL = ("127.0.0.1", "localhost")  # names of this machine that no other one reaches
 MAX_BODY = 1 << 18  # bytes
+# OpenAI's kinds of errors, by the status or by its first digit
+ERRORS = {429: "rate_limit_error", 4: "invalid_request_error", 5: "server_error"}
+HEADERS = {
+    "Connection": "close",
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "frame-ancestors 'none'",  # the rest stands in the page
+}
+
+
+class Refused(ValueError):
+    """What cannot be answered, and why. A client of the server gets it with an HTTP status,
+    headers, and OpenAI's names for the field and the kind of error."""
+
+    def __init__(self, message, status=400, param=None, code=None, **headers):
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
+        kind = ERRORS.get(status, ERRORS[status // 100])
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Server(ThreadingHTTPServer):
@@ -980,17 +947,18 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
     limit = 64  # requests that may wait
     seconds = 10  # in which a request must be read
+    stopping = False
 
     def __init__(self, batch, tokenizer, names, render, options):
         self.batch = batch
         self.tokenizer = tokenizer
         self.names = names
         self.render = render
-        self.decoding = options.each()[0]
+        # What clients leave open.
+        self.defaults = {f.name: getattr(options, f.name) for f in fields(Decoding)} | {"n": 1}
         self.api_key = options.api_key
-        self.stopping = False
-        # The batch belongs to the worker; what clients do to it, they do under the lock.
         self.lock = threading.Lock()
+        # Only this worker touches the model.
         self.worker = ThreadPoolExecutor(1)
         self.pending = self.worker.submit(batch.step)
         super().__init__((options.host, options.port), Handler)
@@ -998,16 +966,68 @@ class Server(ThreadingHTTPServer):
     def verify_request(self, request, client_address):
         return threading.active_count() < 4 * self.limit  # a connection is a thread
 
+    def cards(self, name):
+        """The card of one model, or of all (""). Raises Refused for one that is not on offer."""
+        defaults = {**self.defaults, "max_tokens": self.defaults["max_new_tokens"]}
+        card = {"object": "model", "created": 0, "owned_by": "local", "defaults": defaults}
+        models = {name: {"id": name, **card} for name in self.names}
+        models[""] = {"object": "list", "data": [*models.values()]}
+        if name not in models:
+            raise Refused(
+                f"no model {name!r:.100}; there are {' '.join(self.names)}",
+                404,
+                param="model",
+                code="model_not_found",
+            )
+        return models[name]
+
+    def read_body(self, sent):
+        """The Body of what a client sent: the server's own settings, and over them the client's."""
+        # One field at a time, so that the refusal names it.
+        body = Body(**self.defaults)
+        for name, value in sent.items():
+            try:
+                if name in FIELDS:
+                    body = replace(body, **{FIELDS[name]: value})
+                elif value and PLAIN.get(name) != value:  # false, 0, "" and [] ask for nothing
+                    raise ValueError("not supported")
+            except ValueError as error:
+                raise Refused(f"{name:.100}: {error}", param=name) from None
+        return replace(body, model=body.model or self.names[0])
+
+    def make_requests(self, sent, wanted):
+        """(Body, a Request for each of n answers) of what a client sent, with the field that is
+        wanted: "messages" or "prompt"."""
+        body = self.read_body(sent)
+        self.cards(body.model)
+        # Before there are n of them.
+        if body.n > self.batch.size:
+            raise Refused(f"n is {body.n}, wanted 1 to {self.batch.size}", param="n")
+        try:
+            if not getattr(body, wanted) or {"messages", "prompt"} <= sent.keys():
+                raise ValueError(f"{wanted} wanted, and not both messages and prompt")
+            prompt = body.prompt or self.render(read_question(body.messages))
+            ids = self.tokenizer.encode(prompt, bos=True)
+        except ValueError as error:
+            raise Refused(str(error), param=wanted) from None
+        # Left open, an answer is as long as the default, or as the room that is left.
+        if not {"max_tokens", "max_completion_tokens"} & sent.keys():
+            room = max(1, self.batch.cache.positions - len(ids))
+            body = replace(body, max_new_tokens=min(room, body.max_new_tokens))
+        return body, [Request(ids, each, body.model != "base") for each in body.each()]
+
     def submit(self, requests):
         """Let requests wait. Raises Refused if too many do, or the server stops."""
         with self.lock:
-            if len(requests) > self.batch.size:
-                raise Refused(f"n is {len(requests)}, wanted 1 to {self.batch.size}", param="n")
             if self.stopping:
                 raise Refused("the server is stopping", 503, Retry_After="1")
             if len(self.batch.waiting) + len(requests) > self.limit:
-                message = f"{self.limit} answers are waited for already; try again later"
-                raise Refused(message, 429, code="rate_limit_exceeded", Retry_After="1")
+                raise Refused(
+                    f"{self.limit} answers are waited for already; try again later",
+                    429,
+                    code="rate_limit_exceeded",
+                    Retry_After="1",
+                )
             for request in requests:
                 self.batch.submit(request)
 
@@ -1022,7 +1042,6 @@ class Server(ThreadingHTTPServer):
 
     def cancel(self, requests):
         """Free the rows of requests, ended or not."""
-        # The rows themselves are the worker's to free.
         for request in requests:
             request.cancelled = True
         self.worker.submit(self.batch.release)
@@ -1052,8 +1071,13 @@ FIELDS = {f.name: f.name for f in fields(Body) if f.name not in ("num_beams", "l
 FIELDS |= {"max_tokens": FIELDS.pop("max_new_tokens"), "max_completion_tokens": "max_new_tokens"}
 # what asks for nothing more than there is
 PLAIN = {"response_format": {"type": "text"}, "tool_choice": "none", "best_of": 1}
-METHODS = {"/": "GET", "/health": "GET", "/v1/models": "GET"}
-METHODS |= {"/v1/chat/completions": "POST", "/v1/completions": "POST"}
+METHODS = {
+    "/": "GET, HEAD",
+    "/health": "GET, HEAD",
+    "/v1/models": "GET, HEAD",
+    "/v1/chat/completions": "POST",
+    "/v1/completions": "POST",
+}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -1070,36 +1094,39 @@ class Handler(BaseHTTPRequestHandler):
         # A client that sends a byte now and then does not keep its thread: the reading side is shut
         # when its time is over.
         self.ends = time.monotonic() + self.server.seconds
-        shut = (socket.SHUT_RD,)
-        self.deadline = threading.Timer(self.server.seconds, self.connection.shutdown, shut)
+        self.deadline = threading.Timer(
+            self.server.seconds, self.connection.shutdown, [socket.SHUT_RD]
+        )
         self.deadline.start()
         with suppress(OSError):  # the client has left, or does not read
             super().handle()
         self.deadline.cancel()
 
     def do_GET(self):
-        path = self.path.partition("?")[0]
+        # One model of all: /v1/models/NAME.
+        path, _, name = self.path.partition("?")[0].partition("/models/")
+        path += "/models" * bool(name)
         requests = []
-        path, _, name = path.partition("/v1/models/")
         try:
-            self.authorise(path + "/v1/models" * bool(name))
-            if name or path == "/v1/models":
-                self.send_models(unquote(name))
-            elif path == "/":
-                page = (DATA / "page.html").read_bytes()
-                policy = "frame-ancestors 'none'"  # the rest stands in the page
-                self.send(page, 200, "text/html; charset=utf-8", Content_Security_Policy=policy)
+            self.authorise(path)
+            if path == "/":
+                self.send((DATA / "page.html").read_bytes(), kind="text/html; charset=utf-8")
             elif path == "/health":
                 batch = self.server.batch
-                status = "stopping" if self.server.stopping else "ok"
-                counts = {"waiting": len(batch.waiting), "running": len(batch.rows)}
-                self.send({"status": status, "places": batch.size, **counts})
+                status = {
+                    "status": "stopping" if self.server.stopping else "ok",
+                    "places": batch.size,
+                    "waiting": len(batch.waiting),
+                    "running": len(batch.rows),
+                }
+                self.send(status)
+            elif path == "/v1/models":
+                self.send(self.server.cards(unquote(name)))
             else:
-                chat = path == "/v1/chat/completions"
-                body, made = self.make_requests(self.read_json(), chat)
-                self.server.submit(made)
-                requests += made
-                self.complete(requests, body, chat)
+                wanted = "messages" if "chat" in path else "prompt"
+                body, requests = self.server.make_requests(self.read_json(), wanted)
+                self.server.submit(requests)
+                self.complete(requests, body)
         except Refused as error:
             self.refuse(error)
         except OSError:
@@ -1118,52 +1145,44 @@ class Handler(BaseHTTPRequestHandler):
         rebinding), read the answer."""
         if path not in METHODS:
             raise Refused(f"no such path; there are {' '.join(METHODS)}", 404)
-        if METHODS[path] != self.command.replace("HEAD", "GET"):
-            allowed = METHODS[path].replace("GET", "GET, HEAD")
-            raise Refused(f"{path} takes {allowed}", 405, Allow=allowed)
+        if self.command not in METHODS[path]:
+            raise Refused(f"{path} takes {METHODS[path]}", 405, Allow=METHODS[path])
         # A page of another site says so in Origin; under a name of its own, in Host.
         host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
         key = self.server.api_key
-        given = self.headers.get("Authorization", "")
         elsewhere = not key and host.partition(":")[0] not in LOCAL
         if elsewhere or origin and origin.partition("://")[2] != host:
             raise Refused("requests from other sites' pages are not answered", 403)
         # compare_digest takes as long for a wrong key as for the right one.
-        wanted = f"Bearer {key}".encode()
-        if key and "v1" in path and not hmac.compare_digest(given.encode("latin-1"), wanted):
-            message = "no API key or a wrong one; send Authorization: Bearer KEY"
-            raise Refused(message, 401, code="invalid_api_key")
+        given = self.headers.get("Authorization", "").encode("latin-1")
+        if key and "v1" in path and not hmac.compare_digest(given, f"Bearer {key}".encode()):
+            raise Refused("send Authorization: Bearer KEY", 401, code="invalid_api_key")
 
     def begin(self, status, kind, **headers):
         """Send the status and the headers."""
-        headers |= {"Content-Type": kind, "Connection": "close"}
-        headers["X-Content-Type-Options"] = "nosniff"
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in {**headers, **HEADERS, "Content-Type": kind}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
 
     def send(self, body, status=200, kind="application/json", **headers):
         """Send a response: bytes, or what becomes JSON."""
         if not isinstance(body, bytes):
-            body = json.dumps(body, ensure_ascii=False).encode()
+            body = to_json(body)
         self.begin(status, kind, Content_Length=len(body), **headers)
         if self.command != "HEAD":
             self.wfile.write(body)
 
     def event(self, value):
         """Send an event of a stream."""
-        self.wfile.write(f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode())
+        self.wfile.write(b"data: " + to_json(value) + b"\n\n")
 
     def refuse(self, error):
         """Send a Refused as OpenAI's error object. What the client still sends is read, or closing
         would reset the connection before it has read this."""
-        kind = "server_error" if error.status >= 500 else "invalid_request_error"
-        kind = "rate_limit_error" if error.status == 429 else kind
-        body = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
         if self.streaming:
-            return self.event({"error": body})
-        self.send({"error": body}, error.status, **error.headers)
+            return self.event(error.body)
+        self.send(error.body, error.status, **error.headers)
         # Nothing more comes from here; what comes from there is thrown away.
         self.connection.shutdown(socket.SHUT_WR)
         while time.monotonic() < self.ends and self.rfile.read1(65536):
@@ -1173,112 +1192,69 @@ class Handler(BaseHTTPRequestHandler):
         """http.server's own refusals, in the same form."""
         self.refuse(Refused(message or self.responses[status][0], status))
 
-    def send_models(self, name):
-        """Send the card of one model, or of all ("")."""
-        defaults = asdict(self.server.decoding)
-        defaults["max_tokens"] = defaults["max_new_tokens"]
-        card = {"object": "model", "created": 0, "owned_by": "local", "defaults": defaults}
-        models = {name: {"id": name, **card} for name in self.server.names}
-        self.check_model(name or "base")
-        self.send(models[name] if name else {"object": "list", "data": [*models.values()]})
-
-    def check_model(self, name):
-        if name not in self.server.names:
-            message = f"no model {name!r:.100}; there are {' '.join(self.server.names)}"
-            raise Refused(message, 404, "model", "model_not_found")
-
     def read_json(self):
         """The object in the body; fields that are null are left out."""
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
             raise Refused("a Content-Length is wanted", 411)
-        if int(length[:9]) > MAX_BODY:
+        size = int(length[:9])  # Python refuses to read very long numbers
+        if size > MAX_BODY:
             raise Refused(f"the body is larger than {MAX_BODY} bytes", 413)
         # Ends early where the deadline shuts the reading side.
-        text = self.rfile.read(int(length[:9]))
+        text = self.rfile.read(size)
         if time.monotonic() >= self.ends:
             raise Refused(f"the body did not come within {self.server.seconds} seconds", 408)
         try:
             sent = json.loads(text.decode())
-            json.dumps(sent, ensure_ascii=False).encode()  # half a character is no text
+            to_json(sent)  # half a character is no text
             return {name: value for name, value in sent.items() if value is not None}
         except (ValueError, RecursionError, AttributeError) as error:
             raise Refused(f"the body is no JSON object in UTF-8 ({str(error)[:100]})") from None
 
-    def read_body(self, sent):
-        """The Body of what a client sent: the server's own settings, and over them the client's."""
-        # One field at a time, so that the refusal names it.
-        body = Body(**asdict(self.server.decoding))
-        for name, value in sent.items():
-            try:
-                if name in FIELDS:
-                    body = replace(body, **{FIELDS[name]: value})
-                elif value and PLAIN.get(name) != value:  # false, 0, "" and [] ask for nothing
-                    raise ValueError("not supported")
-            except ValueError as error:
-                code = None if name in FIELDS else "unsupported_parameter"
-                raise Refused(f"{name:.100}: {error}", 400, name, code) from None
-        return body
-
-    def make_requests(self, sent, chat):
-        """(Body, a Request for each of n answers) of what a client sent."""
-        server = self.server
-        body = self.read_body(sent)
-        wanted, other = ("messages", "prompt") if chat else ("prompt", "messages")
-        try:
-            if not getattr(body, wanted) or other in sent:
-                raise ValueError(f"{wanted} is wanted, and no {other}")
-            prompt = server.render(read_question(body.messages)) if chat else body.prompt
-            ids = server.tokenizer.encode(prompt, bos=True)
-            # Left open, an answer is as long as the default, or as the room that is left.
-            if not {"max_tokens", "max_completion_tokens"} & sent.keys():
-                room = max(1, server.batch.cache.positions - len(ids))
-                body = replace(body, max_new_tokens=min(room, body.max_new_tokens))
-            decodings = body.each()
-        except ValueError as error:
-            raise Refused(str(error), param=wanted) from None
-        body = replace(body, model=body.model or server.names[0])
-        self.check_model(body.model)
-        return body, [Request(ids, each, body.model != "base") for each in decodings]
-
-    def complete(self, requests, body, chat):
+    def complete(self, requests, body):
         """Send the answers, as they grow if the client wants a stream."""
         self.deadline.cancel()
+        chat = not body.prompt
         kind, key = ("chat.completion", "message") if chat else ("text_completion", "text")
         if chat and body.stream:
-            kind = "chat.completion.chunk"
-            key = "delta"
-        number = f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}"
-        head = {"id": number, "object": kind, "created": int(time.time()), "model": body.model}
-        choices = []
+            kind, key = "chat.completion.chunk", "delta"
+        head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": body.model,
+        }
 
         def choice(i, text, reason=None, **role):
             said = {**role, "content": text} if chat else text
             return {"index": i, key: said, "logprobs": None, "finish_reason": reason}
 
+        def tell(*more, **role):
+            self.event({**head, "choices": [choice(*more, **role)]})
+
         # From here on an error can only be an event.
         if body.stream:
             self.begin(200, "text/event-stream")
             self.streaming = True
+        choices = []
         for i, request in enumerate(requests):
             pieces = stream(self.server.tokenizer, request, self.step)
-            # Whole: the answers are sent together below.
-            if not body.stream:
+            if body.stream:
+                # Who speaks, the text in pieces, why it ended.
+                tell(i, "", role="assistant")
+                for piece in filter(None, pieces):
+                    tell(i, piece)
+                tell(i, "", request.finish_reason)
+            else:
                 text = "".join(pieces)
                 choices.append(choice(i, text, request.finish_reason, role="assistant"))
-                continue
-            # Streamed: who speaks, the text in pieces, why it ended.
-            self.event({**head, "choices": [choice(i, "", role="assistant")]})
-            for piece in filter(None, pieces):
-                self.event({**head, "choices": [choice(i, piece)]})
-            self.event({**head, "choices": [choice(i, "", request.finish_reason)]})
         asked = len(requests[0].prompt_ids)
-        made = sum(len(r.ids) for r in requests)
+        made = sum(len(request.ids) for request in requests)
         usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
         whole = {**head, "choices": choices, "usage": usage}
         if not body.stream:
             return self.send(whole)
-        if (body.stream_options or {}).get("include_usage"):
+        if body.stream_options == {"include_usage": True}:
             self.event(whole)
         self.wfile.write(b"data: [DONE]\n\n")
 
@@ -1292,10 +1268,11 @@ class Handler(BaseHTTPRequestHandler):
 def read_question(messages):
     """The turns of a client's messages, which end with a question."""
     turns = read_turns({"messages": messages})
-    # Tool calls and the like, if they say anything.
-    keys = {key for message in messages for key in message if message[key]}
-    if keys - {"role", "content", "name"}:
-        raise ValueError(f"messages: {min(keys - {'role', 'content', 'name'})} is not supported")
+    # A field that has a value and no effect would mislead: tool_calls, say.
+    unknown = {key for message in messages for key in message if message[key]}
+    unknown -= {"role", "content", "name"}
+    if unknown:
+        raise ValueError(f"messages: {min(unknown)} is not supported")
     if turns[-1][1] is not None:
         raise ValueError("messages end with an answer, wanted a question")
     return turns
@@ -1313,8 +1290,8 @@ def serve(server):
         signal.signal(number, stop)
     # Connections are taken in a thread, while this one waits for a signal.
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = "http://{}:{}/".format(*server.server_address)
-    print(f"{address}  models: {' '.join(server.names)}", file=sys.stderr, flush=True)
+    host, port = server.server_address
+    log(f"http://{host}:{port}/  models: {' '.join(server.names)}")
     # until then new requests are told so
     while not server.stopping or server.batch.waiting or server.batch.rows:
         time.sleep(0.1)
@@ -1326,7 +1303,7 @@ def serve(server):
 # Commands
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # Decoding's repr: what the key of an answer is made of
 class Options(Decoding):
     """The options of the command line."""
 
@@ -1387,8 +1364,8 @@ def parse_options():
     options = Options(**given)
 
     # Which of the four ways is it?
-    asked = {"question": prompt is not None, "file": options.instruct_dir, "serve": options.serve}
-    way, *more = [way for way in asked if asked[way]] or ["chat"]
+    ways = ["question"] * (prompt is not None) + ["file"] * bool(options.instruct_dir)
+    way, *more = ways + ["serve"] * options.serve or ["chat"]
     if more or prompt == "":
         raise ValueError("wanted one of a question (not empty), --instruct_dir and --serve")
     for name in given.keys() & USELESS[way].split():
@@ -1416,7 +1393,6 @@ def trained_with(adapter):
 def load(options, adapter):
     """(model, tokenizer, template, a line about them) that options name: what they leave empty is
     the adapter's own, else data/tiny and med_template."""
-    # What training used is what asking should use.
     made = trained_with(adapter)
     base = options.base_model or str(made.get("base_model") or DATA / "tiny")
     name = options.prompt_template or str(made.get("prompt_template_name") or "med_template")
@@ -1424,26 +1400,24 @@ def load(options, adapter):
     device = pick_device(options.device)
     # The activations' dtype, and that of the weights as stored.
     dtype = pick_dtype(options.dtype, device)
-    stored = options.base_dtype
-    stored = "int8" if options.load_8bit else stored
+    stored = "int8" if options.load_8bit else options.base_dtype
     model, tokenizer = load_base(base, device, dtype, stored)
     if adapter:
         load_adapter(model, adapter)
     # Faster by two thin products a linear, at a loss that is told.
     if options.merge:
         lost = merge(model).values()
-        told = f"merged {len(lost)} linears; the updates lose {sum(lost) / len(lost):.1%}"
-        print(f"{told} to {dtype}", file=sys.stderr)
+        mean = f"{sum(lost) / len(lost):.1%} to {dtype}"
+        log(f"merged {len(lost)} linears; the updates lose {mean}")
     about = f"{base} with {adapter or 'no adapter'} on {device}, {dtype}"
-    return model, tokenizer, template, f"{about}; {template['description']}"
+    return model, tokenizer, template, f"{about}; {template.get('description', '')}"
 
 
 def print_answers(model, tokenizer, prompt, decoding):
     """Print the answers to a prompt as they grow, and their speed; yield their text."""
     started = time.time()
-    ids = tokenizer.encode(prompt, bos=True)
     # All n answers are decoded together, and shown one after the other.
-    requests = [Request(ids, each) for each in decoding.each()]
+    requests = [Request(tokenizer.encode(prompt, bos=True), each) for each in decoding.each()]
     batch = new_batch(model, tokenizer, requests, len(requests))
     try:
         for request in requests:
@@ -1453,8 +1427,7 @@ def print_answers(model, tokenizer, prompt, decoding):
             print(flush=True)
     finally:  # also where Ctrl-C ends it
         count = sum(len(request.ids) for request in requests)
-        speed = count / (time.time() - started)
-        print(f"[{count} tokens, {speed:.0f} tokens/s]", file=sys.stderr)
+        log(f"[{count} tokens, {count / (time.time() - started):.0f} tokens/s]")
 
 
 def main():
@@ -1477,20 +1450,21 @@ def main():
     if way == "question":
         for _ in answer(render_prompt(template, prompt, options.input)):
             pass
-        print(DISCLAIMER, file=sys.stderr)
+        log(DISCLAIMER)
     elif way == "file":
-        output = options.output
-        compiled = options.compile
-        answer_file(model, tokenizer, template, questions, options, output, rows, compiled)
+        more = (options.output, rows, options.compile)
+        answer_file(model, tokenizer, template, questions, options, *more)
     elif way == "serve":
         name = Path(adapter).resolve().name
         names = ["tuned" if name == "base" else name, "base"] if adapter else ["base"]
         # As many rows for the base as for the adapter, side by side.
-        size = rows * len(names)
-        decode = tokenizer.decode
-        batch = Batch(model, size, options.context, tokenizer.eos_id, decode)
+        rows *= len(names)
+        batch = Batch(model, rows, options.context, tokenizer.eos_id, tokenizer.decode)
         serve(Server(batch, tokenizer, names, render, options))
     else:
+        if None in (sys.stdin, sys.stdout):
+            raise ValueError("a chat wants standard input and output, and one is closed")
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused alone
         room = options.context - options.max_new_tokens
         chat(answer, render, tokenizer, multi, room, about)
 

@@ -50,7 +50,6 @@ from generate import (
     read_records,
     render_prompt,
     render_turns,
-    to_messages,
 )
 from model import (
     Parser,
@@ -228,7 +227,7 @@ def records_of(job, items):
     if not 2 <= len(items) <= 6 or not all(all(item.values()) for item in items):
         raise ValueError(f"turns: {len(items)}, wanted 2 to 6 and none of them empty")
     turns = [(item["user"], item["bot"]) for item in items]
-    messages = to_messages(turns)
+    messages = [message(*said) for turn in turns for said in zip(("user", "assistant"), turn)]
     # As BenTsao wrote its rows: all turns but the last answer are the instruction.
     *earlier, (question, answer) = turns
     instruction = render_turns([*earlier, (question, None)])

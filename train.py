@@ -30,9 +30,9 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -68,6 +68,7 @@ from model import (
     find_tokenizer,
     fsync,
     full_tensor,
+    new_folder,
     open_weights,
     out_of_memory,
     processes,
@@ -460,7 +461,7 @@ class Run:
         self.limits = Limits(config.micro_batch_tokens)
         # The step that is being made, counted from 1; one record for each that is done.
         self.step, self.history = 0, []
-        self.bar = self.wandb = None
+        self.wandb = None
         self.start = self.find_start()
         self.finished = self.start == self.folder
         if self.start:
@@ -468,28 +469,26 @@ class Run:
 
     def find_start(self):
         """The folder to go on from: a checkpoint; the run's own if it is finished; else None."""
-        last = last_checkpoint(self.folder)
-        latest, result = read_info(last or self.folder), read_info(self.folder)
-        # A result older than the last checkpoint is of a run which that one's replaces.
-        is_finished = bool(result) and latest.get("started") == result.get("started")
-        newest = self.folder if is_finished else last
+        given = self.config.resume_from_checkpoint
+        found = newest(self.folder)
         # True, False and None are alpaca-lora's words.
-        words = {"auto": newest, "true": newest, "": None, "false": None, "none": None}
-        wanted = self.config.resume_from_checkpoint
-        start = words.get(wanted.lower(), Path(wanted))
-        if last and not is_finished and not start:
+        if given.lower() in ("auto", "true"):
+            if not found:
+                print(f"no checkpoint in {self.folder} yet; beginning with step 1")
+            return found
+        if given.lower() in ("", "false", "none"):
+            if found not in (None, self.folder):
+                raise ValueError(
+                    f"{found} is of a run that did not finish; go on with "
+                    "--resume_from_checkpoint auto, or give another --output_dir"
+                )
+            return None
+        if Path(given) != found and not (Path(given) / "state.safetensors").is_file():
             raise ValueError(
-                f"{last} is of a run that did not finish; go on with --resume_from_checkpoint "
-                "auto, or give another --output_dir"
-            )
-        if start not in (None, newest) and not (start / "state.safetensors").is_file():
-            raise ValueError(
-                f"{start} is no checkpoint (it has no state.safetensors); give a checkpoint-STEP "
+                f"{given} is no checkpoint (it has no state.safetensors); give a checkpoint-STEP "
                 "folder, or auto"
             )
-        if not start and wanted.lower() in ("auto", "true"):
-            print(f"no checkpoint in {self.folder} yet; beginning with step 1")
-        return start
+        return Path(given)
 
     def go_on_from(self, start):
         """Take over history and limits of a run, which must have been made with what this one is.
@@ -532,10 +531,9 @@ class Run:
             if isinstance(error, RuntimeError) and not memory:
                 raise  # a bug: with its traceback
             advice = "; lower --micro_batch_tokens or --memory_gb" if memory else ""
-            last = last_checkpoint(self.folder)
-            saved = (
-                f"{last} is whole: --resume_from_checkpoint auto" if last else "Nothing is saved"
-            )
+            found = newest(self.folder)
+            saved = f"{found} is whole: --resume_from_checkpoint auto"
+            saved = saved if found else "Nothing is saved"
             raise ValueError(f"step {self.step}: {memory or error}{advice}. {saved}") from None
         finally:
             if self.wandb:
@@ -572,35 +570,33 @@ class Run:
         if not self.config.output_dir:
             return
         final = self.folder / f"checkpoint-{self.step}"
-        aside = final.with_suffix(".new")
+        place = nullcontext(final)
         if self.writes:
             for leftover in self.folder.glob("checkpoint-*.*"):  # of a save that was cut off
                 shutil.rmtree(leftover)
-        try:
+            discard(final)
+            place = new_folder(final)
+        with place as aside:
             self.save_weights(model, aside)
-            state = training_state(model, optimizer)
+            live = training_state(model, optimizer).items()
+            state = {name: full_tensor(tensor).contiguous().cpu() for name, tensor in live}
             if self.writes:
                 write_atomically(aside / "state.safetensors", partial(save_file, state))
-        except OSError:  # a full disk
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+                # The log has all steps of a checkpoint before the checkpoint has its name.
+                fsync(self.folder / "log.jsonl")
         if self.writes:
-            # The log has all steps of a checkpoint before the checkpoint has its name.
-            fsync(self.folder / "log.jsonl")
-            discard(final)
-            aside.rename(final)
             fsync(self.folder)
             self.discard_old_checkpoints()
 
     def save_weights(self, model, folder):
         """Write what was trained, the adapter in PEFT's form or with --full a base's folder, and
         then run.json, which says how it came about."""
-        info = self.info | asdict(self.limits) | {"step": self.step}
-        if not self.config.full:
-            save_adapter(model, folder, self.config.base_model, info, trained=True)
-            return
-        save_model(model, folder, find_base(self.config.base_model))
+        if self.config.full:
+            save_model(model, folder, find_base(self.config.base_model))
+        else:
+            save_adapter(model, folder, self.config.base_model, trained=True)
         if self.writes:
+            info = self.info | asdict(self.limits) | {"step": self.step}
             write_json(folder / "run.json", info)
 
     def discard_old_checkpoints(self):
@@ -630,14 +626,14 @@ def describe_run(config):
     base_files = []
     if config.base_model:
         base = find_base(config.base_model)
-        shapes = [base / f"{name}.json" for name in ("config", "params", "added_tokens")]
-        base_files = [*weight_files(base), find_tokenizer(base), *filter(Path.is_file, shapes)]
+        names = ("config.json", "params.json", "added_tokens.json")
+        base_files = [*weight_files(base), find_tokenizer(base), *map(base.joinpath, names)]
     # The content of the template counts, not its name or the layout of its file.
     template = json.dumps(load_template(config.prompt_template_name), sort_keys=True)
     # what auto means here: another machine may take another dtype
     dtype = pick_dtype(config.dtype, pick_device(config.device))
     hashes = {
-        "base": [digest(file) for file in base_files],
+        "base": [digest(file) for file in base_files if file.is_file()],
         "data": [[weight, digest(path)] for path, weight in map(split_weight, config.data_path)],
         "validation": digest(config.val_path) if config.val_path else None,
         "template": hashlib.sha256(template.encode()).hexdigest(),
@@ -655,14 +651,13 @@ def compare_runs(folder, made, wanted):
     """Raise ValueError naming the first setting, or file by its SHA-256, that weights depend on and
     that differs between two run.json."""
     wanted = json.loads(json.dumps(wanted))  # where tuples are lists
-    for part in ("sha256", "made_in", "config"):
-        for name, value in wanted[part].items():
-            old = made[part].get(name, value)
-            if old != value and name not in NOT_COMPARED:
-                raise ValueError(
-                    f"{folder} was made with {name} {old!r:.60}, not {value!r:.60}; give what it "
-                    "was made with, or begin anew in another --output_dir"
-                )
+    old, new = (run["sha256"] | run["made_in"] | run["config"] for run in (made, wanted))
+    for name, value in new.items():
+        if name not in NOT_COMPARED and old.get(name, value) != value:
+            raise ValueError(
+                f"{folder} was made with {name} {old[name]!r:.60}, not {value!r:.60}; give what it "
+                "was made with, or begin anew in another --output_dir"
+            )
 
 
 def read_info(folder):
@@ -679,8 +674,16 @@ def checkpoints(folder):
     return {int(n): found[n] for n in sorted(filter(str.isdigit, found), key=int)}
 
 
-def last_checkpoint(folder):
-    return next(reversed(checkpoints(folder).values()), None)
+def newest(folder):
+    """What a run left last: its folder if it is finished, else its last checkpoint; None without
+    either."""
+
+    def started(saved):
+        return read_info(saved).get("started")
+
+    # Of those that began last, the run's own folder comes before its checkpoints.
+    saved = filter(started, [folder, *reversed(checkpoints(folder).values())])
+    return max(saved, key=started, default=None)
 
 
 def discard(folder):
@@ -689,32 +692,28 @@ def discard(folder):
         shutil.rmtree(folder.rename(folder.with_suffix(".old")))
 
 
-STATE = ("value", "exp_avg", "exp_avg_sq")  # of a parameter: itself, AdamW's two moments
-
-
 def training_state(model, optimizer):
-    """{name: tensor} of what an exact continuation needs: each trained parameter in float32, and
-    AdamW's two moments. The order of the data and dropout's masks follow from seed and step."""
+    """{name: tensor} of what an exact continuation needs: each trained parameter, AdamW's two
+    moments and their step. The order of the data and dropout's masks follow from seed and step."""
     state = {}
     for name, p in trained_parameters(model).items():
-        values = {"value": p.detach(), **optimizer.state[p]}
-        for key in STATE:
-            state[f"{name}/{key}"] = full_tensor(values[key]).contiguous().cpu()
+        for key, tensor in {"value": p.detach(), **optimizer.state[p]}.items():
+            state[f"{name}/{key}"] = tensor
     return state
 
 
 @torch.no_grad()
 def restore(model, optimizer, folder):
     """Put a checkpoint's parameters and moments back; return its step."""
-    step, state = read_info(folder)["step"], open_weights(folder / "state.safetensors")
-    for name, p in trained_parameters(model).items():
-        # A process that holds a part of a parameter takes its part of the tensors.
-        value, *moments = (own_part(state[f"{name}/{key}"], p) for key in STATE)
-        p.copy_(value)
-        # AdamW's bias correction counts from the first step of all.
-        count = {"step": torch.tensor(float(step), device=p.device)}
-        optimizer.state[p] = count | dict(zip(STATE[1:], moments))
-    return step
+    # AdamW makes its moments in its first step: one without a gradient, to be overwritten.
+    for p in trained_parameters(model).values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    saved = open_weights(folder / "state.safetensors")
+    for name, tensor in training_state(model, optimizer).items():
+        tensor.copy_(own_part(saved[name], tensor))
+    return read_info(folder)["step"]
 
 
 def read_log(path):
@@ -769,34 +768,35 @@ def plan_memory(shape, config, rows, dtype, device, tokens=0):
     if device.type == "cuda":
         most, room = 8192, torch.cuda.get_device_properties(device).total_memory
     room = config.memory_gb * 2**30 or 0.92 * room  # the rest: CUDA's own, the interpreter's
-    model, lengths = trial_model(shape, config, dtype), list(map(len, rows))
-    L, s, targets = len(model.layers), dtype.itemsize, target_count(rows) / sum(lengths)
-    # What autograd keeps of a token; and of a block, where weights are cast for the products.
-    few, many = (kept_bytes(model, n, round(n * targets)) for n in (8, 16))
-    of_token, of_block = (many - few) / 8 / L, (2 * few - many) / L
+    sizes = [tokens] if tokens else [most, most // 2, most // 4, 0]
+    lengths = list(map(len, rows))
+    longest, target_share = max(lengths), target_count(rows) / sum(lengths)
+    model, s = trial_model(shape, config, dtype), dtype.itemsize
+    L = len(model.layers)
     # Of what is trained there are a gradient and two moments besides. Cut over processes, two
     # blocks are whole at a time.
     weights = sum(p.nbytes for p in model.parameters())
     fixed = weights + 12 * sum(p.numel() for p in trained_parameters(model).values())
     if config.shard:
         fixed = fixed / processes()[1] + 2 * weights / L
-    longest = max(lengths)
-    for recomputed in {"none": [0], "full": [L]}.get(config.recompute, range(L + 1)):
-        for size in [tokens] if tokens else [most, most // 2, most // 4, 0]:
+    kept_of = cache(partial(kept_bytes, model))
+    for recomputed in {"none": [0], "full": [L]}.get(config.recompute, range(L)):
+        for size in sizes:
             n = min(max(size, longest), longest * (config.micro_batch_size or math.inf))
+            targets = round(n * target_share)
             # Of a recomputed block its input; and one is whole again while its gradient is made.
-            kept = max(1, L - recomputed) * (n * of_token + of_block)
+            kept = max(1, L - recomputed) / L * kept_of(n, targets)
             kept += recomputed * n * shape.hidden_size * s
             # At the peak there is a chunk of logits too, or the gradients inside a feed-forward.
-            logits = 12 * min(CHUNK, n * targets * shape.vocab_size)
+            logits = 12 * min(CHUNK, targets * shape.vocab_size)
             inside = n * s * (3 * shape.intermediate_size + 2 * shape.hidden_size)
-            plan = Plan(n, recomputed, fixed + kept + max(logits, inside))
-            if plan.bytes <= room:
-                return plan
+            need = fixed + kept + max(logits, inside)
+            if need <= room:
+                return Plan(n, recomputed, need)
     raise ValueError(
-        f"training needs {plan.bytes / 2**30:.2f} GB, and {room / 2**30:.2f} GB of memory are "
-        "planned for; try --recompute auto, a lower --micro_batch_tokens or --cutoff_len, or "
-        "--base_dtype int8 or nf4"
+        f"training needs {need / 2**30:.2f} GB, and {room / 2**30:.2f} GB of memory are planned "
+        "for; try --recompute auto, a lower --micro_batch_tokens or --cutoff_len, or --base_dtype "
+        "int8 or nf4"
     )
 
 
@@ -812,11 +812,11 @@ def trial_model(shape, config, dtype):
 
 
 def kept_bytes(model, tokens, targets):
-    """Bytes that autograd keeps from the forward of one row to its gradient, weights apart."""
-    ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
-    packed, kept = PackedRows([tokens], 0, model.device), []
+    """Bytes that autograd keeps of so many tokens from the forward to the gradient, weights apart.
+    They stand in rows of 8: on `meta`, unlike elsewhere, attention keeps its scores too."""
+    rows, kept = PackedRows([8] * math.ceil(tokens / 8), 0, "meta"), []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, kept.append):
-        model.hidden_states(ids, packed, keep=ids[0, :targets])
+        model.hidden_states(rows.back[None], rows, keep=rows.back[:targets])
     # Tensors that are views of one storage count once.
     storages = [tensor.untyped_storage() for tensor in (*kept, *model.parameters())]
     sizes = {storage._cdata: storage.nbytes() for storage in storages}
@@ -912,14 +912,13 @@ def shard(model, device, dtype):
     register_fsdp_forward_method(model, "hidden_states")
 
 
-def own_part(tensor, parameter):
-    """A copy of a whole tensor, or of this process's part where its parameter is cut."""
-    tensor = tensor.to(parameter.device, copy=True)
-    if not hasattr(parameter, "device_mesh"):
+def own_part(tensor, like):
+    """A whole tensor, or this process's part of it where `like` is cut."""
+    if not hasattr(like, "device_mesh"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 # ==================================================================================================

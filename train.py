@@ -54,6 +54,7 @@ from generate import (
     pick_device,
     pick_dtype,
     read_instructions,
+    read_records,
     render_prompt,
 )
 from lora import QUANTISED, LoRAConfig, add_lora, place, quantize, save_adapter
@@ -443,10 +444,10 @@ class Run:
     """The folder of a run.
 
       log.jsonl           one record per step
-      checkpoint-STEP/    the adapter (or model), and state.safetensors: to go on from bit for bit
       adapter or model    the result
       run.json            settings, versions, SHA-256 of base and data; written last, it says that
                           what stands beside it is whole
+      checkpoint-STEP/    the same of that step, and state.safetensors: to go on from bit for bit
 
     Each checkpoint is written aside and renamed when it is whole, so a kill at any moment leaves
     what was whole before. Of many processes the first writes."""
@@ -500,8 +501,7 @@ class Run:
         if self.config.micro_batch_tokens in (0, made["config"]["micro_batch_tokens"]):
             self.limits.tokens_at_once = made["tokens_at_once"]
         self.limits.loss_scale = made["loss_scale"]
-        log = read_log((start if self.finished else start.parent) / "log.jsonl")
-        self.history = [record for record in log if record["step"] <= made["step"]]
+        self.history = [record for _, record in read_records(start / "log.jsonl")]
 
     def begin(self, model, optimizer):
         """Restore model and optimizer, cut the log back to their step; return it."""
@@ -510,20 +510,23 @@ class Run:
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_lines(self.folder / "log.jsonl", self.history)
-        if self.config.wandb_project and processes()[0] == 0:
-            import wandb
+            if self.config.wandb_project:
+                import wandb
 
-            project, name = self.config.wandb_project, self.config.wandb_run_name or None
-            self.wandb = wandb.init(project=project, name=name, config=asdict(self.config))
+                self.wandb = wandb.init(
+                    project=self.config.wandb_project,
+                    name=self.config.wandb_run_name or None,
+                    config=asdict(self.config),
+                )
         return first
 
     @contextmanager
     def recording(self, first, total):
         """Within it a bar shows the steps, and an error that the user can mend becomes one line
         with step, reason and last checkpoint."""
-        rank, _ = processes()
+        quiet = processes()[0] > 0
         try:
-            with tqdm(initial=first, total=total, unit="step", disable=rank > 0) as self.bar:
+            with tqdm(initial=first, total=total, unit="step", disable=quiet) as self.bar:
                 yield
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             # Torch says RuntimeError of a full memory and of its users' bugs alike.
@@ -535,9 +538,6 @@ class Run:
             saved = f"{found} is whole: --resume_from_checkpoint auto"
             saved = saved if found else "Nothing is saved"
             raise ValueError(f"step {self.step}: {memory or error}{advice}. {saved}") from None
-        finally:
-            if self.wandb:
-                self.wandb.finish()
 
     def log(self, record):
         """Take down the record of a step."""
@@ -582,20 +582,19 @@ class Run:
             state = {name: full_tensor(tensor).contiguous().cpu() for name, tensor in live}
             if self.writes:
                 write_atomically(aside / "state.safetensors", partial(save_file, state))
-                # The log has all steps of a checkpoint before the checkpoint has its name.
-                fsync(self.folder / "log.jsonl")
         if self.writes:
             fsync(self.folder)
             self.discard_old_checkpoints()
 
     def save_weights(self, model, folder):
-        """Write what was trained, the adapter in PEFT's form or with --full a base's folder, and
-        then run.json, which says how it came about."""
+        """Write what was trained, the adapter in PEFT's form or with --full a base's folder; then
+        the log, and run.json, which says how it came about."""
         if self.config.full:
             save_model(model, folder, find_base(self.config.base_model))
         else:
             save_adapter(model, folder, self.config.base_model, trained=True)
         if self.writes:
+            write_lines(folder / "log.jsonl", self.history)
             info = self.info | asdict(self.limits) | {"step": self.step}
             write_json(folder / "run.json", info)
 
@@ -651,27 +650,25 @@ def compare_runs(folder, made, wanted):
     """Raise ValueError naming the first setting, or file by its SHA-256, that weights depend on and
     that differs between two run.json."""
     wanted = json.loads(json.dumps(wanted))  # where tuples are lists
-    old, new = (run["sha256"] | run["made_in"] | run["config"] for run in (made, wanted))
-    for name, value in new.items():
-        if name not in NOT_COMPARED and old.get(name, value) != value:
-            raise ValueError(
-                f"{folder} was made with {name} {old[name]!r:.60}, not {value!r:.60}; give what it "
-                "was made with, or begin anew in another --output_dir"
-            )
-
-
-def read_info(folder):
-    """The run.json of a folder; {} without."""
-    file = folder / "run.json"
-    return read_json_file(file) if file.is_file() else {}
+    for part in ("sha256", "made_in", "config"):
+        for name, value in wanted[part].items():
+            old = made[part].get(name, value)
+            if old != value and name not in NOT_COMPARED:
+                raise ValueError(
+                    f"{folder} was made with {name} {old!r:.60}, not {value!r:.60}; give what it "
+                    "was made with, or begin anew in another --output_dir"
+                )
 
 
 def checkpoints(folder):
     """{step: folder} of a run's checkpoints, in order. transformers makes folders of that name too,
     without our state."""
-    states = folder.glob("checkpoint-*/state.safetensors")
-    found = {state.parent.name.removeprefix("checkpoint-"): state.parent for state in states}
-    return {int(n): found[n] for n in sorted(filter(str.isdigit, found), key=int)}
+    found = {}
+    for state in folder.glob("checkpoint-*/state.safetensors"):
+        number = state.parent.name.removeprefix("checkpoint-")
+        if number.isdigit():
+            found[int(number)] = state.parent
+    return dict(sorted(found.items()))
 
 
 def newest(folder):
@@ -679,7 +676,8 @@ def newest(folder):
     either."""
 
     def started(saved):
-        return read_info(saved).get("started")
+        file = saved / "run.json"
+        return read_json_file(file).get("started") if file.is_file() else None
 
     # Of those that began last, the run's own folder comes before its checkpoints.
     saved = filter(started, [folder, *reversed(checkpoints(folder).values())])
@@ -713,17 +711,7 @@ def restore(model, optimizer, folder):
     saved = open_weights(folder / "state.safetensors")
     for name, tensor in training_state(model, optimizer).items():
         tensor.copy_(own_part(saved[name], tensor))
-    return read_info(folder)["step"]
-
-
-def read_log(path):
-    """The records of log.jsonl, without a last line that a kill cut short."""
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; put it right, or move it away") from None
+    return read_json_file(folder / "run.json")["step"]
 
 
 def write_lines(path, records):
@@ -733,16 +721,14 @@ def write_lines(path, records):
 
 def draw_curve(history, path):
     """The loss curve as an SVG, which any browser opens, in the frame of data/loss.svg."""
-    last, lines = history[-1], {}
-    top = 1.05 * max(max(r["loss"], r.get("val_loss", 0)) for r in history) or 1.0
+    top = 1.05 * max(max(r["loss"], r.get("val_loss", 0)) for r in history)
+    last, lines = {"val_loss": math.nan} | history[-1], {}
     for key in ("loss", "val_loss"):
-        points = [(r["step"] / last["step"], r[key] / top) for r in history if key in r]
+        points = [f"{r['step']},{r[key]:.5g}" for r in history if key in r]
         # The first point twice: so one alone is seen, as a line of no length with round ends.
-        places = (f"{60 + 720 * x:.1f},{360 - 330 * y:.1f}" for x, y in points[:1] + points)
-        lines[key] = " ".join(places)
-    numbers = {"top": top, "last": last["step"], "training": last["loss"]}
-    numbers["validation"] = last.get("val_loss", math.nan)
-    svg = (DATA / "loss.svg").read_text(encoding="utf-8").format(**numbers, **lines)
+        lines[key] = " ".join(points[:1] + points)
+    frame = (DATA / "loss.svg").read_text(encoding="utf-8")
+    svg = frame.format(top=top, last=last, **lines)
     write_atomically(path, lambda p: p.write_text(svg, encoding="utf-8"))
 
 
@@ -814,14 +800,18 @@ def trial_model(shape, config, dtype):
 def kept_bytes(model, tokens, targets):
     """Bytes that autograd keeps of so many tokens from the forward to the gradient, weights apart.
     They stand in rows of 8: on `meta`, unlike elsewhere, attention keeps its scores too."""
-    rows, kept = PackedRows([8] * math.ceil(tokens / 8), 0, "meta"), []
-    with torch.autograd.graph.saved_tensors_hooks(kept.append, kept.append):
+    rows, sizes = PackedRows([8] * math.ceil(tokens / 8), 0, "meta"), {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        sizes[storage._cdata] = storage.nbytes()  # once for all views of one storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, note):
         model.hidden_states(rows.back[None], rows, keep=rows.back[:targets])
-    # Tensors that are views of one storage count once.
-    storages = [tensor.untyped_storage() for tensor in (*kept, *model.parameters())]
-    sizes = {storage._cdata: storage.nbytes() for storage in storages}
-    kept.clear()  # it refers to the graph, and the graph to it
-    return sum(sizes.values()) - sum(p.nbytes for p in model.parameters())
+    for p in model.parameters():
+        sizes.pop(p.untyped_storage()._cdata, None)
+    return sum(sizes.values())
 
 
 def gradient_that_fits(model, rows, config, limits):
@@ -939,8 +929,6 @@ def read_data(config):
     """(training records, validation records). Validation is val_path, else val_set_size records
     drawn by seed from all files of data_path. Of what is left, a file given as FILE:WEIGHT is taken
     WEIGHT times, a fraction drawn by the same seed. Each record gains `record`: file and number."""
-    if not config.data_path:
-        raise ValueError("no --data_path; give a file of records {instruction, input, output}")
     records, files = [], []
     # All records of all files, and which numbers among them a file has.
     for path, weight in map(split_weight, config.data_path):
@@ -959,8 +947,8 @@ def read_data(config):
         taken += sorted((own * math.ceil(weight))[: round(weight * len(own))])
     if not taken:
         raise ValueError(
-            f"val_set_size {held_out} and the weights of {' '.join(config.data_path)} leave none "
-            f"of {len(records)} records to train on"
+            f"--data_path {' '.join(config.data_path)!r}: val_set_size {held_out} and the weights "
+            f"leave none of {len(records)} records to train on"
         )
     validation = [records[i] for i in order[:held_out]]
     if config.val_path:
@@ -1022,7 +1010,6 @@ def answer_all(model, tokenizer, template, records, label):
     for record in records[rank::n]:
         text = render_prompt(template, record["instruction"], record["input"])
         prompts.append(tokenizer.encode(text, bos=True))
-    label = "" if rank else label
     own = answer_batch(model, tokenizer, prompts, Decoding(max_new_tokens=128), 32, label)
     # Question i was answered by process i % n.
     shares = [own] * n
@@ -1034,15 +1021,15 @@ def answer_all(model, tokenizer, template, records, label):
 def terms_in(text, terms):
     """The terms that stand in a text somewhere not inside a longer one (四逆汤 is not named by
     当归四逆汤)."""
-    spans = []
-    for term in filter(None, terms):
-        for match in re.finditer(f"(?={re.escape(term)})", text):
-            spans.append((match.start(), match.start() + len(term), term))
-
-    def is_inside_another(start, stop):
-        return any(a <= start and stop <= b and b - a > stop - start for a, b, _ in spans)
-
-    return {term for start, stop, term in spans if not is_inside_another(start, stop)}
+    longest_first = sorted(filter(None, terms), key=len, reverse=True)
+    pattern = "|".join(map(re.escape, longest_first)) or "(?!)"  # which stands nowhere
+    found, end = set(), 0
+    # The longest term that begins at a place, unless one from further left holds it.
+    for match in re.finditer(f"(?=({pattern}))", text):
+        if match.end(1) > end:
+            end = match.end(1)
+            found.add(match[1])
+    return found
 
 
 def facts_recalled(records, answers):
@@ -1059,12 +1046,11 @@ def facts_recalled(records, answers):
     return sum(hits) / len(hits) if hits else None
 
 
-def print_report(config, history, questions, before, after):
+def print_report(config, history, answers):
     """Three questions with their answers before and after, and the run in a few lines."""
-    triples = list(zip(questions, before, after))
-    for record, old, new in triples[:: max(1, len(triples) // 3)][:3]:
+    for record in answers[:: max(1, len(answers) // 3)][:3]:
         print(f"\n问题 {record['instruction']}\n  参考 {record['output']}")
-        print(f"  调前 {old!r:.120}\n  调后 {new}")
+        print(f"  调前 {record['before']!r:.120}\n  调后 {record['after']}")
     tokens, seconds = (sum(record[key] for record in history) for key in ("tokens", "seconds"))
     first, last = history[0]["loss"], history[-1]["loss"]
     validation = history[-1].get("val_loss", math.nan)
@@ -1073,9 +1059,9 @@ def print_report(config, history, questions, before, after):
         f"({tokens / seconds:,.0f} tokens/s), loss {first:.3f} -> {last:.3f}, validation "
         f"{validation:.3f}"
     )
-    old, new = (facts_recalled(questions, answers) for answers in (before, after))
+    old, new = (facts_recalled(answers, [r[key] for r in answers]) for key in ("before", "after"))
     if new is not None:
-        print(f"facts recalled on {len(questions)} questions: base {old:.1%}, tuned {new:.1%}")
+        print(f"facts recalled on {len(answers)} questions: base {old:.1%}, tuned {new:.1%}")
     result = "model" if config.full else "adapter"
     print(f"saved in {config.output_dir}: {result}, log.jsonl, loss.svg, answers.jsonl")
 
@@ -1326,7 +1312,7 @@ def main():
         triples = zip(questions, before, after)
         answers = [record | {"before": old, "after": new} for record, old, new in triples]
         write_lines(run.folder / "answers.jsonl", answers)
-        print_report(config, history, questions, before, after)
+        print_report(config, history, answers)
 
 
 if __name__ == "__main__":

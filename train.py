@@ -30,9 +30,9 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -54,6 +54,7 @@ from generate import (
     pick_device,
     pick_dtype,
     read_instructions,
+    read_records,
     render_prompt,
 )
 from lora import QUANTISED, LoRAConfig, add_lora, place, quantize, save_adapter
@@ -68,6 +69,7 @@ from model import (
     find_tokenizer,
     fsync,
     full_tensor,
+    new_folder,
     open_weights,
     out_of_memory,
     processes,
@@ -442,10 +444,10 @@ class Run:
     """The folder of a run.
 
       log.jsonl           one record per step
-      checkpoint-STEP/    the adapter (or model), and state.safetensors: to go on from bit for bit
       adapter or model    the result
       run.json            settings, versions, SHA-256 of base and data; written last, it says that
                           what stands beside it is whole
+      checkpoint-STEP/    the same of that step, and state.safetensors: to go on from bit for bit
 
     Each checkpoint is written aside and renamed when it is whole, so a kill at any moment leaves
     what was whole before. Of many processes the first writes."""
@@ -460,7 +462,7 @@ class Run:
         self.limits = Limits(config.micro_batch_tokens)
         # The step that is being made, counted from 1; one record for each that is done.
         self.step, self.history = 0, []
-        self.bar = self.wandb = None
+        self.wandb = None
         self.start = self.find_start()
         self.finished = self.start == self.folder
         if self.start:
@@ -468,28 +470,26 @@ class Run:
 
     def find_start(self):
         """The folder to go on from: a checkpoint; the run's own if it is finished; else None."""
-        last = last_checkpoint(self.folder)
-        latest, result = read_info(last or self.folder), read_info(self.folder)
-        # A result older than the last checkpoint is of a run which that one's replaces.
-        is_finished = bool(result) and latest.get("started") == result.get("started")
-        newest = self.folder if is_finished else last
+        given = self.config.resume_from_checkpoint
+        found = newest(self.folder)
         # True, False and None are alpaca-lora's words.
-        words = {"auto": newest, "true": newest, "": None, "false": None, "none": None}
-        wanted = self.config.resume_from_checkpoint
-        start = words.get(wanted.lower(), Path(wanted))
-        if last and not is_finished and not start:
+        if given.lower() in ("auto", "true"):
+            if not found:
+                print(f"no checkpoint in {self.folder} yet; beginning with step 1")
+            return found
+        if given.lower() in ("", "false", "none"):
+            if found not in (None, self.folder):
+                raise ValueError(
+                    f"{found} is of a run that did not finish; go on with "
+                    "--resume_from_checkpoint auto, or give another --output_dir"
+                )
+            return None
+        if Path(given) != found and not (Path(given) / "state.safetensors").is_file():
             raise ValueError(
-                f"{last} is of a run that did not finish; go on with --resume_from_checkpoint "
-                "auto, or give another --output_dir"
-            )
-        if start not in (None, newest) and not (start / "state.safetensors").is_file():
-            raise ValueError(
-                f"{start} is no checkpoint (it has no state.safetensors); give a checkpoint-STEP "
+                f"{given} is no checkpoint (it has no state.safetensors); give a checkpoint-STEP "
                 "folder, or auto"
             )
-        if not start and wanted.lower() in ("auto", "true"):
-            print(f"no checkpoint in {self.folder} yet; beginning with step 1")
-        return start
+        return Path(given)
 
     def go_on_from(self, start):
         """Take over history and limits of a run, which must have been made with what this one is.
@@ -501,8 +501,7 @@ class Run:
         if self.config.micro_batch_tokens in (0, made["config"]["micro_batch_tokens"]):
             self.limits.tokens_at_once = made["tokens_at_once"]
         self.limits.loss_scale = made["loss_scale"]
-        log = read_log((start if self.finished else start.parent) / "log.jsonl")
-        self.history = [record for record in log if record["step"] <= made["step"]]
+        self.history = [record for _, record in read_records(start / "log.jsonl")]
 
     def begin(self, model, optimizer):
         """Restore model and optimizer, cut the log back to their step; return it."""
@@ -511,20 +510,23 @@ class Run:
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_lines(self.folder / "log.jsonl", self.history)
-        if self.config.wandb_project and processes()[0] == 0:
-            import wandb
+            if self.config.wandb_project:
+                import wandb
 
-            project, name = self.config.wandb_project, self.config.wandb_run_name or None
-            self.wandb = wandb.init(project=project, name=name, config=asdict(self.config))
+                self.wandb = wandb.init(
+                    project=self.config.wandb_project,
+                    name=self.config.wandb_run_name or None,
+                    config=asdict(self.config),
+                )
         return first
 
     @contextmanager
     def recording(self, first, total):
         """Within it a bar shows the steps, and an error that the user can mend becomes one line
         with step, reason and last checkpoint."""
-        rank, _ = processes()
+        quiet = processes()[0] > 0
         try:
-            with tqdm(initial=first, total=total, unit="step", disable=rank > 0) as self.bar:
+            with tqdm(initial=first, total=total, unit="step", disable=quiet) as self.bar:
                 yield
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             # Torch says RuntimeError of a full memory and of its users' bugs alike.
@@ -532,14 +534,10 @@ class Run:
             if isinstance(error, RuntimeError) and not memory:
                 raise  # a bug: with its traceback
             advice = "; lower --micro_batch_tokens or --memory_gb" if memory else ""
-            last = last_checkpoint(self.folder)
-            saved = (
-                f"{last} is whole: --resume_from_checkpoint auto" if last else "Nothing is saved"
-            )
+            found = newest(self.folder)
+            saved = f"{found} is whole: --resume_from_checkpoint auto"
+            saved = saved if found else "Nothing is saved"
             raise ValueError(f"step {self.step}: {memory or error}{advice}. {saved}") from None
-        finally:
-            if self.wandb:
-                self.wandb.finish()
 
     def log(self, record):
         """Take down the record of a step."""
@@ -572,35 +570,32 @@ class Run:
         if not self.config.output_dir:
             return
         final = self.folder / f"checkpoint-{self.step}"
-        aside = final.with_suffix(".new")
+        place = nullcontext(final)
         if self.writes:
             for leftover in self.folder.glob("checkpoint-*.*"):  # of a save that was cut off
                 shutil.rmtree(leftover)
-        try:
+            discard(final)
+            place = new_folder(final)
+        with place as aside:
             self.save_weights(model, aside)
-            state = training_state(model, optimizer)
+            live = training_state(model, optimizer).items()
+            state = {name: full_tensor(tensor).contiguous().cpu() for name, tensor in live}
             if self.writes:
                 write_atomically(aside / "state.safetensors", partial(save_file, state))
-        except OSError:  # a full disk
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
         if self.writes:
-            # The log has all steps of a checkpoint before the checkpoint has its name.
-            fsync(self.folder / "log.jsonl")
-            discard(final)
-            aside.rename(final)
             fsync(self.folder)
             self.discard_old_checkpoints()
 
     def save_weights(self, model, folder):
-        """Write what was trained, the adapter in PEFT's form or with --full a base's folder, and
-        then run.json, which says how it came about."""
-        info = self.info | asdict(self.limits) | {"step": self.step}
-        if not self.config.full:
-            save_adapter(model, folder, self.config.base_model, info, trained=True)
-            return
-        save_model(model, folder, find_base(self.config.base_model))
+        """Write what was trained, the adapter in PEFT's form or with --full a base's folder; then
+        the log, and run.json, which says how it came about."""
+        if self.config.full:
+            save_model(model, folder, find_base(self.config.base_model))
+        else:
+            save_adapter(model, folder, self.config.base_model, trained=True)
         if self.writes:
+            write_lines(folder / "log.jsonl", self.history)
+            info = self.info | asdict(self.limits) | {"step": self.step}
             write_json(folder / "run.json", info)
 
     def discard_old_checkpoints(self):
@@ -630,14 +625,14 @@ def describe_run(config):
     base_files = []
     if config.base_model:
         base = find_base(config.base_model)
-        shapes = [base / f"{name}.json" for name in ("config", "params", "added_tokens")]
-        base_files = [*weight_files(base), find_tokenizer(base), *filter(Path.is_file, shapes)]
+        names = ("config.json", "params.json", "added_tokens.json")
+        base_files = [*weight_files(base), find_tokenizer(base), *map(base.joinpath, names)]
     # The content of the template counts, not its name or the layout of its file.
     template = json.dumps(load_template(config.prompt_template_name), sort_keys=True)
     # what auto means here: another machine may take another dtype
     dtype = pick_dtype(config.dtype, pick_device(config.device))
     hashes = {
-        "base": [digest(file) for file in base_files],
+        "base": [digest(file) for file in base_files if file.is_file()],
         "data": [[weight, digest(path)] for path, weight in map(split_weight, config.data_path)],
         "validation": digest(config.val_path) if config.val_path else None,
         "template": hashlib.sha256(template.encode()).hexdigest(),
@@ -665,22 +660,28 @@ def compare_runs(folder, made, wanted):
                 )
 
 
-def read_info(folder):
-    """The run.json of a folder; {} without."""
-    file = folder / "run.json"
-    return read_json_file(file) if file.is_file() else {}
-
-
 def checkpoints(folder):
     """{step: folder} of a run's checkpoints, in order. transformers makes folders of that name too,
     without our state."""
-    states = folder.glob("checkpoint-*/state.safetensors")
-    found = {state.parent.name.removeprefix("checkpoint-"): state.parent for state in states}
-    return {int(n): found[n] for n in sorted(filter(str.isdigit, found), key=int)}
+    found = {}
+    for state in folder.glob("checkpoint-*/state.safetensors"):
+        number = state.parent.name.removeprefix("checkpoint-")
+        if number.isdigit():
+            found[int(number)] = state.parent
+    return dict(sorted(found.items()))
 
 
-def last_checkpoint(folder):
-    return next(reversed(checkpoints(folder).values()), None)
+def newest(folder):
+    """What a run left last: its folder if it is finished, else its last checkpoint; None without
+    either."""
+
+    def started(saved):
+        file = saved / "run.json"
+        return read_json_file(file).get("started") if file.is_file() else None
+
+    # Of those that began last, the run's own folder comes before its checkpoints.
+    saved = filter(started, [folder, *reversed(checkpoints(folder).values())])
+    return max(saved, key=started, default=None)
 
 
 def discard(folder):
@@ -689,42 +690,28 @@ def discard(folder):
         shutil.rmtree(folder.rename(folder.with_suffix(".old")))
 
 
-STATE = ("value", "exp_avg", "exp_avg_sq")  # of a parameter: itself, AdamW's two moments
-
-
 def training_state(model, optimizer):
-    """{name: tensor} of what an exact continuation needs: each trained parameter in float32, and
-    AdamW's two moments. The order of the data and dropout's masks follow from seed and step."""
+    """{name: tensor} of what an exact continuation needs: each trained parameter, AdamW's two
+    moments and their step. The order of the data and dropout's masks follow from seed and step."""
     state = {}
     for name, p in trained_parameters(model).items():
-        values = {"value": p.detach(), **optimizer.state[p]}
-        for key in STATE:
-            state[f"{name}/{key}"] = full_tensor(values[key]).contiguous().cpu()
+        for key, tensor in {"value": p.detach(), **optimizer.state[p]}.items():
+            state[f"{name}/{key}"] = tensor
     return state
 
 
 @torch.no_grad()
 def restore(model, optimizer, folder):
     """Put a checkpoint's parameters and moments back; return its step."""
-    step, state = read_info(folder)["step"], open_weights(folder / "state.safetensors")
-    for name, p in trained_parameters(model).items():
-        # A process that holds a part of a parameter takes its part of the tensors.
-        value, *moments = (own_part(state[f"{name}/{key}"], p) for key in STATE)
-        p.copy_(value)
-        # AdamW's bias correction counts from the first step of all.
-        count = {"step": torch.tensor(float(step), device=p.device)}
-        optimizer.state[p] = count | dict(zip(STATE[1:], moments))
-    return step
-
-
-def read_log(path):
-    """The records of log.jsonl, without a last line that a kill cut short."""
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; put it right, or move it away") from None
+    # AdamW makes its moments in its first step: one without a gradient, to be overwritten.
+    for p in trained_parameters(model).values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    saved = open_weights(folder / "state.safetensors")
+    for name, tensor in training_state(model, optimizer).items():
+        tensor.copy_(own_part(saved[name], tensor))
+    return read_json_file(folder / "run.json")["step"]
 
 
 def write_lines(path, records):
@@ -734,16 +721,14 @@ def write_lines(path, records):
 
 def draw_curve(history, path):
     """The loss curve as an SVG, which any browser opens, in the frame of data/loss.svg."""
-    last, lines = history[-1], {}
-    top = 1.05 * max(max(r["loss"], r.get("val_loss", 0)) for r in history) or 1.0
+    top = 1.05 * max(max(r["loss"], r.get("val_loss", 0)) for r in history)
+    last, lines = {"val_loss": math.nan} | history[-1], {}
     for key in ("loss", "val_loss"):
-        points = [(r["step"] / last["step"], r[key] / top) for r in history if key in r]
+        points = [f"{r['step']},{r[key]:.5g}" for r in history if key in r]
         # The first point twice: so one alone is seen, as a line of no length with round ends.
-        places = (f"{60 + 720 * x:.1f},{360 - 330 * y:.1f}" for x, y in points[:1] + points)
-        lines[key] = " ".join(places)
-    numbers = {"top": top, "last": last["step"], "training": last["loss"]}
-    numbers["validation"] = last.get("val_loss", math.nan)
-    svg = (DATA / "loss.svg").read_text(encoding="utf-8").format(**numbers, **lines)
+        lines[key] = " ".join(points[:1] + points)
+    frame = (DATA / "loss.svg").read_text(encoding="utf-8")
+    svg = frame.format(top=top, last=last, **lines)
     write_atomically(path, lambda p: p.write_text(svg, encoding="utf-8"))
 
 
@@ -769,34 +754,35 @@ def plan_memory(shape, config, rows, dtype, device, tokens=0):
     if device.type == "cuda":
         most, room = 8192, torch.cuda.get_device_properties(device).total_memory
     room = config.memory_gb * 2**30 or 0.92 * room  # the rest: CUDA's own, the interpreter's
-    model, lengths = trial_model(shape, config, dtype), list(map(len, rows))
-    L, s, targets = len(model.layers), dtype.itemsize, target_count(rows) / sum(lengths)
-    # What autograd keeps of a token; and of a block, where weights are cast for the products.
-    few, many = (kept_bytes(model, n, round(n * targets)) for n in (8, 16))
-    of_token, of_block = (many - few) / 8 / L, (2 * few - many) / L
+    sizes = [tokens] if tokens else [most, most // 2, most // 4, 0]
+    lengths = list(map(len, rows))
+    longest, target_share = max(lengths), target_count(rows) / sum(lengths)
+    model, s = trial_model(shape, config, dtype), dtype.itemsize
+    L = len(model.layers)
     # Of what is trained there are a gradient and two moments besides. Cut over processes, two
     # blocks are whole at a time.
     weights = sum(p.nbytes for p in model.parameters())
     fixed = weights + 12 * sum(p.numel() for p in trained_parameters(model).values())
     if config.shard:
         fixed = fixed / processes()[1] + 2 * weights / L
-    longest = max(lengths)
-    for recomputed in {"none": [0], "full": [L]}.get(config.recompute, range(L + 1)):
-        for size in [tokens] if tokens else [most, most // 2, most // 4, 0]:
+    kept_of = cache(partial(kept_bytes, model))
+    for recomputed in {"none": [0], "full": [L]}.get(config.recompute, range(L)):
+        for size in sizes:
             n = min(max(size, longest), longest * (config.micro_batch_size or math.inf))
+            targets = round(n * target_share)
             # Of a recomputed block its input; and one is whole again while its gradient is made.
-            kept = max(1, L - recomputed) * (n * of_token + of_block)
+            kept = max(1, L - recomputed) / L * kept_of(n, targets)
             kept += recomputed * n * shape.hidden_size * s
             # At the peak there is a chunk of logits too, or the gradients inside a feed-forward.
-            logits = 12 * min(CHUNK, n * targets * shape.vocab_size)
+            logits = 12 * min(CHUNK, targets * shape.vocab_size)
             inside = n * s * (3 * shape.intermediate_size + 2 * shape.hidden_size)
-            plan = Plan(n, recomputed, fixed + kept + max(logits, inside))
-            if plan.bytes <= room:
-                return plan
+            need = fixed + kept + max(logits, inside)
+            if need <= room:
+                return Plan(n, recomputed, need)
     raise ValueError(
-        f"training needs {plan.bytes / 2**30:.2f} GB, and {room / 2**30:.2f} GB of memory are "
-        "planned for; try --recompute auto, a lower --micro_batch_tokens or --cutoff_len, or "
-        "--base_dtype int8 or nf4"
+        f"training needs {need / 2**30:.2f} GB, and {room / 2**30:.2f} GB of memory are planned "
+        "for; try --recompute auto, a lower --micro_batch_tokens or --cutoff_len, or --base_dtype "
+        "int8 or nf4"
     )
 
 
@@ -812,16 +798,20 @@ def trial_model(shape, config, dtype):
 
 
 def kept_bytes(model, tokens, targets):
-    """Bytes that autograd keeps from the forward of one row to its gradient, weights apart."""
-    ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
-    packed, kept = PackedRows([tokens], 0, model.device), []
-    with torch.autograd.graph.saved_tensors_hooks(kept.append, kept.append):
-        model.hidden_states(ids, packed, keep=ids[0, :targets])
-    # Tensors that are views of one storage count once.
-    storages = [tensor.untyped_storage() for tensor in (*kept, *model.parameters())]
-    sizes = {storage._cdata: storage.nbytes() for storage in storages}
-    kept.clear()  # it refers to the graph, and the graph to it
-    return sum(sizes.values()) - sum(p.nbytes for p in model.parameters())
+    """Bytes that autograd keeps of so many tokens from the forward to the gradient, weights apart.
+    They stand in rows of 8: on `meta`, unlike elsewhere, attention keeps its scores too."""
+    rows, sizes = PackedRows([8] * math.ceil(tokens / 8), 0, "meta"), {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        sizes[storage._cdata] = storage.nbytes()  # once for all views of one storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, note):
+        model.hidden_states(rows.back[None], rows, keep=rows.back[:targets])
+    for p in model.parameters():
+        sizes.pop(p.untyped_storage()._cdata, None)
+    return sum(sizes.values())
 
 
 def gradient_that_fits(model, rows, config, limits):
@@ -912,14 +902,13 @@ def shard(model, device, dtype):
     register_fsdp_forward_method(model, "hidden_states")
 
 
-def own_part(tensor, parameter):
-    """A copy of a whole tensor, or of this process's part where its parameter is cut."""
-    tensor = tensor.to(parameter.device, copy=True)
-    if not hasattr(parameter, "device_mesh"):
+def own_part(tensor, like):
+    """A whole tensor, or this process's part of it where `like` is cut."""
+    if not hasattr(like, "device_mesh"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 # ==================================================================================================
@@ -940,8 +929,6 @@ def read_data(config):
     """(training records, validation records). Validation is val_path, else val_set_size records
     drawn by seed from all files of data_path. Of what is left, a file given as FILE:WEIGHT is taken
     WEIGHT times, a fraction drawn by the same seed. Each record gains `record`: file and number."""
-    if not config.data_path:
-        raise ValueError("no --data_path; give a file of records {instruction, input, output}")
     records, files = [], []
     # All records of all files, and which numbers among them a file has.
     for path, weight in map(split_weight, config.data_path):
@@ -960,8 +947,8 @@ def read_data(config):
         taken += sorted((own * math.ceil(weight))[: round(weight * len(own))])
     if not taken:
         raise ValueError(
-            f"val_set_size {held_out} and the weights of {' '.join(config.data_path)} leave none "
-            f"of {len(records)} records to train on"
+            f"--data_path {' '.join(config.data_path)!r}: val_set_size {held_out} and the weights "
+            f"leave none of {len(records)} records to train on"
         )
     validation = [records[i] for i in order[:held_out]]
     if config.val_path:
@@ -1023,7 +1010,6 @@ def answer_all(model, tokenizer, template, records, label):
     for record in records[rank::n]:
         text = render_prompt(template, record["instruction"], record["input"])
         prompts.append(tokenizer.encode(text, bos=True))
-    label = "" if rank else label
     own = answer_batch(model, tokenizer, prompts, Decoding(max_new_tokens=128), 32, label)
     # Question i was answered by process i % n.
     shares = [own] * n
@@ -1035,15 +1021,15 @@ def answer_all(model, tokenizer, template, records, label):
 def terms_in(text, terms):
     """The terms that stand in a text somewhere not inside a longer one (四逆汤 is not named by
     当归四逆汤)."""
-    spans = []
-    for term in filter(None, terms):
-        for match in re.finditer(f"(?={re.escape(term)})", text):
-            spans.append((match.start(), match.start() + len(term), term))
-
-    def is_inside_another(start, stop):
-        return any(a <= start and stop <= b and b - a > stop - start for a, b, _ in spans)
-
-    return {term for start, stop, term in spans if not is_inside_another(start, stop)}
+    longest_first = sorted(filter(None, terms), key=len, reverse=True)
+    pattern = "|".join(map(re.escape, longest_first)) or "(?!)"  # which stands nowhere
+    found, end = set(), 0
+    # The longest term that begins at a place, unless one from further left holds it.
+    for match in re.finditer(f"(?=({pattern}))", text):
+        if match.end(1) > end:
+            end = match.end(1)
+            found.add(match[1])
+    return found
 
 
 def facts_recalled(records, answers):
@@ -1060,12 +1046,11 @@ def facts_recalled(records, answers):
     return sum(hits) / len(hits) if hits else None
 
 
-def print_report(config, history, questions, before, after):
+def print_report(config, history, answers):
     """Three questions with their answers before and after, and the run in a few lines."""
-    triples = list(zip(questions, before, after))
-    for record, old, new in triples[:: max(1, len(triples) // 3)][:3]:
+    for record in answers[:: max(1, len(answers) // 3)][:3]:
         print(f"\n问题 {record['instruction']}\n  参考 {record['output']}")
-        print(f"  调前 {old!r:.120}\n  调后 {new}")
+        print(f"  调前 {record['before']!r:.120}\n  调后 {record['after']}")
     tokens, seconds = (sum(record[key] for record in history) for key in ("tokens", "seconds"))
     first, last = history[0]["loss"], history[-1]["loss"]
     validation = history[-1].get("val_loss", math.nan)
@@ -1074,9 +1059,9 @@ def print_report(config, history, questions, before, after):
         f"({tokens / seconds:,.0f} tokens/s), loss {first:.3f} -> {last:.3f}, validation "
         f"{validation:.3f}"
     )
-    old, new = (facts_recalled(questions, answers) for answers in (before, after))
+    old, new = (facts_recalled(answers, [r[key] for r in answers]) for key in ("before", "after"))
     if new is not None:
-        print(f"facts recalled on {len(questions)} questions: base {old:.1%}, tuned {new:.1%}")
+        print(f"facts recalled on {len(answers)} questions: base {old:.1%}, tuned {new:.1%}")
     result = "model" if config.full else "adapter"
     print(f"saved in {config.output_dir}: {result}, log.jsonl, loss.svg, answers.jsonl")
 
@@ -1327,7 +1312,7 @@ def main():
         triples = zip(questions, before, after)
         answers = [record | {"before": old, "after": new} for record, old, new in triples]
         write_lines(run.folder / "answers.jsonl", answers)
-        print_report(config, history, questions, before, after)
+        print_report(config, history, answers)
 
 
 if __name__ == "__main__":

@@ -271,7 +271,7 @@ def test_a_run_that_ends_elsewhere_or_lost_its_log_is_not_gone_on_with(base, who
     for steps in (5, 10):
         with pytest.raises(ValueError, match=f"checkpoint-10 was .* max_steps 0, not {steps};"):
             train(*start(base, tmp_path / "new", max_steps=steps, **alone))
-    (tmp_path / "alone" / "log.jsonl").write_text("{}\nrubbish\n")
+    (tmp_path / "alone" / "checkpoint-10" / "log.jsonl").write_text("{}\nrubbish\n")
     with pytest.raises(ValueError, match="log.jsonl"):
         train(*start(base, tmp_path / "new", **alone))
     shutil.copytree(whole, tmp_path / "out")
@@ -507,7 +507,7 @@ def test_twenty_kills_at_random_moments(base, records, tmp_path, full):
         os.waitpid(child, 0)
         inside = sorted(
             p.suffix
-            for pattern in ("*.new", "*.old")
+            for pattern in ("*.tmp*", "*.old")
             for p in (tmp_path / "out").glob(f"checkpoint-{pattern}")
         )
         moments.append((max(T.checkpoints(tmp_path / "out"), default=0), logged(), *inside))

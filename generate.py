@@ -567,8 +567,10 @@ def read_records(path):
                 place = f"line {i}"
                 if line.strip():
                     rows[place] = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); try iconv -f GBK -t UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} {place} is not JSON in UTF-8: {error}") from None
+        raise ValueError(f"{path} {place} is not JSON: {error}") from None
     for place, row in (rows or {"(empty)": None}).items():
         if not isinstance(row, dict):
             raise ValueError(f"{path} {place} holds a {type(row).__name__}, wanted an object")

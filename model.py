@@ -935,7 +935,7 @@ def check_settings(settings):
     of its annotated type and within its range. Numbers without a range are above 0."""
     for f in fields(settings):
         value, choices = getattr(settings, f.name), f.metadata.get("choices")
-        wanted, fits = f"a {f.type.__name__}", type(value) is f.type
+        wanted, fits = f.type.__name__, type(value) is f.type
         if choices:
             wanted, fits = " or ".join(choices), value in choices
         elif f.type in (int, float):
@@ -943,7 +943,7 @@ def check_settings(settings):
             low = f.type is int or 1e-30 if low is None else low
             wanted += f" from {low:g} to {high:g}"
             fits = type(value) in (int, f.type) and low <= value <= high
-        if not fits and value is not f.default:
+        if not fits and (type(value), value) != (type(f.default), f.default):
             raise ValueError(f"{f.name} is {value!r}, wanted {wanted}")
 
 

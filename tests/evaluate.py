@@ -47,7 +47,7 @@ import math
 import re
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -873,7 +873,8 @@ class Options(Decoding):
     def decoding(self):
         """The Decoding of each answer. Greedy ones have no seed: another one for the resamples
         leaves them as they are."""
-        return replace(self.each()[0], seed=self.seed if self.temperature else None)
+        given = {f.name: getattr(self, f.name) for f in fields(Decoding)}
+        return Decoding(**given | {"n": 1, "seed": self.seed if self.temperature else None})
 
 
 def parse_options():

@@ -194,9 +194,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        # In this order (w1, w2, w3) Meta's code makes them, and random first values are drawn.
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, x):  # (..., C) -> (..., C)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1229,11 +1229,12 @@ def parse_config():
     if "lora_target_modules" in given:
         names = re.findall(r"\w+", " ".join(given["lora_target_modules"]))
         given["lora_target_modules"] = tuple(names)
+    # A share of the data for validation takes the place of TINY's file.
+    if "val_set_size" in given:
+        given.setdefault("val_path", "")
     if given.get("base_model"):
         return TrainConfig(**given)
-    # A share of the data for validation takes the place of TINY's file.
-    share = {"val_path": ""} if "val_set_size" in given else {}
-    return TrainConfig(**TINY | share | given | {"base_model": TINY["base_model"]})
+    return TrainConfig(**TINY | given | {"base_model": TINY["base_model"]})
 
 
 def storage_dtype(config, dtype):

@@ -141,11 +141,6 @@ def epoch_order(rows, config, epoch):
     return grouped
 
 
-def total_steps(rows, config):
-    count = config.num_epochs * math.ceil(len(rows) / config.batch_size)
-    return min(count, config.max_steps or count)
-
-
 def steps(rows, config, first, total):
     """Yield (step, epochs done after it, its rows) of the steps from `first` to before `total`."""
     per_epoch = math.ceil(len(rows) / config.batch_size)
@@ -366,6 +361,11 @@ def train(config, model, data, run=None):
 
 def trained_parameters(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def total_steps(rows, config):
+    count = config.num_epochs * math.ceil(len(rows) / config.batch_size)
+    return min(count, config.max_steps or count)
 
 
 def seed_dropout(step, config):

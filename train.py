@@ -141,11 +141,6 @@ def epoch_order(rows, config, epoch):
     return grouped
 
 
-def total_steps(rows, config):
-    count = config.num_epochs * math.ceil(len(rows) / config.batch_size)
-    return min(count, config.max_steps or count)
-
-
 def steps(rows, config, first, total):
     """Yield (step, epochs done after it, its rows) of the steps from `first` to before `total`."""
     per_epoch = math.ceil(len(rows) / config.batch_size)
@@ -368,6 +363,11 @@ def trained_parameters(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def total_steps(rows, config):
+    count = config.num_epochs * math.ceil(len(rows) / config.batch_size)
+    return min(count, config.max_steps or count)
+
+
 def seed_dropout(step, config):
     """Dropout's masks follow from the seed, the step and the process: there is no state to save."""
     rank, n = processes()
@@ -484,12 +484,13 @@ class Run:
                     "--resume_from_checkpoint auto, or give another --output_dir"
                 )
             return None
-        if Path(given) != found and not (Path(given) / "state.safetensors").is_file():
+        start = Path(given)
+        if start != found and not (start / "state.safetensors").is_file():
             raise ValueError(
                 f"{given} is no checkpoint (it has no state.safetensors); give a checkpoint-STEP "
                 "folder, or auto"
             )
-        return Path(given)
+        return start
 
     def go_on_from(self, start):
         """Take over history and limits of a run, which must have been made with what this one is.
@@ -535,8 +536,9 @@ class Run:
                 raise  # a bug: with its traceback
             advice = "; lower --micro_batch_tokens or --memory_gb" if memory else ""
             found = newest(self.folder)
-            saved = f"{found} is whole: --resume_from_checkpoint auto"
-            saved = saved if found else "Nothing is saved"
+            saved = (
+                f"{found} is whole: --resume_from_checkpoint auto" if found else "Nothing is saved"
+            )
             raise ValueError(f"step {self.step}: {memory or error}{advice}. {saved}") from None
 
     def log(self, record):
@@ -551,9 +553,9 @@ class Run:
         if self.wandb:
             self.wandb.log(record, step=record["step"])
 
-    def is_multiple(self, every, total=None):
+    def is_multiple(self, every, total):
         """Is the step one of every so many, or the last?"""
-        return self.step == total or (every > 0 and self.step % every == 0)
+        return self.step == total or self.step % (every or total) == 0
 
     def best_step(self):
         """The first step of the lowest validation loss; None before a validation."""
@@ -563,7 +565,7 @@ class Run:
     def is_due(self):
         """A checkpoint every save_steps, and at each new best validation loss."""
         every = self.config.save_steps
-        return every > 0 and (self.is_multiple(every) or self.step == self.best_step())
+        return every > 0 and (self.step % every == 0 or self.step == self.best_step())
 
     def save(self, model, optimizer):
         """Write checkpoint-STEP. All processes call it: a sharded model's tensors are gathered."""
@@ -609,14 +611,15 @@ class Run:
 
     def finish(self, model, total):
         """Draw the loss curve and, if all steps are made, write the result."""
-        if self.writes and self.history:
+        if self.writes:
             draw_curve(self.history, self.folder / "loss.svg")
         if self.config.output_dir and self.step == total:
             self.save_weights(model, self.folder)
 
 
 def describe_run(config):
-    """What run.json says of a run: settings, versions, and SHA-256 of all that it is made from."""
+    """What run.json says of a run: settings, versions, and SHA-256 of the files that it is made
+    from."""
 
     def digest(path):
         with open(path, "rb") as file:
@@ -627,19 +630,22 @@ def describe_run(config):
         base = find_base(config.base_model)
         names = ("config.json", "params.json", "added_tokens.json")
         base_files = [*weight_files(base), find_tokenizer(base), *map(base.joinpath, names)]
-    # The content of the template counts, not its name or the layout of its file.
-    template = json.dumps(load_template(config.prompt_template_name), sort_keys=True)
     # what auto means here: another machine may take another dtype
     dtype = pick_dtype(config.dtype, pick_device(config.device))
     hashes = {
         "base": [digest(file) for file in base_files if file.is_file()],
         "data": [[weight, digest(path)] for path, weight in map(split_weight, config.data_path)],
         "validation": digest(config.val_path) if config.val_path else None,
-        "template": hashlib.sha256(template.encode()).hexdigest(),
+    }
+    made_in = {
+        # its content counts, not its name or the layout of its file
+        "template": load_template(config.prompt_template_name),
+        "dtype of the activations": str(dtype),
+        "processes": world_size(),
     }
     return {
         "config": asdict(config),
-        "made_in": {"dtype of the activations": str(dtype), "processes": world_size()},
+        "made_in": made_in,
         "sha256": hashes,
         "torch": torch.__version__,
         "started": time.time(),
@@ -1003,19 +1009,19 @@ def encode_records(tokenizer, template, records, config):
 # Answers before and after
 
 
-def answer_all(model, tokenizer, template, records, label):
-    """Greedy answers to the records' questions. Each process answers its share."""
+def answer_all(model, tokenizer, template, records, key):
+    """The records with greedy answers to their questions as `key`. Each process answers a share."""
     rank, n = processes()
     prompts = []
     for record in records[rank::n]:
         text = render_prompt(template, record["instruction"], record["input"])
         prompts.append(tokenizer.encode(text, bos=True))
-    own = answer_batch(model, tokenizer, prompts, Decoding(max_new_tokens=128), 32, label)
+    own = answer_batch(model, tokenizer, prompts, Decoding(max_new_tokens=128), 32, key)
     # Question i was answered by process i % n.
     shares = [own] * n
     if n > 1:
         dist.all_gather_object(shares, own)
-    return [shares[i % n][i // n] for i in range(len(records))]
+    return [record | {key: shares[i % n][i // n]} for i, record in enumerate(records)]
 
 
 def terms_in(text, terms):
@@ -1052,12 +1058,11 @@ def print_report(config, history, answers):
         print(f"\n问题 {record['instruction']}\n  参考 {record['output']}")
         print(f"  调前 {record['before']!r:.120}\n  调后 {record['after']}")
     tokens, seconds = (sum(record[key] for record in history) for key in ("tokens", "seconds"))
-    first, last = history[0]["loss"], history[-1]["loss"]
-    validation = history[-1].get("val_loss", math.nan)
+    first, last = history[0], {"val_loss": math.nan} | history[-1]
     print(
         f"\n{len(history)} steps, {tokens:,} real tokens in {seconds:.0f} s "
-        f"({tokens / seconds:,.0f} tokens/s), loss {first:.3f} -> {last:.3f}, validation "
-        f"{validation:.3f}"
+        f"({tokens / seconds:,.0f} tokens/s), loss {first['loss']:.3f} -> {last['loss']:.3f}, "
+        f"validation {last['val_loss']:.3f}"
     )
     old, new = (facts_recalled(answers, [r[key] for r in answers]) for key in ("before", "after"))
     if new is not None:
@@ -1068,9 +1073,6 @@ def print_report(config, history, answers):
 
 # ==================================================================================================
 # Settings
-
-TRAIN_ON, RECOMPUTE = ("last", "all"), ("none", "full", "auto")
-BASE_DTYPES = ("auto", *DTYPES, *QUANTISED)
 
 
 @dataclass(frozen=True)
@@ -1092,7 +1094,9 @@ class TrainConfig:
     prompt_template_name: str = setting("med_template", "name in data/templates, or path")
     cutoff_len: int = setting(512, "tokens of a row at most; a longer answer is cut, its EOS stays")
     train_on: str = setting(
-        "last", "targets in a conversation: its last answer, or all answers", choices=TRAIN_ON
+        "last",
+        "targets in a conversation: its last answer, or all answers",
+        choices=("last", "all"),
     )
     train_on_inputs: bool = setting(False, "make the prompt's tokens targets too")
     group_by_length: bool = setting(
@@ -1119,7 +1123,9 @@ class TrainConfig:
     # speed and memory
     device: str = setting("auto", "auto, cpu, cuda, cuda:1")
     dtype: str = setting("auto", "of the activations", choices=("auto", *DTYPES))
-    base_dtype: str = setting("auto", "of the frozen base (auto: as dtype)", choices=BASE_DTYPES)
+    base_dtype: str = setting(
+        "auto", "of the frozen base (auto: as dtype)", choices=("auto", *DTYPES, *QUANTISED)
+    )
     micro_batch_size: int = setting(
         0, "rows computed at once, at most (0: as many as micro_batch_tokens allows)", 0
     )
@@ -1133,7 +1139,7 @@ class TrainConfig:
         "auto",
         "which blocks keep no activations, and compute them again for the gradient (auto: as "
         "many as memory asks for)",
-        choices=RECOMPUTE,
+        choices=("none", "full", "auto"),
     )
     memory_gb: float = setting(0.0, "memory to plan for, in 2^30 bytes (0: 92 % of all)", 0)
     share_opening: bool = setting(
@@ -1223,11 +1229,12 @@ def parse_config():
     if "lora_target_modules" in given:
         names = re.findall(r"\w+", " ".join(given["lora_target_modules"]))
         given["lora_target_modules"] = tuple(names)
+    # A share of the data for validation takes the place of TINY's file.
+    if "val_set_size" in given:
+        given.setdefault("val_path", "")
     if given.get("base_model"):
         return TrainConfig(**given)
-    # A share of the data for validation takes the place of TINY's file.
-    share = {"val_path": ""} if "val_set_size" in given else {}
-    return TrainConfig(**TINY | share | given | {"base_model": TINY["base_model"]})
+    return TrainConfig(**TINY | given | {"base_model": TINY["base_model"]})
 
 
 def storage_dtype(config, dtype):
@@ -1305,12 +1312,10 @@ def main():
     count = 0 if config.shard else config.num_answers  # token by token, gathering is too slow
     every = max(1, len(val_records) // max(1, count))
     questions = val_records[::every][:count]
-    before = answer_all(model, tokenizer, template, questions, "answers before")
+    questions = answer_all(model, tokenizer, template, questions, "before")
     history = train(config, model, (rows, val_rows), run)
-    after = answer_all(model, tokenizer, template, questions, "answers after")
+    answers = answer_all(model, tokenizer, template, questions, "after")
     if processes()[0] == 0:
-        triples = zip(questions, before, after)
-        answers = [record | {"before": old, "after": new} for record, old, new in triples]
         write_lines(run.folder / "answers.jsonl", answers)
         print_report(config, history, answers)
 

@@ -201,7 +201,7 @@ def test_what_differs_is_refused_in_one_line(base, whole, tmp_path):
         "base [": {"base_model": str(copy)},
         "base ['": {"base_model": str(shape)},
         "data [], not [[1.0, ": {"data_path": (str(data),)},
-        "template '": {"prompt_template_name": str(tmp_path / "t.json")},
+        "template {": {"prompt_template_name": str(tmp_path / "t.json")},
         "validation None, not '": {"val_path": str(data)},
     }
     for words, changes in changed.items():

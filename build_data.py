@@ -101,7 +101,7 @@ def values_of(entity, relation):
     # Treatment by pattern is made of two relations: the i-th formula treats the i-th pattern.
     pairs = unique(zip(*(entity.get(relation, []) for relation in PAIRED)))
     text = "，".join(f"{pattern}用{formula}" for pattern, formula in pairs)
-    return text, unique(chain.from_iterable(pairs))
+    return text, unique(chain(*pairs))
 
 
 def unique(items):
@@ -137,10 +137,9 @@ def write_records(entities, forms, ways, rng):
         own = list(facts(entity, forms))
         # Several ways to ask, one way to answer: the statement form is always the first.
         for fact in own:
-            questions = fact.form["questions"]
-            for i in rng.sample(range(len(questions)), min(ways, len(questions))):
-                question = questions[i].format(e=fact.entity)
-                yield offline_record([fact], i, question)
+            questions = list(enumerate(fact.form["questions"]))
+            for i, question in rng.sample(questions, min(ways, len(questions))):
+                yield offline_record([fact], i, question.format(e=fact.entity))
         if len(own) > 1:
             pair = rng.sample(own, 2)
             both = "和".join(fact.relation for fact in pair)
@@ -164,8 +163,11 @@ def offline_record(answered, form, question):
     }
 
 
-# --------------------------------------------------------------------------------------------------
+# ==================================================================================================
 # By an LLM: jobs are asked, replies are parsed, records are kept or rejected
+
+# What a record keeps of its reply.
+PAID = ("prompt_hash", "model", "params", "usage", "time")
 
 
 def build(args, jobs, sieve):
@@ -192,41 +194,34 @@ def build(args, jobs, sieve):
     write_lines(args.output, kept)
     write_lines(beside(args.output, ".rejected.jsonl"), rejected)
     if kept:
-        report(args.output, args.knowledge, html=beside(args.output, ".html"))
+        report(args.output, args.knowledge, beside(args.output, ".html"))
     client.end()
 
 
 def read_reply(job, client):
     """The records in the latest reply to a job, or one with a `reason` if there are none."""
     reply = client.replies.get(f"{job.key}/repair") or client.replies.get(job.key, {})
-    reason = f"no reply: {client.failed.get(job.key, client.stop)}"
     # Where it comes from: the entity of its first fact (a new task has none), and the reply.
     source = {"entity": None, "kind": None, "form": job.form}
     for fact in job.facts[:1]:
         source |= {"entity": fact.entity, "kind": fact.kind}
-    if reply:
-        source |= {name: reply[name] for name in PAID}
-        try:
-            records = records_of(job, parse_items(reply["content"], job.fields))
-            return [{"id": f"{job.key}/{i}", **r, **source} for i, r in enumerate(records)]
-        except ValueError as error:
-            reason = str(error)
-    rejected = {
-        "id": job.key,
-        **source,
-        "reason": reason,
-        "content": reply.get("content"),
-    }
-    return [rejected]
+    source |= {name: reply[name] for name in PAID if reply}
+    try:
+        if not reply:
+            raise ValueError(f"no reply: {client.failed.get(job.key, client.stop)}")
+        records = records_of(job, parse_items(reply["content"], job.fields))
+        return [{"id": f"{job.key}/{i}", **r, **source} for i, r in enumerate(records)]
+    except ValueError as error:
+        return [{"id": job.key, **source, "reason": str(error), "content": reply.get("content")}]
 
 
 def records_of(job, items):
     """The records in a reply: one of each item, or one dialogue of which each item is a turn."""
     if job.fields == TASK:
         return items
-    if not 2 <= len(items) <= 6 or not all(all(item.values()) for item in items):
-        raise ValueError(f"turns: {len(items)}, wanted 2 to 6 and none of them empty")
-    turns = [(item["user"], item["bot"]) for item in items]
+    turns = [tuple(item.values()) for item in items]
+    if not 2 <= len(turns) <= 6 or not all(map(all, turns)):
+        raise ValueError(f"turns: {len(turns)}, wanted 2 to 6 and none of them empty")
     messages = [message(*said) for turn in turns for said in zip(("user", "assistant"), turn)]
     # As BenTsao wrote its rows: all turns but the last answer are the instruction.
     *earlier, (question, answer) = turns
@@ -236,9 +231,6 @@ def records_of(job, items):
 
 # ==================================================================================================
 # How a reply is judged
-
-# What a record keeps of its reply.
-PAID = ("prompt_hash", "model", "params", "usage", "time")
 
 # The fields of an item of a reply: a task, or one turn of a dialogue.
 TASK = ("instruction", "input", "output")
@@ -258,8 +250,8 @@ def parse_items(content, fields):
     unless it is {"items": [...]} with texts. A code fence or a reasoning model's thoughts around it
     are cut off; a missing input is empty."""
     # Some models put thoughts before the JSON or a fence around it, though told not to.
-    text = re.sub(r"(?s)^<think>.*?</think>", "", content.strip()).strip()
-    text = re.sub(r"(?s)^```(?:json)?\n(.*)\n```$", r"\1", text)
+    thoughts, fence = r"(?:<think>.*?</think>)?", r"(?:```(?:json)?\n)?(.*?)(?:\n```)?"
+    text = re.fullmatch(rf"(?s)\s*{thoughts}\s*{fence}\s*", content)[1]
     if not text:
         raise ValueError("empty")
     items = []
@@ -271,8 +263,7 @@ def parse_items(content, fields):
         # RecursionError: brackets nested without end.
         raise ValueError(f"no JSON: {error}") from None
     except (LookupError, TypeError, AttributeError):
-        form = {"items": [dict.fromkeys(fields, "text")]}
-        raise ValueError(f"wanted {to_json(form)}") from None
+        raise ValueError(f"wanted items, each with texts for {', '.join(fields)}") from None
     if not items:
         raise ValueError("no items")
     return items
@@ -295,41 +286,48 @@ class Sieve:
     def reason(self, record, job):
         """The reason to reject a record, "" to keep it. Notes on the record which values of the
         job's facts it states."""
-        # In a dialogue every second message is a reply.
+        # What its text alone gives away. In a dialogue every second message is a reply.
         replies = [said["content"] for said in record.get("messages", [])[1::2]]
         told = "\n".join(replies or [record["output"]])
         text = f"{record['instruction']}\n{record['input']}\n{told}"
         answers = plain(told)
-        return (
-            fault(record, text, answers)
-            or self.not_grounded(record, text, answers, job)
-            or self.repeated(record)
-            or ""
-        )
+        for reason, pattern in FAULTS.items():
+            if re.search(pattern, text):
+                return reason
+        if len(answers) < 10 or len(record["instruction"]) < 4:
+            return "too short"
+        if len(re.findall("[\u4e00-\u9fff]", answers)) < 0.5 * len(answers):
+            return "not Chinese"
+        return self.not_grounded(record, text, answers, job) or self.repeated(record) or ""
 
     def not_grounded(self, record, text, answers, job):
         """A record must state a value of its facts, and name no disease, herb, drug or formula that
         its prompt does not hold."""
         if not job.facts:
             return
-        # Which values it states, and the share of the values that it was given.
+        # Which values it states, and the share of the values that it was given. A name that the
+        # prompt does not hold is knowledge of the LLM's own, true or not.
         given = unique(value for fact in job.facts for value in fact.values)
         stated = [value for value in given if says(answers, value)]
         relations = (fact.relation for fact in job.facts if set(stated) & set(fact.values))
-        record["relations"], record["values"] = unique(relations), stated
-        record["score"] = round(len(stated) / len(given), 3)
-        # A name that the prompt does not hold is knowledge of the LLM's own, true or not.
-        record["strangers"] = self.names.strangers(text, job.messages[-1]["content"])
+        strangers = self.names.strangers(text, job.messages[-1]["content"])
+        record |= {
+            "relations": unique(relations),
+            "values": stated,
+            "score": round(len(stated) / len(given), 3),
+            "strangers": strangers,
+        }
         if not stated:
             return "names no value of its facts"
-        if record["strangers"]:
+        if strangers:
             return "names what its facts do not"
 
     def repeated(self, record):
         """Whether it is like a record kept before: the same text; about the same entity, with
         mostly the same 4-grams; a task of mostly the same words. If not, it counts as kept."""
-        text = text_of(record)
-        grams = grams_of(record)
+        text, entity = text_of(record), record.get("entity")
+        # The 4-grams, each with the entity: records of two entities have none in common.
+        grams = {(entity, text[i : i + 4]) for i in range(len(text) - 3)}
         # The cheap comparison first.
         if text in self.exact:
             return "duplicate"
@@ -343,17 +341,6 @@ class Sieve:
         # What is rejected must not be remembered, or a good record would fall with it.
         self.exact.add(text)
         self.grams.add(grams, text)
-
-
-def fault(record, text, answers):
-    """The reason to reject a record that its text alone gives, if there is one."""
-    for reason, pattern in FAULTS.items():
-        if re.search(pattern, text):
-            return reason
-    if len(answers) < 10 or len(record["instruction"]) < 4:
-        return "too short"
-    if len(re.findall("[\u4e00-\u9fff]", answers)) < 0.5 * len(answers):
-        return "not Chinese"
 
 
 def plain(text):
@@ -383,31 +370,31 @@ class Names:
     def __init__(self, entities):
         rules = read_json_file(f"{DATA}/relations.json")
         self.kinds = {entity["中心词"]: entity["类型"] for entity in entities}
-        # {name: entities that it means}: two entities may share an alias.
+        # {name: names of the same}: two entities may share an alias.
         self.entities = defaultdict(set)
         for entity in entities:
-            for alias in entity.get("别名", []):
-                self.entities[alias].add(entity["中心词"])
             # The values of some relations are names too: a formula's 组成 names herbs.
             for relation, kind in {"别名": entity["类型"], **rules["names"]}.items():
                 for value in entity.get(relation, []):
+                    if relation == "别名":
+                        self.entities[value].add(entity["中心词"])
                     if not re.search(rules["no_names"], value):
                         self.kinds.setdefault(value, kind)
-        # By longest match: 四逆汤 in 当归四逆汤 is none. One character is inside too many words.
-        names = sorted(filter(lambda name: len(name) > 1, self.kinds), key=len, reverse=True)
+        for name in self.kinds:
+            self.entities[name].add(name)
+        # By longest match: 四逆汤 in 当归四逆汤 is none.
+        names = sorted(self.kinds, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, names)) or "$^")
 
     def find(self, text):
         """The set of names in a text."""
-        return set(self.pattern.findall(text))
-
-    def meant(self, name):
-        return self.entities[name] | {name}
+        # One character is inside too many words.
+        return {name for name in self.pattern.findall(text) if len(name) > 1}
 
     def strangers(self, text, given):
         """Names in a text that the given text does not hold, under this or another name."""
-        held = set().union(*map(self.meant, self.find(given)))
-        strange = [name for name in self.find(text) if not held & self.meant(name)]
+        held = set().union(*map(self.entities.get, self.find(given)))
+        strange = [name for name in self.find(text) if not held & self.entities[name]]
         # A longer word may hold a disease or drug (缺铁性贫血: 贫血), but no herb and no formula.
         whole = ("中药", "方剂")
         return sorted(n for n in strange if self.kinds[n] in whole or n not in given)
@@ -431,7 +418,7 @@ class TokenIndex:
     def like(self, tokens, share):
         """The texts that have enough tokens in common with a new one: at least a share of the sum
         of both numbers, so that equal texts share 0.5."""
-        common = Counter(chain.from_iterable(self.postings.get(token, ()) for token in tokens))
+        common = Counter(chain(*(self.postings.get(token, ()) for token in tokens)))
         found = ((shared, *self.texts[i]) for i, shared in common.items())
         # 1e-9: what rounding may have added to the bound.
         return [text for n, size, text in found if n >= share * (size + len(tokens)) - 1e-9]
@@ -440,13 +427,6 @@ class TokenIndex:
 def text_of(record):
     """All that a record says, as it is compared."""
     return plain(f"{record['instruction']}{record['input']}{record['output']}")
-
-
-def grams_of(record):
-    """The 4-grams of a record, each with the entity: records of two entities have none in
-    common."""
-    text = plain(f"{record['instruction']}{record['output']}")
-    return {(record.get("entity"), text[i : i + 4]) for i in range(len(text) - 3)}
 
 
 def most_like(index, text):
@@ -637,18 +617,22 @@ def literature_jobs(args, prompts):
         title, disease, conclusion = texts = [paper.get(key) for key in ("标题", "疾病", "结论")]
         if not all(map(is_text, texts)):
             raise ValueError(f"{args.literature} {where}: wanted texts for 标题, 疾病 and 结论")
+        # The values are the clauses, less those of three characters and fewer.
+        values = re.findall("[^，。；]{4,}", conclusion) or [conclusion]
+        facts = [Fact(title, None, "结论", conclusion, values)]
         number = next(seen[title])
-        parts = [part for part in re.split("[，。；]", conclusion) if len(part) > 3]
-        facts = [Fact(title, None, "结论", conclusion, parts or [conclusion])]
         turns = random.Random(f"{args.seed}/{title}/{number}").randint(2, 6)
-        item = f"{title}#{number}"
-        places = {
-            "title": title,
-            "disease": disease,
-            "conclusion": conclusion,
-            "turns": turns,
-        }
-        yield make_job(args, prompts, "literature", item, facts, **places)
+        yield make_job(
+            args,
+            prompts,
+            "literature",
+            f"{title}#{number}",
+            facts,
+            title=title,
+            disease=disease,
+            conclusion=conclusion,
+            turns=turns,
+        )
 
 
 def self_instruct_jobs(args, prompts, seeds):
@@ -673,8 +657,8 @@ def repairs(args, jobs, replies):
             parse_items(said, job.fields)
         except ValueError as error:
             asked = form.safe_substitute(reason=error)
-            answers = [message("assistant", said or "（空）"), message("user", asked)]
-            prompts[key] = job.messages + answers
+            said = message("assistant", said or "（空）")
+            prompts[key] = [*job.messages, said, message("user", asked)]
     return prompts
 
 
@@ -688,8 +672,7 @@ class Replies(dict):
     Raises ValueError if another process holds the file, and for a line that is no reply."""
 
     def __init__(self, path, read_only=False):
-        # The size is in bytes, of complete lines.
-        self.path, self.size = path, 0
+        self.path = path
         if not read_only:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Open as long as this object lives: closing it would release the lock.
@@ -699,34 +682,34 @@ class Replies(dict):
             except BlockingIOError:
                 raise ValueError(f"{path} belongs to another process; wait for it") from None
         data = path.read_bytes() if path.exists() else b""
+        size = 0  # bytes of complete lines
         for number, line in enumerate(data.splitlines(keepends=True), 1):
             try:
                 reply = json.loads(line)
                 self[reply["key"]] = reply
-                self.size += len(line)
+                size += len(line)
             except (ValueError, TypeError, LookupError):
                 # Only the last line may be one that a crash cut off.
                 if line.endswith(b"\n"):
-                    place = f"{path} line {number}"
-                    raise ValueError(f"{place} is no reply; delete that line") from None
+                    raise ValueError(f"{path} line {number} is no reply; delete it") from None
         if not read_only:
             # What a crash cut off goes; a complete reply without its end of line gets one.
-            self.file.truncate(self.size)
-            if self.size and data[self.size - 1 : self.size] != b"\n":
-                self.size += self.file.write(b"\n")
+            self.file.truncate(size)
+            if size and data[size - 1 : size] != b"\n":
+                self.file.write(b"\n")
 
     def append(self, reply):
         """Bring a reply to the file. Raises OSError if the disk is full; no half line is left."""
         line = f"{to_json(reply)}\n".encode("utf-8", "replace")
+        size = self.path.stat().st_size
         try:
             if self.file.write(line) < len(line):
                 raise OSError("disk full")
         except OSError as error:
-            self.file.truncate(self.size)
+            self.file.truncate(size)
             safe = f"{len(self):,} replies are safe, run again to go on"
             raise OSError(f"{self.path}: {error.strerror or error}; {safe}") from None
         self[reply["key"]] = reply
-        self.size += len(line)
 
 
 def to_json(value):
@@ -766,7 +749,7 @@ class Client:
     def __init__(self, path, args):
         self.args = args
         self.replies = Replies(path, read_only=args.dry_run)
-        self.note = self.replies.path.with_suffix(".batches.json")
+        self.note = path.with_suffix(".batches.json")
         self.params = {
             "temperature": args.temperature,
             "max_completion_tokens": args.max_tokens,
@@ -812,7 +795,7 @@ class Client:
             asyncio.run(self.run(todo))
 
     def show_bill(self, prompts, todo):
-        for key, messages in list(todo.items())[:3]:
+        for key, messages in islice(todo.items(), 3):
             print(f"--- {key}", *(message["content"] for message in messages), sep="\n")
         total = self.bound(todo.values())
         dollars = "dollars with --price_in and --price_out"
@@ -850,21 +833,19 @@ class Client:
                     timeout=self.args.timeout,
                     # Online each further try is made and counted by `send`.
                     max_retries=self.args.retries if self.args.batch else 0,
-                ) as client:
-                    await ask_all(client, todo)
+                ) as self.api:
+                    await ask_all(todo)
         except OpenAIError as error:
             # `send` sees to its own: this one comes from the Batch API.
             self.stop = ValueError(
-                f"{client.base_url}: {without_key(error)}; run the same command to go on, or "
+                f"{self.api.base_url}: {without_key(error)}; run the same command to go on, or "
                 f"delete {self.note.name} if the endpoint has lost its batch"
             )
-        except ValueError as error:
-            self.stop = error
         # A full disk has no place for the records either.
         if isinstance(self.stop, OSError):
             raise self.stop
 
-    async def online(self, client, todo):
+    async def online(self, todo):
         """Send the prompts, `concurrency` at a time. What stops one stops all, after the replies in
         flight have come in."""
         # All workers draw from one iterator.
@@ -873,15 +854,13 @@ class Client:
         async def work():
             for key, messages in prompts:
                 try:
-                    await self.send(client, key, messages)
+                    await self.send(key, messages)
                 except Exception as error:
                     self.stop = error
-                if self.stop:
-                    return
 
         await asyncio.gather(*(work() for _ in range(self.args.concurrency)))
 
-    async def send(self, client, key, messages):
+    async def send(self, key, messages):
         """Ask one prompt until it is answered or refused, `retries` more times at most. The loop is
         ours and not the openai client's, since a try that timed out may be billed: max_cost is a
         bound only if each try counts. Raises what ends the run."""
@@ -895,32 +874,33 @@ class Client:
             # What a try may cost is reserved before it leaves.
             self.requests += 1
             self.reserved += cost
-            params = dict(self.params)
+            answer, status, params = None, 200, dict(self.params)
             body = {"messages": messages, **params}
-            answer = error = None
             try:
-                answer = await client.post("/chat/completions", cast_to=object, body=body)
+                answer = await self.api.post("/chat/completions", cast_to=object, body=body)
                 self.store(key, prompt_hash(messages), answer, params)
-            except (OpenAIError, ValueError, RecursionError) as caught:
-                error = caught
+            except (OpenAIError, ValueError, RecursionError) as error:
                 self.failed[key] = without_key(error)
-            outcome = outcome_of(error)
+                status, seconds = status_of(error), seconds_until_retry(error, attempt)
             # It stays reserved unless the endpoint tells the cost or cannot have answered.
-            if any(tokens_used(answer).values()) or outcome in ("refused", "end", "later"):
+            if any(tokens_used(answer).values()) or status not in (200, 408):
                 self.reserved -= cost
-            if outcome == "end":
-                raise ValueError(f"{client.base_url}, {self.args.model}: {self.failed[key]}")
-            # The same prompt without a parameter is no further try.
-            if outcome == "refused" and self.leave_out(error, params):
-                return await self.send(client, key, messages)
-            if outcome not in ("later", "lost"):
+            # A wrong key, no money left, an unknown model: it is the same for every prompt.
+            if status in (401, 402, 403, 404):
+                raise ValueError(f"{self.api.base_url}, {self.args.model}: {self.failed[key]}")
+            if status not in RETRY:
                 break
-            await self.pause(seconds_until_retry(error, attempt))
+            await self.pause(seconds)
+
+        # The same prompt without a parameter is no further try.
+        if self.leave_out(self.failed.get(key), params):
+            return await self.send(key, messages)
         # A refusal, too, shows that the endpoint is there.
-        self.unanswered = 0 if outcome in ("answered", "refused") else self.unanswered + 1
-        if self.unanswered >= 2 * self.args.concurrency:
+        answered = key in self.replies or status not in (200, *RETRY)
+        self.unanswered = 0 if answered else self.unanswered + 1
+        if self.unanswered >= 12:
             raise ValueError(
-                f"{client.base_url}: {self.unanswered} in a row without an answer, the last: "
+                f"{self.api.base_url}: {self.unanswered} in a row without an answer, the last: "
                 f"{self.failed[key]}"
             )
 
@@ -938,8 +918,8 @@ class Client:
             return Stopped(f"max_cost {self.args.max_cost} reached ({self.spent:.4f} spent)")
 
     def store(self, key, hash, answer, params):
-        """Bring the reply in a chat completion to the file. Raises ValueError if there is none;
-        what it cost is counted all the same."""
+        """Bring the reply in a chat completion to the file, or note that it is none; what it cost
+        is counted in either case."""
         usage = tokens_used(answer)
         self.spent += self.cost(usage, self.args.batch)
         try:
@@ -960,7 +940,8 @@ class Client:
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
         except (LookupError, TypeError, AttributeError):
-            raise ValueError(f"no chat completion: {str(answer)[:300]}") from None
+            self.failed[key] = without_key(f"no chat completion: {answer}")
+            return
         self.replies.append(reply)
         self.failed.pop(key, None)
         # Without prices there is nothing to show.
@@ -971,42 +952,41 @@ class Client:
     def leave_out(self, error, sent):
         """Whether an endpoint refuses a request for a parameter sent that it may do without. No
         later request sends it."""
-        text = getattr(error, "param", None) or str(error)
-        name = next((name for name in ("messages", *sent) if name in text), None)
-        if name not in ("temperature", "response_format", "max_completion_tokens"):
-            return False
-        self.params.pop(name, None)
-        # Many servers know it by its older name.
-        if name == "max_completion_tokens":
-            self.params["max_tokens"] = self.args.max_tokens
-        return True
+        name = next((name for name in ("messages", *sent) if name in str(error)), None)
+        if name in ("temperature", "response_format", "max_completion_tokens"):
+            self.params.pop(name, None)
+            # Many servers know it by its older name.
+            if name == "max_completion_tokens":
+                self.params["max_tokens"] = self.args.max_tokens
+            return True
 
     # The Batch API: half the price, within 24 hours. The note {file, batch, params} is written
     # before anything waits, with batch null until it is made: a run killed at any moment finds its
     # batch again.
 
-    async def batched(self, client, todo):
+    async def batched(self, todo):
         """Collect what an earlier run left, then send the rest in one batch, and once more what was
         refused for a parameter that can be left out."""
         asked = None
         while not self.stop:
-            if self.note.is_file():
-                await self.collect(client)
             rest = {key: todo[key] for key in todo if key not in self.replies}
+            if self.note.is_file():
+                await self.collect()
             # Each refusal leaves a parameter out; without one this is a single pass.
-            if not rest or asked == self.params:
+            elif rest and asked != self.params:
+                asked = dict(self.params)
+                await self.submit(rest)
+            else:
                 return
-            asked = dict(self.params)
-            self.failed.clear()
-            await self.submit(client, rest)
 
-    async def submit(self, client, prompts):
-        """Upload a file of requests and note it. Raises ValueError if a cap could be passed, since
-        a batch is made as a whole."""
+    async def submit(self, prompts):
+        """Upload a file of requests and note it. A batch is made as a whole: none if with it a cap
+        could be passed."""
         bound = self.bound(prompts.values())
         cap = self.cap_passed(len(prompts), self.cost(bound, batch=True))
         if cap:
-            raise ValueError(f"{cap} by the batch, which is sent whole; lower --count")
+            self.stop = ValueError(f"{cap} by the batch, which is sent whole; lower --count")
+            return
         requests = (
             {
                 "custom_id": f"{prompt_hash(messages)} {key}",
@@ -1017,90 +997,78 @@ class Client:
             for key, messages in prompts.items()
         )
         content = "\n".join(map(to_json, requests)).encode()
-        file = await client.files.create(file=("requests.jsonl", content), purpose="batch")
+        file = await self.api.files.create(file=("requests.jsonl", content), purpose="batch")
         write_json(self.note, {"file": file.id, "batch": None, "params": self.params})
 
-    async def collect(self, client):
-        """Make the batch of the file noted, if it has none, wait for it and store its replies."""
+    async def collect(self):
+        """Look once at the batch of the file noted, which is made if there is none: store its
+        replies if it has ended, else wait."""
         noted = read_json_file(self.note)
         if noted.keys() != {"file", "batch", "params"}:
             raise ValueError(
                 f"{self.note} is no note of a batch: wanted file, batch and params; finish it with "
                 "the version that wrote it, or delete it"
             )
-        batch = await self.find_batch(client, noted)
+        batch = await self.find_batch(**noted)
         write_json(self.note, noted | {"batch": batch.id})
         # Within 24 hours; a run that is stopped here finds the note again.
-        while batch.status not in ("completed", "failed", "expired", "cancelled"):
+        if batch.status not in ("completed", "failed", "expired", "cancelled"):
             self.bar.set_description(f"{batch.id} {batch.status}")
-            await self.pause(self.args.poll)
-            if self.stop:
-                return
-            batch = await client.batches.retrieve(batch.id)
+            return await self.pause(self.args.poll)
         # Its replies, also if it failed or expired half-way.
         for file in filter(None, (batch.output_file_id, batch.error_file_id)):
-            text = (await client.files.content(file)).text
-            for line in filter(None, text.split("\n")):
+            content = await self.api.files.content(file)
+            for line in content.read().splitlines():
                 self.store_result(json.loads(line), noted["params"])
         self.note.unlink()
         if batch.status != "completed":
             self.stop = ValueError(f"{batch.id} {batch.status}: {without_key(batch.errors)}")
 
+    async def find_batch(self, file, batch, params):
+        """The batch noted; else that of its file, which a run made and could not note, or a new
+        one."""
+        if batch:
+            return await self.api.batches.retrieve(batch)
+        async for made in self.api.batches.list():
+            if made.input_file_id == file:
+                return made
+        # A batch made twice is paid twice: no second try.
+        return await self.api.with_options(max_retries=0).batches.create(
+            input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h"
+        )
+
     def store_result(self, result, params):
         """Store the reply in a line of a batch's files, or why there is none."""
         hash, key = result["custom_id"].split(" ", 1)
         answer = (result.get("response") or {}).get("body", result.get("error"))
-        try:
-            if key not in self.replies:
-                self.store(key, hash, answer, params)
-        except ValueError as error:
-            self.failed[key] = without_key(error)
-            self.leave_out(error, params)
-
-    async def find_batch(self, client, noted):
-        """The batch noted; else that of its file, which a run made and could not note, or a new
-        one."""
-        if noted["batch"]:
-            return await client.batches.retrieve(noted["batch"])
-        async for batch in client.batches.list(limit=100):
-            if batch.input_file_id == noted["file"]:
-                return batch
-        # A batch made twice is paid twice: no second try.
-        return await client.with_options(max_retries=0).batches.create(
-            input_file_id=noted["file"],
-            endpoint="/v1/chat/completions",
-            completion_window="24h",
-        )
+        if key not in self.replies:
+            self.store(key, hash, answer, params)
+            self.leave_out(self.failed.get(key), params)
 
 
-def outcome_of(error):
-    """What became of a request, by the error that it met, if any:
+# The statuses after which a request is tried again.
+RETRY = {408, 409, 429, *range(500, 600)}
 
-    answered   there is a reply
-    unusable   there is an answer, but no chat completion
-    refused    this prompt; no other try will help it
-    end        every prompt: a wrong key, an unknown model, no money left
-    later      the endpoint was not reached, or asks to come back
-    lost       it was sent, and no answer came: it may be billed"""
+
+def status_of(error):
+    """The HTTP status of an error. Where there is none: 503 if no connection was made, 408 if no
+    answer came, 200 if it could not be read. 402 for an exhausted quota, which comes as 429."""
     from openai import APIConnectionError
 
-    if error is None:
-        return "answered"
     if isinstance(error, APIConnectionError):
-        return "later" if type(error.__cause__).__name__.startswith("Connect") else "lost"
-    status = getattr(error, "status_code", 200)
-    if status == 200:
-        return "unusable"
-    if status in (401, 402, 403, 404) or error.code == "insufficient_quota":
-        return "end"
-    return "later" if status in (408, 409, 429) or status >= 500 else "refused"
+        return 503 if type(error.__cause__).__name__.startswith("Connect") else 408
+    if getattr(error, "code", None) == "insufficient_quota":
+        return 402
+    return getattr(error, "status_code", 200)
 
 
 def seconds_until_retry(error, attempt):
     """What the endpoint asks for, else twice as long each time; with some chance in it, lest all
     workers come back at once."""
-    asked = error.response.headers.get("retry-after", "") if hasattr(error, "response") else ""
-    seconds = min(3600, int(asked)) if asked.isdecimal() else min(30, 0.5 * 2**attempt)
+    try:
+        seconds = min(3600, float(error.response.headers["retry-after"]))
+    except (AttributeError, LookupError, ValueError):
+        seconds = min(30, 0.5 * 2**attempt)
     return seconds + random.random()
 
 
@@ -1137,40 +1105,34 @@ def read_knowledge(path):
     of what is wrong."""
     rules = read_json_file(f"{DATA}/relations.json")
     entities = {}
-    for where, row in join_triples(path, read_lines(path)):
+    for where, row in join_triples(path, read_rows(path)):
         try:
             entity = read_entity(row, rules)
+            if entities.setdefault(entity["中心词"], entity) is not entity:
+                raise ValueError(f"entity {entity['中心词']} stands there twice")
         except ValueError as error:
             raise ValueError(f"{path} {where}: {error}") from None
-        if entity["中心词"] in entities:
-            raise ValueError(f"{path} {where}: entity {entity['中心词']} stands there twice")
-        entities[entity["中心词"]] = entity
     return list(entities.values())
 
 
 TRIPLE = ("head", "relation", "tail")
 
 
-def read_lines(path):
+def read_rows(path):
     """[("line 3", object), ...] of a file of JSON, or of triples between tabs."""
-    # A tab in the first line, and no JSON: the lines are triples.
-    with open(path, "rb") as file:
-        first = file.readline().removeprefix(b"\xef\xbb\xbf")
-    if b"\t" not in first or first[:1] in b"{[":
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    # A tab in the first line, and no JSON: the lines are triples. What is wrong with a file that is
+    # not UTF-8, read_records says.
+    if "\ufffd" in text or not re.match(r"\s*(?![{[]).*\t", text):
         return read_records(path)
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        # Which says what is wrong and what to do.
-        return read_records(path)
-    lines = enumerate(lines, 1)
+    lines = enumerate(text.split("\n"), 1)
     return [(f"line {n}", dict(zip(TRIPLE, line.split("\t")))) for n, line in lines if line.strip()]
 
 
-def join_triples(path, lines):
-    """The lines, with all triples of one head joined to an entity."""
+def join_triples(path, rows):
+    """The rows, with all triples of one head joined to an entity."""
     joined = {}
-    for where, row in lines:
+    for where, row in rows:
         if "head" not in row:
             joined[where] = where, row
             continue
@@ -1185,9 +1147,11 @@ def join_triples(path, lines):
 def read_entity(row, rules):
     """An entity under our names of relations, each value once. A missing 类型 follows from the
     relations. Raises ValueError for a nameless or misshaped one."""
+    # The first kind that has one of its marks among the relations; the last has none, and fits all.
+    kinds = rules["kinds"].items()
+    likely = next(kind for kind, marks in kinds if not marks or set(marks) & set(row))
     row = dict(row)
-    name = row.pop("中心词", None)
-    kind = row.pop("类型", kind_by_relations(row, rules["kinds"]))
+    name, kind = row.pop("中心词", None), row.pop("类型", likely)
     if not is_text(name) or not isinstance(kind, str):
         raise ValueError(f"中心词 and 类型 want a text each, got {name!r} and {kind!r}")
     # CMeKG has several names for one of our relations: their values come together.
@@ -1205,12 +1169,6 @@ def read_entity(row, rules):
     return entity
 
 
-def kind_by_relations(row, kinds):
-    """The first kind that has one of its marks among the relations; the last has none, and fits
-    all."""
-    return next(kind for kind, marks in kinds.items() if not marks or set(marks) & set(row))
-
-
 def is_text(value):
     return isinstance(value, str) and value.strip() != ""
 
@@ -1220,9 +1178,10 @@ def read_forms(path):
     ValueError for others."""
     forms = read_json_file(path)
     try:
-        for form in chain.from_iterable(relations.values() for relations in forms.values()):
-            "".join(form["questions"]).format(e="")
-            "".join([form["statements"][0], *form["statements"]]).format(e="", v="")
+        for relations in forms.values():
+            for form in relations.values():
+                "".join(form["questions"]).format(e="")
+                "".join([form["statements"][0], *form["statements"]]).format(e="", v="")
     except (LookupError, AttributeError, TypeError, ValueError):
         raise ValueError(f"{path} holds no forms; wanted them as in data/forms.json") from None
     return forms
@@ -1250,17 +1209,18 @@ def report(path, knowledge, html="", tokenizer=None, template=None):
     duplicates; with a tokenizer also tokens, and rows that a cut-off would cut."""
     records = read_instructions(path, answers=True)
     check_sources(path, records)
+    rejected = beside(path, ".rejected.jsonl")
+    rows = read_records(rejected) if rejected.is_file() and rejected.stat().st_size else []
     entities = {entity["中心词"]: entity for entity in read_knowledge(knowledge)}
-    about = (entities.get(name, {}) for name in column(records, "entity"))
-    reasons = rejected_reasons(beside(path, ".rejected.jsonl"))
+    about = (entities.get(record["entity"], {}) for record in records)
     sections = {
-        "records": {"kept": len(records), "rejected": len(reasons)},
-        "reasons of rejection": counted(reasons),
-        "forms": counted(column(records, "form")),
-        "kinds": counted(column(records, "kind")),
-        "relations": counted(chain(*column(records, "relations"))),
+        "records": {"kept": len(records), "rejected": len(rows)},
+        "reasons of rejection": counted(str(row.get("reason")).split(":")[0] for _, row in rows),
+        "forms": counted(record["form"] for record in records),
+        "kinds": counted(record["kind"] for record in records),
+        "relations": counted(chain(*(record["relations"] for record in records))),
         "departments": counted(chain(*(entity.get("所属科室", []) for entity in about))),
-        "characters of an answer": spread(map(len, column(records, "output")), 50),
+        "characters of an answer": spread((len(record["output"]) for record in records), 50),
         "knowledge base": coverage(records, entities),
         "duplicates": duplicates(records),
     }
@@ -1288,7 +1248,7 @@ def check_sources(path, records):
             try:
                 "".join(empty + value)
             except TypeError:
-                wanted = f"wanted {'a list of texts' if empty == [] else 'a text'}"
+                wanted = "a list of texts for relations and values, a text for the others"
                 raise ValueError(f"{path} record {number}: {key} is {value!r}, {wanted}") from None
 
 
@@ -1302,34 +1262,23 @@ def spread(numbers, width):
     return {f"{low} to {low + width - 1}": count for low, count in sorted(bins.items())}
 
 
-def column(records, key):
-    return [record[key] for record in records]
-
-
-def rejected_reasons(path):
-    rows = read_records(path) if path.is_file() and path.stat().st_size else []
-    return [str(record.get("reason")).split(":")[0] for _, record in rows]
-
-
 def duplicates(records):
     """Records whose text another one has, and those that the sieve finds like an earlier one."""
     sieve = Sieve()
     texts = {text_of(record) for record in records}
-    repeats = [record for record in records if sieve.repeated(record)]
-    return {"exact": len(records) - len(texts), "near (4-grams)": len(repeats)}
+    repeats = sum(bool(sieve.repeated(record)) for record in records)
+    return {"exact": len(records) - len(texts), "near (4-grams)": repeats}
 
 
 def coverage(records, entities):
     """How much of the knowledge base the records ask about and state."""
-    known = set()
-    for name, entity in entities.items():
-        # Behind name and kind stand the relations.
-        _, _, *lists = entity.values()
-        known.update((name, value) for value in chain(*lists))
+    # Behind name and kind stand the relations.
+    lists = {name: chain(*islice(entity.values(), 2, None)) for name, entity in entities.items()}
+    known = {(name, value) for name, values in lists.items() for value in values}
     told = {(record["entity"], value) for record in records for value in record["values"]}
     return {
         "entities": len(entities),
-        "entities asked about": len(entities.keys() & column(records, "entity")),
+        "entities asked about": len({record["entity"] for record in records} & entities.keys()),
         "values": len(known),
         "values told": len(known & told),
     }

@@ -580,3 +580,25 @@ def test_max_cost_bounds_what_may_be_billed(tmp_path, retries):
         dearest = client.cost(client.bound(jobs(1).values()), batch=False)
         assert server.stats()["requests"] * dearest <= 0.004 < client.reserved + dearest
         assert "max_cost" in str(client.stop)
+
+
+def test_a_batch_interrupted_twice_keeps_its_note(tmp_path):
+    """The second run finds a note and is stopped while it waits: it sends no other batch."""
+    path, notes = tmp_path / "r.batches.json", []
+
+    def interrupted_run(url):
+        client = D.Client(tmp_path / "r.jsonl", options(url, "--batch"))
+
+        async def pause(_):
+            client.stop = D.Stopped("interrupted")
+
+        client.pause = pause
+        client.ask(jobs(3))
+        client.replies.file.close()
+        notes.append(json.loads(path.read_text()))
+
+    with Running("--batch_delay", "60") as server:
+        for _ in range(2):
+            interrupted_run(server.url)
+        assert notes[0] == notes[1] and notes[0]["batch"] == "batch_0"
+        assert server.stats()["batches"] == 1

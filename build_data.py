@@ -178,7 +178,7 @@ def build(args, jobs, sieve):
     client.ask({job.key: job.messages for job in jobs})
     if args.dry_run:
         print("--- on top of that, a reply that cannot be parsed is asked once more")
-        return client.end()
+        return
     client.ask(repairs(args, jobs, client.replies))
 
     # The sieve compares each record with those kept before it: the order of the jobs counts.
@@ -556,15 +556,6 @@ class FactSampler:
         keys = [key for key in self.keys(name) if key[1] in relations]
         return sorted(set().union(*map(self.holders.get, keys)) - {name})
 
-    def suits(self, name, form):
-        """Whether a prompt can be asked of an entity."""
-        own = self.facts[name]
-        return (
-            {fact.kind for fact in own} & set(form["kinds"])
-            and {fact.relation for fact in own} >= set(form["relations"])
-            and ("share" not in form or self.partners(name, form["share"]))
-        )
-
     def choose(self, rng, form, name):
         """A partner's name (or the entity's own) and the facts for a job about an entity."""
         other = rng.choice(self.partners(name, form["share"])) if "share" in form else name
@@ -590,7 +581,14 @@ def knowledge_jobs(args, entities, forms, prompts):
     # Which entities each prompt suits, in an order of its own.
     pools = {}
     for title, form in prompts.items():
-        pool = [name for name in sampler.facts if form["weight"] and sampler.suits(name, form)]
+        pool = [
+            name
+            for name, own in sampler.facts.items()
+            if form["weight"]
+            and {fact.kind for fact in own} & set(form["kinds"])
+            and {fact.relation for fact in own} >= set(form["relations"])
+            and ("share" not in form or sampler.partners(name, form["share"]))
+        ]
         if pool:
             rng.shuffle(pool)
             pools[title] = cycle(pool)
@@ -747,15 +745,16 @@ class Client:
     is asked and how a reply is judged is the caller's business."""
 
     def __init__(self, path, args):
-        self.args = args
-        self.replies = Replies(path, read_only=args.dry_run)
+        # Its options: self.model, self.timeout, self.max_cost and the like.
+        vars(self).update(vars(args))
+        self.replies = Replies(path, read_only=self.dry_run)
         self.note = path.with_suffix(".batches.json")
         self.params = {
-            "temperature": args.temperature,
-            "max_completion_tokens": args.max_tokens,
+            "temperature": self.temperature,
+            "max_completion_tokens": self.max_tokens,
             "response_format": {"type": "json_object"},
             # Behind the others, which an error is searched for first.
-            "model": args.model,
+            "model": self.model,
         }
         # {key: why it has no reply}, and the exception that ended the run.
         self.failed, self.stop = {}, None
@@ -767,15 +766,15 @@ class Client:
 
     def cost(self, usage, batch):
         """Dollars for {prompt_tokens, completion_tokens}; a batch costs half."""
-        dollars = self.args.price_in * usage["prompt_tokens"]
-        dollars += self.args.price_out * usage["completion_tokens"]
+        dollars = self.price_in * usage["prompt_tokens"]
+        dollars += self.price_out * usage["completion_tokens"]
         return dollars / (2e6 if batch else 1e6)
 
     def bound(self, prompts):
         """The most tokens that requests may come to: one for each byte of the prompts [messages,
         ...], which no tokenizer exceeds, and max_tokens for each reply."""
         size = sum(len(said["content"].encode()) + 8 for messages in prompts for said in messages)
-        return {"prompt_tokens": size, "completion_tokens": self.args.max_tokens * len(prompts)}
+        return {"prompt_tokens": size, "completion_tokens": self.max_tokens * len(prompts)}
 
     def ask(self, prompts):
         """Ask the prompts {key: messages} that have no reply yet. `replies` holds them then, and
@@ -789,7 +788,7 @@ class Client:
                     f"{self.replies.path}: the reply to {key} answers another prompt (other seed, "
                     "data or forms); give another --output"
                 )
-        if self.args.dry_run:
+        if self.dry_run:
             self.show_bill(prompts, todo)
         elif todo and not self.stop:
             asyncio.run(self.run(todo))
@@ -799,8 +798,8 @@ class Client:
             print(f"--- {key}", *(message["content"] for message in messages), sep="\n")
         total = self.bound(todo.values())
         dollars = "dollars with --price_in and --price_out"
-        if self.args.price_out:
-            cost = self.cost(total, self.args.batch)
+        if self.price_out:
+            cost = self.cost(total, self.batch)
             dollars = f"{cost:.2f} dollars at most; {self.spent:.4f} spent so far"
         tokens = f"{total['prompt_tokens']:,} tokens in and {total['completion_tokens']:,} out"
         print(f"--- {len(prompts):,} prompts, {len(todo):,} to ask: at most {tokens}, {dollars}")
@@ -825,14 +824,14 @@ class Client:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, interrupt, number)
-        ask_all = self.batched if self.args.batch else self.online
+        ask_all = self.batched if self.batch else self.online
         try:
             with tqdm(total=len(todo), unit="reply") as self.bar:
                 async with AsyncOpenAI(
-                    base_url=self.args.base_url or None,
-                    timeout=self.args.timeout,
+                    base_url=self.base_url or None,
+                    timeout=self.timeout,
                     # Online each further try is made and counted by `send`.
-                    max_retries=self.args.retries if self.args.batch else 0,
+                    max_retries=self.retries if self.batch else 0,
                 ) as self.api:
                     await ask_all(todo)
         except OpenAIError as error:
@@ -858,7 +857,7 @@ class Client:
                 except Exception as error:
                     self.stop = error
 
-        await asyncio.gather(*(work() for _ in range(self.args.concurrency)))
+        await asyncio.gather(*(work() for _ in range(self.concurrency)))
 
     async def send(self, key, messages):
         """Ask one prompt until it is answered or refused, `retries` more times at most. The loop is
@@ -866,8 +865,8 @@ class Client:
         bound only if each try counts. Raises what ends the run."""
         from openai import OpenAIError
 
-        cost = self.cost(self.bound([messages]), batch=False)
-        for attempt in range(self.args.retries + 1):
+        cost = self.cost(self.bound([messages]), self.batch)
+        for attempt in range(self.retries + 1):
             self.stop = self.stop or self.cap_passed(1, cost)
             if self.stop:
                 return
@@ -881,13 +880,13 @@ class Client:
                 self.store(key, prompt_hash(messages), answer, params)
             except (OpenAIError, ValueError, RecursionError) as error:
                 self.failed[key] = without_key(error)
-                status, seconds = status_of(error), seconds_until_retry(error, attempt)
+                status, seconds = outcome_of(error, attempt)
             # It stays reserved unless the endpoint tells the cost or cannot have answered.
             if any(tokens_used(answer).values()) or status not in (200, 408):
                 self.reserved -= cost
             # A wrong key, no money left, an unknown model: it is the same for every prompt.
             if status in (401, 402, 403, 404):
-                raise ValueError(f"{self.api.base_url}, {self.args.model}: {self.failed[key]}")
+                raise ValueError(f"{self.api.base_url}, {self.model}: {self.failed[key]}")
             if status not in RETRY:
                 break
             await self.pause(seconds)
@@ -912,16 +911,16 @@ class Client:
 
     def cap_passed(self, requests, cost):
         """Why so many more requests, at so many dollars, must not leave; None if they may."""
-        if 0 < self.args.max_requests < self.requests + requests:
-            return Stopped(f"max_requests {self.args.max_requests} reached")
-        if 0 < self.args.max_cost < self.spent + self.reserved + cost:
-            return Stopped(f"max_cost {self.args.max_cost} reached ({self.spent:.4f} spent)")
+        if 0 < self.max_requests < self.requests + requests:
+            return Stopped(f"max_requests {self.max_requests} reached")
+        if 0 < self.max_cost < self.spent + self.reserved + cost:
+            return Stopped(f"max_cost {self.max_cost} reached ({self.spent:.4f} spent)")
 
     def store(self, key, hash, answer, params):
         """Bring the reply in a chat completion to the file, or note that it is none; what it cost
         is counted in either case."""
         usage = tokens_used(answer)
-        self.spent += self.cost(usage, self.args.batch)
+        self.spent += self.cost(usage, self.batch)
         try:
             choice = answer["choices"][0]
             content = choice["message"].get("content") or ""
@@ -936,7 +935,7 @@ class Client:
                 "model": answer.get("model"),
                 "params": params,
                 "usage": usage,
-                "batch": self.args.batch,
+                "batch": self.batch,
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
         except (LookupError, TypeError, AttributeError):
@@ -957,7 +956,7 @@ class Client:
             self.params.pop(name, None)
             # Many servers know it by its older name.
             if name == "max_completion_tokens":
-                self.params["max_tokens"] = self.args.max_tokens
+                self.params["max_tokens"] = self.max_tokens
             return True
 
     # The Batch API: half the price, within 24 hours. The note {file, batch, params} is written
@@ -983,7 +982,7 @@ class Client:
         """Upload a file of requests and note it. A batch is made as a whole: none if with it a cap
         could be passed."""
         bound = self.bound(prompts.values())
-        cap = self.cap_passed(len(prompts), self.cost(bound, batch=True))
+        cap = self.cap_passed(len(prompts), self.cost(bound, self.batch))
         if cap:
             self.stop = ValueError(f"{cap} by the batch, which is sent whole; lower --count")
             return
@@ -1014,12 +1013,16 @@ class Client:
         # Within 24 hours; a run that is stopped here finds the note again.
         if batch.status not in ("completed", "failed", "expired", "cancelled"):
             self.bar.set_description(f"{batch.id} {batch.status}")
-            return await self.pause(self.args.poll)
+            return await self.pause(self.poll)
         # Its replies, also if it failed or expired half-way.
         for file in filter(None, (batch.output_file_id, batch.error_file_id)):
             content = await self.api.files.content(file)
-            for line in content.read().splitlines():
-                self.store_result(json.loads(line), noted["params"])
+            for result in map(json.loads, content.read().splitlines()):
+                prompt, key = result["custom_id"].split(" ", 1)
+                answer = (result.get("response") or {}).get("body", result.get("error"))
+                if key not in self.replies:
+                    self.store(key, prompt, answer, noted["params"])
+                    self.leave_out(self.failed.get(key), noted["params"])
         self.note.unlink()
         if batch.status != "completed":
             self.stop = ValueError(f"{batch.id} {batch.status}: {without_key(batch.errors)}")
@@ -1037,39 +1040,28 @@ class Client:
             input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h"
         )
 
-    def store_result(self, result, params):
-        """Store the reply in a line of a batch's files, or why there is none."""
-        hash, key = result["custom_id"].split(" ", 1)
-        answer = (result.get("response") or {}).get("body", result.get("error"))
-        if key not in self.replies:
-            self.store(key, hash, answer, params)
-            self.leave_out(self.failed.get(key), params)
-
 
 # The statuses after which a request is tried again.
 RETRY = {408, 409, 429, *range(500, 600)}
 
 
-def status_of(error):
-    """The HTTP status of an error. Where there is none: 503 if no connection was made, 408 if no
-    answer came, 200 if it could not be read. 402 for an exhausted quota, which comes as 429."""
+def outcome_of(error, attempt):
+    """The HTTP status of an error, and the seconds to wait before another try: what the endpoint
+    asks for, else twice as long each time, with some chance in it, lest all workers come back at
+    once. Without a status: 503 if no connection was made, 408 if no answer came, 200 if it could
+    not be read. 402 for an exhausted quota, which comes as 429."""
     from openai import APIConnectionError
 
+    status = getattr(error, "status_code", 200)
     if isinstance(error, APIConnectionError):
-        return 503 if type(error.__cause__).__name__.startswith("Connect") else 408
+        status = 503 if type(error.__cause__).__name__.startswith("Connect") else 408
     if getattr(error, "code", None) == "insufficient_quota":
-        return 402
-    return getattr(error, "status_code", 200)
-
-
-def seconds_until_retry(error, attempt):
-    """What the endpoint asks for, else twice as long each time; with some chance in it, lest all
-    workers come back at once."""
+        status = 402
     try:
         seconds = min(3600, float(error.response.headers["retry-after"]))
     except (AttributeError, LookupError, ValueError):
         seconds = min(30, 0.5 * 2**attempt)
-    return seconds + random.random()
+    return status, seconds + random.random()
 
 
 def tokens_used(answer):
@@ -1212,15 +1204,15 @@ def report(path, knowledge, html="", tokenizer=None, template=None):
     rejected = beside(path, ".rejected.jsonl")
     rows = read_records(rejected) if rejected.is_file() and rejected.stat().st_size else []
     entities = {entity["中心词"]: entity for entity in read_knowledge(knowledge)}
-    about = (entities.get(record["entity"], {}) for record in records)
+    about = (entities.get(name, {}) for name in column(records, "entity"))
     sections = {
         "records": {"kept": len(records), "rejected": len(rows)},
         "reasons of rejection": counted(str(row.get("reason")).split(":")[0] for _, row in rows),
-        "forms": counted(record["form"] for record in records),
-        "kinds": counted(record["kind"] for record in records),
-        "relations": counted(chain(*(record["relations"] for record in records))),
+        "forms": counted(column(records, "form")),
+        "kinds": counted(column(records, "kind")),
+        "relations": counted(chain(*column(records, "relations"))),
         "departments": counted(chain(*(entity.get("所属科室", []) for entity in about))),
-        "characters of an answer": spread((len(record["output"]) for record in records), 50),
+        "characters of an answer": spread(map(len, column(records, "output")), 50),
         "knowledge base": coverage(records, entities),
         "duplicates": duplicates(records),
     }
@@ -1256,6 +1248,10 @@ def counted(texts):
     return dict(Counter(filter(None, texts)).most_common())
 
 
+def column(records, key):
+    return [record[key] for record in records]
+
+
 def spread(numbers, width):
     """{"0 to 49": how many of the numbers, ...} in bins of a width."""
     bins = Counter(number // width * width for number in numbers)
@@ -1278,7 +1274,7 @@ def coverage(records, entities):
     told = {(record["entity"], value) for record in records for value in record["values"]}
     return {
         "entities": len(entities),
-        "entities asked about": len({record["entity"] for record in records} & entities.keys()),
+        "entities asked about": len(entities.keys() & column(records, "entity")),
         "values": len(known),
         "values told": len(known & told),
     }
@@ -1297,7 +1293,7 @@ def token_sections(records, tokenizer, template):
         answers.update(ids[prompts[-1] :])
     # A character outside the vocabulary becomes several tokens, its bytes.
     parts = sum(n for id, n in answers.items() if "\ufffd" in tokenizer.decode([id]))
-    characters = sum(len(record["output"]) for record in records)
+    characters = sum(map(len, column(records, "output")))
     answer = answers.total()
     return {
         "tokens": {
@@ -1362,8 +1358,7 @@ class Source:
     knowledge: str = setting(f"{DATA}/knowledge.jsonl", "knowledge base: CMeKG's form or triples")
     seed: int = setting(0, "of every random choice", -1e18, 1e18)
 
-    def __post_init__(self):
-        check_settings(self)
+    __post_init__ = check_settings
 
 
 @dataclass

@@ -387,8 +387,8 @@ def step_beams(batch, at, logits):
 
     # Candidates that end are ranked, the others go on; both best first.
     going = []
-    for rank, (score, place) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
-        parent, token = divmod(place, logits.size(1))
+    for rank, (score, index) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
+        parent, token = divmod(index, logits.size(1))
         beam = Row(request, beams[parent].ids + [token], score, at[parent])
         if not batch.outcome(request, beam.ids)[1]:
             going.append(beam)
@@ -554,9 +554,9 @@ def read_records(path):
     """[("line 3" or, in an array, "record 3", object), ...] of a JSON array or JSON lines, whatever
     the extension; a BOM is skipped; "-" is standard input. Raises ValueError naming the file and
     the place."""
-    # `place` is where reading stands, for the errors below.
+    # `where` says how far reading has come, for the errors below.
     path = Path("/dev/stdin" if str(path) == "-" else path)
-    place = "as an array"
+    where = "as an array"
     rows = {}
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -564,16 +564,16 @@ def read_records(path):
             rows = {f"record {i}": row for i, row in enumerate(json.loads(text), 1)}
         else:
             for i, line in enumerate(text.split("\n"), 1):
-                place = f"line {i}"
+                where = f"line {i}"
                 if line.strip():
-                    rows[place] = json.loads(line)
+                    rows[where] = json.loads(line)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}); try iconv -f GBK -t UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} {place} is not JSON: {error}") from None
-    for place, row in (rows or {"(empty)": None}).items():
+        raise ValueError(f"{path} {where} is not JSON: {error}") from None
+    for where, row in (rows or {"(empty)": None}).items():
         if not isinstance(row, dict):
-            raise ValueError(f"{path} {place} holds a {type(row).__name__}, wanted an object")
+            raise ValueError(f"{path} {where} holds a {type(row).__name__}, wanted an object")
     return [*rows.items()]
 
 
@@ -640,28 +640,28 @@ def read_instructions(path, answers=False):
     has several turns, all are put in the form of those rows (`render_turns`), as a chat of several
     turns is. With answers, each must end in one. Raises ValueError naming the line or record."""
     records = []
-    for place, row in read_records(path):
+    for where, row in read_records(path):
         try:
             to_json(row)  # half a character would be met when the answer is written
             turns = read_turns(row)
             if answers and not (turns[-1][1] or "").strip():
                 raise ValueError("the answer is empty or missing, and teaches nothing")
         except ValueError as error:
-            raise ValueError(f"{path} {place}: {error}") from None
+            raise ValueError(f"{path} {where}: {error}") from None
         records.append((row, turns))
     # One conversation makes the whole file one of conversations.
-    several = any(len(turns) > 1 for _, turns in records)
-    return [make_instruction(row, turns, several) for row, turns in records]
+    conversations = any(len(turns) > 1 for _, turns in records)
+    return [make_instruction(row, turns, conversations) for row, turns in records]
 
 
-def make_instruction(row, turns, several):
-    """A record as instruction, input and output; several: in the form of BenTsao's literature
+def make_instruction(row, turns, conversations):
+    """A record as instruction, input and output; conversations: in the form of BenTsao's literature
     rows."""
     *earlier, (question, answer) = turns
     input = row.get("input") or ""
     if question.startswith("<user>: "):  # BenTsao's infer_literature.py leaves the space out
         question = " " + question
-    if several and not question.startswith(" <user>: "):
+    if conversations and not question.startswith(" <user>: "):
         question = "\n".join(filter(None, (question, input)))
         question = render_turns([*earlier, (question, None)])
         input = ""
@@ -1253,11 +1253,11 @@ class Handler(BaseHTTPRequestHandler):
         asked = len(requests[0].prompt_ids)
         made = sum(len(request.ids) for request in requests)
         usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
-        whole = {**head, "choices": choices, "usage": usage}
+        response = {**head, "choices": choices, "usage": usage}
         if not body.stream:
-            return self.send(whole)
+            return self.send(response)
         if body.stream_options == {"include_usage": True}:
-            self.event(whole)
+            self.event(response)
         self.wfile.write(b"data: [DONE]\n\n")
 
     def step(self):

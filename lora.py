@@ -298,7 +298,7 @@ class NF4Linear(QuantisedLinear):
 QUANTISED = {"int8": Int8Linear, "nf4": NF4Linear}
 
 
-def place(model, device, dtype):
+def move_model(model, device, dtype):
     """Move a model's weights to device, cast to dtype (float32 what is trained); what quantised
     linears store is as it was."""
     for module in model.modules():
@@ -318,7 +318,7 @@ def quantize(model, kind, device=None, dtype=None):
     refuse_adapter(model)
     for name, linear in linears(model).items():
         model.set_submodule(name, QUANTISED[kind](linear.weight.to(device)))
-    place(model, device, dtype)
+    move_model(model, device, dtype)
     return model
 
 

@@ -645,8 +645,8 @@ class Checkpoint:
         self.head_dim = self.config.head_dim if is_meta else None
         # What is wanted: the shapes of a model without memory, where a tied head is the embedding.
         with torch.device("meta"):
-            named = LLaMA(self.config).named_parameters()
-            self.shapes = {name: tuple(p.shape) for name, p in named}
+            parameters = LLaMA(self.config).named_parameters()
+            self.shapes = {name: tuple(p.shape) for name, p in parameters}
         key_of = meta_name if is_meta else hf_name
         self.parts = {name: found.pop(key_of(name), []) for name in self.shapes}
         if self.config.tie_word_embeddings:
@@ -708,16 +708,16 @@ class Checkpoint:
         if not self.head_dim:
             return tensors[0].to(device, dtype)
         # Meta's slices are written where they stay: a copy between would leave a hole in memory.
-        whole = torch.empty(self.shapes[name], device=device, dtype=dtype)
+        joined = torch.empty(self.shapes[name], device=device, dtype=dtype)
         if name.endswith(ROTATED):  # row 2i + j of a head there is row i + j D/2 here
-            rows = torch.arange(len(whole), device=device).view(-1, 2, self.head_dim // 2)
+            rows = torch.arange(len(joined), device=device).view(-1, 2, self.head_dim // 2)
             rows = rows.transpose(1, 2).flatten()
-            for place, tensor in zip(rows.chunk(len(tensors)), tensors):
-                whole[place] = tensor.to(device, dtype)
+            for target, tensor in zip(rows.chunk(len(tensors)), tensors):
+                joined[target] = tensor.to(device, dtype)
         else:
-            for place, tensor in zip(whole.chunk(len(tensors), axis or 0), tensors):
-                place.copy_(tensor)
-        return whole
+            for target, tensor in zip(joined.chunk(len(tensors), axis or 0), tensors):
+                target.copy_(tensor)
+        return joined
 
 
 def load_model(folder, device="cpu", dtype=None):

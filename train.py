@@ -57,7 +57,7 @@ from generate import (
     read_records,
     render_prompt,
 )
-from lora import QUANTISED, LoRAConfig, add_lora, place, quantize, save_adapter
+from lora import QUANTISED, LoRAConfig, add_lora, move_model, quantize, save_adapter
 from model import (
     DTYPES,
     Checkpoint,
@@ -572,13 +572,13 @@ class Run:
         if not self.config.output_dir:
             return
         final = self.folder / f"checkpoint-{self.step}"
-        place = nullcontext(final)
+        folder = nullcontext(final)
         if self.writes:
             for leftover in self.folder.glob("checkpoint-*.*"):  # of a save that was cut off
                 shutil.rmtree(leftover)
             discard(final)
-            place = new_folder(final)
-        with place as aside:
+            folder = new_folder(final)
+        with folder as aside:
             self.save_weights(model, aside)
             live = training_state(model, optimizer).items()
             state = {name: full_tensor(tensor).contiguous().cpu() for name, tensor in live}
@@ -756,11 +756,11 @@ def plan_memory(shape, config, rows, dtype, device, tokens=0):
     as memory allows, then as many tokens at once as pay, or those given. Nothing is loaded yet.
     Raises ValueError if nothing fits."""
     # More tokens at once pay up to here; a CPU's caches are small.
-    most, room = 2048, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, room = 2048, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device.type == "cuda":
-        most, room = 8192, torch.cuda.get_device_properties(device).total_memory
+        limit, room = 8192, torch.cuda.get_device_properties(device).total_memory
     room = config.memory_gb * 2**30 or 0.92 * room  # the rest: CUDA's own, the interpreter's
-    sizes = [tokens] if tokens else [most, most // 2, most // 4, 0]
+    sizes = [tokens] if tokens else [limit, limit // 2, limit // 4, 0]
     lengths = list(map(len, rows))
     longest, target_share = max(lengths), target_count(rows) / sum(lengths)
     model, s = trial_model(shape, config, dtype), dtype.itemsize
@@ -897,7 +897,7 @@ def shard(model, device, dtype):
     # First the blocks, then what is left of the model: embedding, last norm and head.
     mesh = dist.init_device_mesh(device.type, (processes()[1],))
     for part in (*model.layers, model):
-        place(part, device, dtype)
+        move_model(part, device, dtype)
         try:
             fully_shard(part, mesh=mesh)
         except RuntimeError as error:  # torch 2.11 cuts floating-point parameters alone
@@ -1256,9 +1256,9 @@ def load_trainable(config, device, dtype):
     """The base as it is to be trained, on the device or cut over the processes."""
     storage = storage_dtype(config, dtype)
     # To be cut it is mapped as stored: `shard` moves and casts a block at a time.
-    place, stored = ("cpu", None) if config.shard else (device, storage)
+    where, stored = ("cpu", None) if config.shard else (device, storage)
     kind = config.base_dtype if config.base_dtype in QUANTISED else "auto"
-    model, _ = load_base(config.base_model, place, stored, kind)
+    model, _ = load_base(config.base_model, where, stored, kind)
     make_trainable(model, config, dtype)
     trained = sum(p.numel() for p in trained_parameters(model).values())
     what = "all weights" if config.full else f"LoRA r {config.lora_r}"

@@ -49,7 +49,7 @@ def test_a_graphs_logits(kind, rows):
     within a factor of two."""
     model = gpu_model(kind, torch.bfloat16)
     exact = copy.deepcopy(model)
-    L.place(exact, GPU, torch.float32)
+    L.move_model(exact, GPU, torch.float32)
     logits = {}
     for name, net, compile in (
         ("exact", exact, False),

@@ -104,6 +104,10 @@ def values_of(entity, relation):
     return text, unique(chain(*pairs))
 
 
+def values_in(facts):
+    return [value for fact in facts for value in fact.values]
+
+
 def unique(items):
     """The items in their order, each once."""
     return list(dict.fromkeys(items))
@@ -116,7 +120,7 @@ def unique(items):
 def split_entities(entities, share, seed):
     """Training entities and held-out ones: the given share of every kind, drawn by seed."""
     rng = random.Random(seed)
-    kinds = {entity["中心词"]: entity["类型"] for entity in entities}
+    kinds = kinds_of(entities)
     # A name stands once in all names: in itself. One that is part of another (四逆汤, 当归四逆汤)
     # is not held out: training would see it in the questions about that other one.
     free = [name for name in kinds if sum(name in other for other in kinds) == 1]
@@ -159,7 +163,7 @@ def offline_record(answered, form, question):
         "entity": first.entity,
         "kind": first.kind,
         "relations": relations,
-        "values": [value for fact in answered for value in fact.values],
+        "values": values_in(answered),
     }
 
 
@@ -307,7 +311,7 @@ class Sieve:
             return
         # Which values it states, and the share of the values that it was given. A name that the
         # prompt does not hold is knowledge of the LLM's own, true or not.
-        given = unique(value for fact in job.facts for value in fact.values)
+        given = unique(values_in(job.facts))
         stated = [value for value in given if says(answers, value)]
         relations = (fact.relation for fact in job.facts if set(stated) & set(fact.values))
         strangers = self.names.strangers(text, job.messages[-1]["content"])
@@ -369,7 +373,7 @@ class Names:
 
     def __init__(self, entities):
         rules = read_json_file(f"{DATA}/relations.json")
-        self.kinds = {entity["中心词"]: entity["类型"] for entity in entities}
+        self.kinds = kinds_of(entities)
         # {name: names of the same}: two entities may share an alias.
         self.entities = defaultdict(set)
         for entity in entities:
@@ -527,14 +531,22 @@ def set_weights(prompts, mix):
 def make_job(args, prompts, form, item, facts=(), **texts):
     """The job that asks for an item by a form, with facts and other texts in their places."""
     listed = "\n".join(f"- {fact.entity}的{fact.relation}：{fact.text}" for fact in facts)
-    system = Path(f"{args.prompts}/system.txt").read_text(encoding="utf-8")
+    system = read_text(f"{args.prompts}/system.txt")
     user = Template(prompts[form]["prompt"]).safe_substitute(texts, facts=listed)
     messages = [message("system", system), message("user", user)]
     return Job(f"{item}/{form}/{args.model}", form, messages, facts)
 
 
+def read_text(path):
+    return Path(path).read_text(encoding="utf-8")
+
+
 def message(role, content):
     return {"role": role, "content": content}
+
+
+def keys_of(facts):
+    return [(fact.kind, fact.relation, value) for fact in facts for value in fact.values]
 
 
 class FactSampler:
@@ -544,16 +556,17 @@ class FactSampler:
         self.facts = {entity["中心词"]: list(facts(entity, forms)) for entity in entities}
         # {(kind, relation, value): names of the entities that have it}
         self.holders = defaultdict(set)
-        for name in self.facts:
-            for key in self.keys(name):
+        for name, own in self.facts.items():
+            for key in keys_of(own):
                 self.holders[key].add(name)
 
-    def keys(self, name):
-        return [(fact.kind, fact.relation, v) for fact in self.facts[name] for v in fact.values]
+    def under(self, name, relations):
+        """The facts of an entity under some relations."""
+        return [fact for fact in self.facts.get(name, []) if fact.relation in relations]
 
     def partners(self, name, relations):
         """Entities of the same kind that have a value in common under one of the relations."""
-        keys = [key for key in self.keys(name) if key[1] in relations]
+        keys = keys_of(self.under(name, relations))
         return sorted(set().union(*map(self.holders.get, keys)) - {name})
 
     def choose(self, rng, form, name):
@@ -562,14 +575,13 @@ class FactSampler:
         # Of each entity the facts that the prompt cannot do without, then some of the others.
         chosen = []
         for entity in unique([name, other]):
-            must = [fact for fact in self.facts[entity] if fact.relation in form["relations"]]
+            must = self.under(entity, form["relations"])
             rest = [fact for fact in self.facts[entity] if fact not in must]
             more = max(0, form["facts"] - len(must))
             chosen += must + rng.sample(rest, min(more, len(rest)))
         # A formula's herbs are entities themselves: what the prompt needs to know of those.
-        for value in unique(value for fact in chosen for value in fact.values):
-            inner = self.facts.get(value, [])
-            chosen += [fact for fact in inner if fact.relation in form.get("follow", ())]
+        for value in unique(values_in(chosen)):
+            chosen += self.under(value, form.get("follow", ()))
         return other, chosen
 
 
@@ -579,7 +591,7 @@ def knowledge_jobs(args, entities, forms, prompts):
     rng = random.Random(args.seed)
     sampler = FactSampler(entities, forms)
     # Which entities each prompt suits, in an order of its own.
-    pools = {}
+    pools, weights = {}, []
     for title, form in prompts.items():
         pool = [
             name
@@ -592,10 +604,10 @@ def knowledge_jobs(args, entities, forms, prompts):
         if pool:
             rng.shuffle(pool)
             pools[title] = cycle(pool)
+            weights.append(form["weight"])
     if not pools:
         raise ValueError(f"{args.knowledge}: no form in {args.prompts} suits an entity there")
     # A job's facts hang on its own key alone, not on the jobs drawn before it.
-    weights = [prompts[title]["weight"] for title in pools]
     seen = defaultdict(count)
     for title in rng.choices(list(pools), weights, k=args.count):
         name = next(pools[title])
@@ -644,7 +656,7 @@ def self_instruct_jobs(args, prompts, seeds):
 
 def repairs(args, jobs, replies):
     """Prompts that show the LLM a reply that cannot be parsed and the reason: each job once."""
-    form = Template(Path(f"{args.prompts}/repair.txt").read_text(encoding="utf-8"))
+    form = Template(read_text(f"{args.prompts}/repair.txt"))
     prompts = {}
     for job in jobs:
         key = f"{job.key}/repair"
@@ -772,8 +784,8 @@ class Client:
 
     def bound(self, prompts):
         """The most tokens that requests may come to: one for each byte of the prompts [messages,
-        ...], which no tokenizer exceeds, and max_tokens for each reply."""
-        size = sum(len(said["content"].encode()) + 8 for messages in prompts for said in messages)
+        ...] as JSON, which no tokenizer exceeds, and max_tokens for each reply."""
+        size = len(to_json(list(prompts)).encode())
         return {"prompt_tokens": size, "completion_tokens": self.max_tokens * len(prompts)}
 
     def ask(self, prompts):
@@ -1161,6 +1173,10 @@ def read_entity(row, rules):
     return entity
 
 
+def kinds_of(entities):
+    return {entity["中心词"]: entity["类型"] for entity in entities}
+
+
 def is_text(value):
     return isinstance(value, str) and value.strip() != ""
 
@@ -1223,7 +1239,7 @@ def report(path, knowledge, html="", tokenizer=None, template=None):
         if counts:
             print(f"{title}: {', '.join(listed)}")
     if html:
-        page = Template(Path(f"{DATA}/stats.html").read_text(encoding="utf-8"))
+        page = Template(read_text(f"{DATA}/stats.html"))
         # "<" is escaped, lest a text of the records ends the script that it stands in.
         data = to_json(sections).replace("<", "\\u003c")
         text = page.safe_substitute(title=Path(path).name, data=data)

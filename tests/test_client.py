@@ -213,7 +213,7 @@ def test_dry_run_asks_nothing_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     assert (
         "100 prompts, 100 to ask" in out
         and "204,800 out" in out
-        and "0.41 dollars" in out
+        and "0.42 dollars" in out
         and not list(tmp_path.iterdir())
     )
     D.Client(tmp_path / "r.jsonl", options("http://127.0.0.1:9/v1", "--dry_run")).ask(jobs(100))

@@ -502,7 +502,9 @@ def visible(text, stop=(), ended=True):
     is U+FFFD (most Chinese ones are three byte tokens in LLaMA's vocabulary); and, unless it has
     ended, not the last characters, which may begin a stop text."""
     starts = [text.index(s) for s in stop if s in text]
-    text = text[: min(starts, default=None)].rstrip("\ufffd")
+    if starts:
+        return text[: min(starts)]
+    text = text.rstrip("\ufffd")
     held = 0 if ended else max(map(len, stop), default=1) - 1
     return text[: max(0, len(text) - held)]
 

@@ -155,7 +155,6 @@ def attention(q, k, v, mask=None):
 
     q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D). mask (B, 1, T, S) is True where q sees k;
     without one attention is causal, and T = S."""
-    # The kernel wants heads before positions.
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T or S, D)
     y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
@@ -164,8 +163,7 @@ def attention(q, k, v, mask=None):
 
 
 class Attention(nn.Module):
-    """Queries, keys and values of x; q and k turned by RoPE; what they attend to is up to the
-    context."""
+    """Queries, keys and values of x, turned by RoPE; the context says what they attend to."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -179,7 +177,6 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, context):  # (B, T, C) -> (B, T, C)
         B, T, _ = x.shape
-        # Three products, each cut into heads.
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
@@ -214,10 +211,8 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, x, rope, context, keep=None):  # (B, T, C) -> (B, T, C), or (M, C) with keep
-        # Tokens look at each other,
         x = x + self.self_attn(self.input_layernorm(x), rope, context)
-        # and each by itself goes through the feed-forward: in the last block those alone that
-        # will be asked for logits.
+        # Each token by itself from here: in the last block those alone that need logits.
         if keep is not None:
             x = x.flatten(0, 1)[keep]
         return x + self.mlp(self.post_attention_layernorm(x))

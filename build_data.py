@@ -1,21 +1,29 @@
-"""Knowledge in, training text out: written from forms without a network, or by an LLM behind an OpenAI-compatible API.
+"""Knowledge in, training text out: from forms, or by an LLM behind an OpenAI-compatible API.
 
-  python build_data.py offline                               data/knowledge.jsonl -> data/train.jsonl, data/heldout.jsonl
-  python build_data.py knowledge --model M --output x.jsonl        facts of entities -> instruction records
-  python build_data.py literature --model M --output x.jsonl       conclusions of papers -> dialogues of 2 to 6 turns
-  python build_data.py self-instruct --model M --output x.jsonl    seed tasks -> new tasks (Wang et al. 2022)
-  python build_data.py stats x.jsonl                               what a file of records holds
-  python build_data.py judge answers.jsonl --rubric data/rubrics/sus.json --model M --output scores.jsonl
+  python build_data.py offline                                   facts -> train.jsonl, heldout.jsonl
+  python build_data.py knowledge --model M --output x.jsonl      facts -> instruction records
+  python build_data.py literature --model M --output x.jsonl     conclusions of papers -> dialogues
+  python build_data.py self-instruct --model M --output x.jsonl  seed tasks -> new tasks
+  python build_data.py stats x.jsonl                             what a file of records holds
 
-An entity is one object in CMeKG's form: {"中心词": name, "类型": kind, relation: [value, ...], ...}. The Chinese around
-it (questions, statements) stands in data/forms.json, by kind and relation; a relation without a form is passed over.
-Prompts stand in data/prompts. A record is an alpaca record that says where it comes from: {id, instruction, input,
-output, entity, kind, relations, values}, and if an LLM wrote it {form, prompt_hash, model, params, usage, time, score}.
-The offline split is by entity: one held out never appears in a training question.
+What this file teaches: how a base of facts becomes records to tune a model with.
 
-Beside x.jsonl stand x.replies.jsonl, every reply that was paid for, and x.rejected.jsonl, what was not kept and why.
-Both files of records follow from the replies alone: they are written anew at the end of each run.
+  entity     {"中心词": name, "类型": kind, relation: [value, ...]}, an object of a knowledge base
+             in the form of CMeKG (Byambasuren et al. 2019)
+  fact       what an entity has under one relation: 麻黄, 功效, [发汗解表, 宣肺平喘, 利水消肿]
+  record     {instruction, input, output}, alpaca's form (Taori et al. 2023), with its source:
+             {id, entity, kind, relations, values}
+  split      by entity, so that no question about a held-out entity is seen in training
+  offline    a fact, a question form and a statement form (data/forms.json) make a record
+  by an LLM  facts and a prompt (data/prompts) make a job; the LLM writes several records; a record
+             is kept if it states its facts, names nothing beside them and repeats no other
+
+A record that an LLM wrote also holds {form, prompt_hash, model, params, usage, time, score}. Beside
+x.jsonl stand x.replies.jsonl, every reply that was paid for, and x.rejected.jsonl, the records that
+were not kept, with the reason. Both files of records follow from the replies alone and are written
+anew at the end of each run, so a run that was stopped goes on where it ended.
 """
+
 import asyncio
 import fcntl
 import hashlib
@@ -26,974 +34,1449 @@ import re
 import signal
 import time
 import unicodedata
-from array import array
 from collections import Counter, defaultdict
-from contextlib import AsyncExitStack
-from importlib.util import find_spec
-from itertools import permutations, zip_longest
+from dataclasses import dataclass
+from itertools import chain, count, cycle, islice
 from pathlib import Path
 from string import Template
 
-import numpy as np
 from tqdm import tqdm
 
-from generate import DATA, Tokenizer, load_template, read_instructions, read_records, render_prompt, render_turns
-from model import Parser, read_json_file, run, write_atomically, write_json
+from generate import (
+    DATA,
+    load_template,
+    load_tokenizer,
+    read_instructions,
+    read_records,
+    render_prompt,
+    render_turns,
+)
+from model import (
+    Parser,
+    check_settings,
+    read_json_file,
+    run,
+    setting,
+    write_atomically,
+    write_json,
+)
+
+# --------------------------------------------------------------------------------------------------
+# Facts: what is known of an entity
 
 
-def read_knowledge(path):
-    """Entities of a knowledge base: objects in CMeKG's form, or triples {head, relation, tail} as JSON or between tabs.
-    CMeKG's names of relations become ours and a missing 类型 is told by the relations (data/relations.json). Raises
-    ValueError naming the line of a nameless, doubled or misshaped entity."""
-    rules, entities, triples = read_json_file(DATA / "relations.json"), {}, {}
-    first = Path(path).open("rb").readline().lstrip(b"\xef\xbb\xbf") if Path(path).is_file() else b""
-    if b"\t" in first and first[:1] not in b"{[":
-        try:
-            lines = enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 ({error}); convert it, for instance with iconv -f GBK -t UTF-8") from None
-        rows = [(f"line {n}", dict(zip(("head", "relation", "tail"), line.split("\t")))) for n, line in lines if line.strip()]
-    else:
-        rows = read_records(path)
-    for place, row in rows:
-        if "head" in row:
-            head, relation, tail = triple = [row.get(key) for key in ("head", "relation", "tail")]
-            if not all(isinstance(text, str) and text.strip() for text in triple) or relation == "中心词":
-                raise ValueError(f"{path} {place}: {triple}, wanted texts for head, relation (no 中心词) and tail")
-            entity = triples.setdefault(head, (place, {"中心词": head}))[1]
-            if relation == "类型":
-                entity["类型"] = tail
-            else:
-                entity.setdefault(relation, []).append(tail)
-    for place, row in [*((place, row) for place, row in rows if "head" not in row), *triples.values()]:
-        name = row.get("中心词")
-        kind = row.get("类型", next(k for k, marks in rules["kinds"].items() if not marks or set(marks) & set(row)))
-        if not isinstance(name, str) or not name.strip() or not isinstance(kind, str):
-            raise ValueError(f"{path} {place}: 中心词 and 类型 want a text each, got {name!r} and {kind!r}")
-        if name in entities:
-            raise ValueError(f"{path} {place}: entity {name} stands there twice")
-        entity = entities[name] = {"中心词": name, "类型": kind}
-        for relation, values in row.items():
-            if relation not in ("中心词", "类型"):
-                if not (isinstance(values, list) and values and all(isinstance(v, str) and v.strip() for v in values)):
-                    raise ValueError(f"{path} {place}: {relation} of {name} is {values!r}, wanted a list of texts")
-                name_here = rules["relations"].get(relation, relation)
-                found = [*entity.get(name_here, []), *values]     # of pattern and formula, two patterns may share one formula
-                entity[name_here] = found if name_here in ("中医证型", "常用方剂") else list(dict.fromkeys(found))
-        if 0 < (n := len(entity.get("中医证型", []))) != (m := len(entity.get("常用方剂", []))) > 0:
-            raise ValueError(f"{path} {place}: {name} has {n} 中医证型 and {m} 常用方剂, wanted a formula for each pattern")
-    return list(entities.values())
+@dataclass
+class Fact:
+    """What an entity has under one relation, and how to ask for it and tell it in Chinese."""
 
+    entity: str
+    kind: str
+    relation: str
+    text: str  # the values as one text
+    values: list
+    form: dict = None  # {questions: texts with {e}, statements: texts with {e} and {v}}
 
-def read_forms(path):
-    """The forms in a file like data/forms.json, {kind: {relation: {questions, statements}}}. Raises ValueError for others."""
-    forms = read_json_file(path)
-    try:
-        for form in (form for kind in forms.values() for form in kind.values()):
-            [text.format(e="") for text in (form["questions"][0], *form["questions"])]
-            [text.format(e="", v="") for text in (form["statements"][0], *form["statements"])]
-    except (LookupError, AttributeError, TypeError, ValueError):
-        raise ValueError(f"{path} holds no forms; wanted questions of {{e}}, statements of {{e}} and {{v}}, as data/forms.json") from None
-    return forms
+    def statement(self):
+        return self.form["statements"][0].format(e=self.entity, v=self.text)
 
 
 def facts(entity, forms):
-    """[(relation, its forms, the values as one text, the values), ...] of an entity, in the order of data/forms.json.
-    辨证论治 is made of two relations: the i-th formula is the one for the i-th pattern."""
-    found = []
-    for relation, form in forms.get(entity["类型"], {}).items():
-        values = list(dict.fromkeys(entity.get(relation, [])))
-        text = "、".join(values)
-        if relation == "辨证论治":
-            pairs = dict.fromkeys(zip(entity.get("中医证型", []), entity.get("常用方剂", [])))
-            text, values = "，".join(f"{p}用{f}" for p, f in pairs), list(dict.fromkeys(v for pair in pairs for v in pair))
+    """The facts of an entity for which there is a form, in the order of data/forms.json."""
+    kind = entity["类型"]
+    for relation, form in forms.get(kind, {}).items():
+        text, values = values_of(entity, relation)
         if values:
-            found.append((relation, form, text, values))
-    return found
+            yield Fact(entity["中心词"], kind, relation, text, values, form)
+
+
+# The patterns of a disease, and the formula for each.
+PAIRED = ("中医证型", "常用方剂")
+
+
+def values_of(entity, relation):
+    """The values of a relation as one text and as a list."""
+    if relation != "辨证论治":
+        values = unique(entity.get(relation, []))
+        return "、".join(values), values
+    # Treatment by pattern is made of two relations: the i-th formula treats the i-th pattern.
+    pairs = unique(zip(*(entity.get(relation, []) for relation in PAIRED)))
+    text = "，".join(f"{pattern}用{formula}" for pattern, formula in pairs)
+    return text, unique(chain(*pairs))
+
+
+def values_in(facts):
+    return [value for fact in facts for value in fact.values]
+
+
+def unique(items):
+    """The items in their order, each once."""
+    return list(dict.fromkeys(items))
+
+
+# --------------------------------------------------------------------------------------------------
+# Offline: a question form and a statement form make a record
 
 
 def split_entities(entities, share, seed):
-    """(training entities, held-out ones): the given share of every kind, drawn by seed. A name that is part of
-    another one (四逆汤 in 当归四逆汤) is never held out, since it would appear in a question about the other."""
-    rng, heldout = random.Random(seed), set()
-    names = [e["中心词"] for e in entities]
-    for kind in dict.fromkeys(e["类型"] for e in entities):
-        own = [e["中心词"] for e in entities if e["类型"] == kind]
-        free = [n for n in own if not any(n in other and n != other for other in names)]
-        heldout.update(rng.sample(free, min(len(free), round(share * len(own)))))
-    return [e for e in entities if e["中心词"] not in heldout], [e for e in entities if e["中心词"] in heldout]
-
-
-def write_records(entities, forms, questions, rng):
-    """At most `questions` records per fact of each entity, with different question forms, plus one per entity that
-    asks for two relations at once."""
-    records = []
-
-    def add(entity, relations, form, question, output, values):
-        name = entity["中心词"]
-        records.append({"id": f"{name}/{'+'.join(relations)}/{form}", "instruction": question, "input": "", "output": output,
-                        "entity": name, "kind": entity["类型"], "relations": relations, "values": values})
-
+    """Training entities and held-out ones: the given share of every kind, drawn by seed."""
+    rng = random.Random(seed)
+    kinds = kinds_of(entities)
+    # A name stands once in all names: in itself. One that is part of another (四逆汤, 当归四逆汤)
+    # is not held out: training would see it in the questions about that other one.
+    free = [name for name in kinds if sum(name in other for other in kinds) == 1]
+    held_out = set()
+    for kind, number in Counter(kinds.values()).items():
+        own = [name for name in free if kinds[name] == kind]
+        held_out.update(rng.sample(own, min(len(own), round(share * number))))
+    parts = [], []
     for entity in entities:
-        name, own = entity["中心词"], facts(entity, forms)
-        for relation, form, text, values in own:
-            for i in rng.sample(range(len(form["questions"])), min(questions, len(form["questions"]))):
-                add(entity, [relation], i, form["questions"][i].format(e=name), form["statements"][0].format(e=name, v=text),
-                    values)
+        parts[entity["中心词"] in held_out].append(entity)
+    return parts
+
+
+def write_records(entities, forms, ways, rng):
+    """Records of all facts: each fact asked for in at most so many ways, and two facts of each
+    entity asked for at once."""
+    for entity in entities:
+        own = list(facts(entity, forms))
+        # Several ways to ask, one way to answer: the statement form is always the first.
+        for fact in own:
+            questions = list(enumerate(fact.form["questions"]))
+            for i, question in rng.sample(questions, min(ways, len(questions))):
+                yield offline_record([fact], i, question.format(e=fact.entity))
         if len(own) > 1:
-            (r1, f1, t1, v1), (r2, f2, t2, v2) = rng.sample(own, 2)
-            add(entity, [r1, r2], "pair", f"请介绍{name}的{r1}和{r2}。",
-                f1["statements"][0].format(e=name, v=t1) + f2["statements"][0].format(e=name, v=t2), v1 + v2)
-    return records
+            pair = rng.sample(own, 2)
+            both = "和".join(fact.relation for fact in pair)
+            question = f"请介绍{pair[0].entity}的{both}。"
+            yield offline_record(pair, "pair", question)
 
 
-def read_prompts(folder):
-    """{name: form} of the prompts in a folder: {description, prompt: lines with $facts, $entity, ...} and, if it asks for
-    facts, {weight, kinds, relations: that must be there, facts: how many, share: relations in which a second entity has
-    the same value, follow: relations that are told of values which are entities themselves}."""
-    forms = {path.stem: read_json_file(path) for path in sorted(Path(folder).glob("*.json"))}
-    for name, form in forms.items():
-        lines, weight, number = form.get("prompt"), form.get("weight", 0), form.get("facts", 0)
-        if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines) and isinstance(weight, (int, float))
-                and isinstance(number, int) and ("weight" not in form or {"kinds", "relations", "facts"} <= set(form))):
-            raise ValueError(f"{folder}/{name}.json wants prompt: [lines] and, beside a weight, kinds, relations and facts (a number)")
-    if not forms:
-        raise ValueError(f"{folder} holds no prompts; wanted .json files as in data/prompts")
-    return forms
+def offline_record(answered, form, question):
+    """The record in which the statements of some facts of an entity answer a question."""
+    first = answered[0]
+    relations = [fact.relation for fact in answered]
+    return {
+        "id": f"{first.entity}/{'+'.join(relations)}/{form}",
+        "instruction": question,
+        "input": "",
+        "output": "".join(fact.statement() for fact in answered),
+        "entity": first.entity,
+        "kind": first.kind,
+        "relations": relations,
+        "values": values_in(answered),
+    }
 
 
-def make_job(args, prompts, form, item, fields, facts=(), **texts):
-    """What to ask under which key, and what is needed to judge the reply. facts: [(entity, relation, text, values)]."""
-    lines = "\n".join(f"- {entity}的{relation}：{text}" for entity, relation, text, _ in facts)
-    messages = [{"role": "system", "content": (Path(args.prompts) / "system.txt").read_text(encoding="utf-8")},
-                {"role": "user", "content": Template("\n".join(prompts[form]["prompt"])).safe_substitute(texts, facts=lines)}]
-    return {"key": f"{item}/{form}/{args.model}", "form": form, "fields": fields, "facts": facts, "messages": messages, **texts}
+# ==================================================================================================
+# By an LLM: jobs are asked, replies are parsed, records are kept or rejected
+
+# What a record keeps of its reply.
+PAID = ("prompt_hash", "model", "params", "usage", "time")
 
 
-def knowledge_jobs(args, entities, forms, prompts):
-    """args.count jobs: forms of prompt drawn by weight, the entities of each in turn, their facts drawn by seed. A greater
-    count adds jobs and changes none."""
-    kinds = {e["中心词"]: e["类型"] for e in entities}
-    own = {e["中心词"]: facts(e, forms) for e in entities}
-    holders, pools, rng, drawn, jobs = defaultdict(list), {}, random.Random(args.seed), Counter(), []
-    for name, known in own.items():
-        for relation, _, _, values in known:
-            for value in values:
-                holders[kinds[name], relation, value].append(name)
+def build(args, jobs, sieve):
+    """Ask the jobs, write the records that the sieve keeps and, with the reason, the others."""
+    jobs = list(jobs)
+    # Ask, and where a reply cannot be parsed, ask once more. What is on the file is not asked.
+    client = Client(replies_beside(args.output, "prompt_hash"), args)
+    client.ask({job.key: job.messages for job in jobs})
+    if args.dry_run:
+        print("--- on top of that, a reply that cannot be parsed is asked once more")
+        return
+    client.ask(repairs(args, jobs, client.replies))
 
-    def partners(name, share):
-        """Entities of the same kind that have a value in common in one of the relations."""
-        keys = [(kinds[name], relation, v) for relation, _, _, values in own[name] if relation in share for v in values]
-        return sorted({other for key in keys for other in holders[key]} - {name})
-
-    for title, form in prompts.items():
-        pool = [name for name in own if form["weight"] and kinds[name] in form["kinds"] and own[name]
-                and set(form["relations"]) <= {fact[0] for fact in own[name]}
-                and ("share" not in form or partners(name, form["share"]))]
-        if pool:
-            rng.shuffle(pool)
-            pools[title] = pool
-    if not pools:
-        raise ValueError(f"{args.knowledge}: no form in {args.prompts} finds an entity of its kinds with its relations")
-    for title in rng.choices(list(pools), [prompts[title]["weight"] for title in pools], k=args.count):
-        form, (turn, place) = prompts[title], divmod(drawn[title], len(pools[title]))
-        drawn[title] += 1
-        name, chosen = pools[title][place], []
-        draw = random.Random(f"{args.seed}/{title}/{name}/{turn}")
-        other = draw.choice(partners(name, form["share"])) if "share" in form else name
-        for n in dict.fromkeys((name, other)):
-            must = [fact for fact in own[n] if fact[0] in form["relations"]]
-            rest = [fact for fact in own[n] if fact[0] not in form["relations"]]
-            chosen += [(n, *fact) for fact in must + draw.sample(rest, max(0, min(form["facts"] - len(must), len(rest))))]
-        inner = [value for fact in chosen for value in fact[4] if "follow" in form and value in own]
-        chosen += [(value, *fact) for value in dict.fromkeys(inner) for fact in own[value] if fact[0] in form["follow"]]
-        jobs.append(make_job(args, prompts, title, f"{name}#{turn}", ("instruction", "output"),
-                             [(n, relation, text, values) for n, relation, _, text, values in chosen],
-                             entity=name, other=other, kind=kinds[name]))
-    return jobs
+    # The sieve compares each record with those kept before it: the order of the jobs counts.
+    kept, rejected = [], []
+    for job in jobs:
+        for record in read_reply(job, client):
+            reason = record.get("reason") or sieve.reason(record, job)
+            if reason:
+                rejected.append(record | {"reason": reason})
+            else:
+                kept.append(record)
+    # Only when the records are written may an error of the endpoint end the command.
+    write_lines(args.output, kept)
+    write_lines(beside(args.output, ".rejected.jsonl"), rejected)
+    if kept:
+        report(args.output, args.knowledge, beside(args.output, ".html"))
+    client.end()
 
 
-def literature_jobs(args, prompts):
-    """args.count jobs: a dialogue of 2 to 6 turns about each conclusion in turn."""
-    rows, jobs, same = read_records(args.literature), [], Counter()
-    for place, row in rows:
-        if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("标题", "疾病", "结论")):
-            raise ValueError(f"{args.literature} {place}: wanted texts for 标题, 疾病 and 结论")
-    for i in range(args.count):
-        row, turn = rows[i % len(rows)][1], i // len(rows)
-        title, disease, conclusion = row["标题"], row["疾病"], row["结论"]
-        parts = [part for part in re.split("[，。；]", conclusion) if len(part) > 3] or [conclusion]
-        again = f"{turn}.{same[title, turn]}" if same[title, turn] else turn                  # of several rows of one title
-        same[title, turn] += 1
-        jobs.append(make_job(args, prompts, "literature", f"{title}#{again}", ("user", "bot"), [(title, "结论", conclusion, parts)],
-                             entity=title, title=title, disease=disease, conclusion=conclusion,
-                             turns=random.Random(f"{args.seed}/{title}/{turn}").randint(2, 6)))
-    return jobs
+def read_reply(job, client):
+    """The records in the latest reply to a job, or one with a `reason` if there are none."""
+    reply = client.replies.get(f"{job.key}/repair") or client.replies.get(job.key, {})
+    # Where it comes from: the entity of its first fact (a new task has none), and the reply.
+    source = {"entity": None, "kind": None, "form": job.form}
+    for fact in job.facts[:1]:
+        source |= {"entity": fact.entity, "kind": fact.kind}
+    source |= {name: reply[name] for name in PAID if reply}
+    try:
+        if not reply:
+            raise ValueError(f"no reply: {client.failed.get(job.key, client.stop)}")
+        records = records_of(job, parse_items(reply["content"], job.fields))
+        return [{"id": f"{job.key}/{i}", **r, **source} for i, r in enumerate(records)]
+    except ValueError as error:
+        return [{"id": job.key, **source, "reason": str(error), "content": reply.get("content")}]
 
 
-def self_instruct_jobs(args, prompts, seeds):
-    """args.count jobs, each with three seed tasks as examples (Stanford Alpaca too draws them from the seeds alone)."""
-    jobs = []
-    for i in range(args.count):
-        drawn = random.Random(f"{args.seed}/{i}").sample(seeds, min(3, len(seeds)))
-        lines = [json.dumps({key: task[key] for key in ("instruction", "input", "output")}, ensure_ascii=False) for task in drawn]
-        jobs.append(make_job(args, prompts, "self_instruct", f"tasks#{i}", ("instruction", "output"), examples="\n".join(lines)))
-    return jobs
+def records_of(job, items):
+    """The records in a reply: one of each item, or one dialogue of which each item is a turn."""
+    if job.fields == TASK:
+        return items
+    turns = [tuple(item.values()) for item in items]
+    if not 2 <= len(turns) <= 6 or not all(map(all, turns)):
+        raise ValueError(f"turns: {len(turns)}, wanted 2 to 6 and none of them empty")
+    messages = [message(*said) for turn in turns for said in zip(("user", "assistant"), turn)]
+    # As BenTsao wrote its rows: all turns but the last answer are the instruction.
+    *earlier, (question, answer) = turns
+    instruction = render_turns([*earlier, (question, None)])
+    return [{"instruction": instruction, "input": "", "output": answer, "messages": messages}]
 
 
-def plain(text):
-    """A text as it is compared: full width made half, small letters, nothing but letters and digits; between digits a point
-    (0.5) and one sign for all that stands there else (3～10, 3至10), or 15 would pass for 1.5."""
-    text = re.sub(r"(?<=\d)(?!\.\d)[\W_至到]+(?=\d)", "~", unicodedata.normalize("NFKC", text).lower())
-    return re.sub(r"(?!(?<=\d)[.~]\d)[\W_]", "", text)
+# ==================================================================================================
+# How a reply is judged
 
+# The fields of an item of a reply: a task, or one turn of a dialogue.
+TASK = ("instruction", "input", "output")
+TURN = ("user", "bot")
 
-def says(text, value):
-    """Whether a plain text states a value: word for word, or if it is long by most of its pairs of characters; and in
-    either case each of its numbers as a whole."""
-    value = plain(value)
-    pairs = [value[i:i + 2] for i in range(len(value) - 1)]
-    own, there = ({*re.findall(r"\d+(?:\.\d+)?", part)} for part in (value, text))
-    return value > "" and own <= there and (value in text or len(value) > 6 and sum(pair in text for pair in pairs) >= 0.7 * len(pairs))
-
-
-class Names:
-    """The names of diseases, herbs, drugs and formulas in a knowledge base, found in a text by longest match, so that
-    四逆汤 in 当归四逆汤 is none. data/relations.json says which relations hold names, and which of their values are none."""
-
-    def __init__(self, entities):
-        rules = read_json_file(DATA / "relations.json")
-        self.kind, self.starts = {e["中心词"]: e["类型"] for e in entities}, defaultdict(list)
-        self.same = {name: {name} for name in self.kind}          # a name's entities: two may share an alias
-        for e in entities:
-            for alias in e.get("别名", []):
-                self.same.setdefault(alias, set()).add(e["中心词"])
-            for relation, kind in {"别名": e["类型"], **rules["names"]}.items():
-                for value in e.get(relation, []):
-                    if not re.search(rules["no_names"], value):
-                        self.kind.setdefault(value, kind)
-        for name in sorted(self.kind, key=len, reverse=True):
-            if len(name) > 1:
-                self.starts[name[0]].append(name)
-
-    def find(self, text):
-        """The set of names in a text."""
-        found, i = {""}, 0
-        while i < len(text):
-            name = next((name for name in self.starts.get(text[i], ()) if text.startswith(name, i)), "")
-            found.add(name)
-            i += len(name) or 1
-        return found - {""}
-
-    def strangers(self, text, given):
-        """Names in a text that the given one does not hold, under this or another name. A disease or drug is also held
-        by a longer word (贫血 by 缺铁性贫血), a herb or formula is not."""
-        held = set().union(*(self.same.get(name, {name}) for name in self.find(given)))
-        return sorted(name for name in self.find(text) if held.isdisjoint(self.same.get(name, {name}))
-                      and (self.kind[name] in ("中药", "方剂") or name not in given))
-
-
-class Kept:
-    """Texts kept so far as sets of tokens. One pass over the postings of a new text's tokens counts what it shares with
-    each of them, so that only the few that could be like it are compared in full."""
-
-    def __init__(self):
-        self.postings, self.sizes, self.texts = defaultdict(lambda: array("i")), array("i"), []
-
-    def add(self, tokens, text):
-        for token in tokens:
-            self.postings[token].append(len(self.texts))
-        self.sizes.append(len(tokens))
-        self.texts.append(text)
-
-    def shared(self, tokens):
-        """(tokens shared with each text kept, its own number of tokens): two arrays (N,)."""
-        counts = np.zeros(len(self.texts), np.int32)
-        for token in tokens:
-            if token in self.postings:
-                counts[np.frombuffer(self.postings[token], np.int32)] += 1
-        return counts, np.array(self.sizes, np.int32)
-
-
-def rouge_l(a, b):
-    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of two lists of tokens, found with the bits of one
-    integer (Hyyrö 2004): a bit falls to zero where the subsequence grows."""
-    places, full = defaultdict(int), (1 << len(a)) - 1
-    for i, token in enumerate(a):
-        places[token] |= 1 << i
-    row = full
-    for token in b:
-        match = row & places.get(token, 0)
-        row = (row + match | row - match) & full
-    return 2 * (len(a) - row.bit_count()) / max(1, len(a) + len(b))
-
-
-def split_words(text):
-    """(tokens of a text for ROUGE, Chinese characters and words of other letters; the same, each with its how-manieth)."""
-    words, seen = re.findall(r"[a-z0-9]+|\w", text.lower()), Counter()
-    return words, [(word, seen.update([word]) or seen[word]) for word in words]
-
-
-def most_like(kept, text, threshold=0.7):
-    """(ROUGE-L, text) of the kept text most like a new one if that reaches the threshold; else (0, "") and it is kept.
-    A common subsequence is no longer than the number of common tokens: most texts are ruled out by that."""
-    words, bag = split_words(text)
-    shared, sizes = kept.shared(bag)
-    close = np.flatnonzero(2 * shared >= threshold * (sizes + len(bag)))
-    score, like = max(((rouge_l(words, kept.texts[i][0]), kept.texts[i][1]) for i in close), default=(0.0, ""))
-    if score >= threshold:
-        return round(score, 3), like
-    kept.add(bag, (words, text))
-    return 0.0, ""
-
-
-def near(kept, record, threshold=0.7):
-    """(Whether a kept record about the same entity has mostly the same 4-grams (Jaccard), the record's own: to be kept if not)."""
-    text = plain(record["instruction"] + record["output"])
-    grams = {text[i:i + 4] for i in range(len(text) - 3)}
-    shared, sizes = kept.shared(grams)
-    close = np.flatnonzero(shared >= threshold * (sizes + len(grams) - shared))
-    return any(kept.texts[i] == record.get("entity") for i in close), grams
+# What in a record gives it away: {reason: pattern}.
+FAULTS = {
+    "refusal": r"抱歉|对不起|作为.{0,6}(AI|人工智能|语言模型)|无法回答|"
+    r"我(无法|不能)(提供|回答|给出|判断)|(?i:as an ai|i'm sorry|i can ?not|i can't)",
+    "speaks of its prompt": r"((上述|以上|给定|所给)的?|(给出|提供)的)"
+    r"(知识|材料|信息|结论|资料|文本)|根据(知识|材料)|JSON",
+}
 
 
 def parse_items(content, fields):
-    """The items of a reply, [{field: text}, ...], with an input, "" if there is none, and without what else they hold. Raises
-    ValueError unless it is {"items": [...]} with texts, and only a code fence or a reasoning model's thoughts around it."""
-    text = re.sub(r"(?s)^<think>.*?</think>", "", content.strip()).strip()
-    text = re.sub(r"(?s)^```(?:json)?\n(.*)\n```$", r"\1", text)
+    """The items of a reply, [{field: text}, ...], without what else they hold. Raises ValueError
+    unless it is {"items": [...]} with texts. A code fence or a reasoning model's thoughts around it
+    are cut off; a missing input is empty."""
+    # Some models put thoughts before the JSON or a fence around it, though told not to.
+    thoughts, fence = r"(?:<think>.*?</think>)?", r"(?:```(?:json)?\n)?(.*?)(?:\n```)?"
+    text = re.fullmatch(rf"(?s)\s*{thoughts}\s*{fence}\s*", content)[1]
+    if not text:
+        raise ValueError("empty")
+    items = []
     try:
-        items = [{**{field: item[field].strip() for field in fields}, "input": (item.get("input") or "").strip()}
-                 for item in json.loads(text)["items"]]
-    except (ValueError, RecursionError) as error:                 # the latter: brackets nested without end
-        raise ValueError(f"no JSON: {error}" if text else "empty") from None
+        for item in json.loads(text)["items"]:
+            item["input"] = item.get("input") or ""
+            items.append({field: item[field].strip() for field in fields})
+    except (ValueError, RecursionError) as error:
+        # RecursionError: brackets nested without end.
+        raise ValueError(f"no JSON: {error}") from None
     except (LookupError, TypeError, AttributeError):
-        raise ValueError('wanted {"items": [{' + ", ".join(f'"{field}": text' for field in fields) + "}, ...]}") from None
+        raise ValueError(f"wanted items, each with texts for {', '.join(fields)}") from None
     if not items:
         raise ValueError("no items")
     return items
 
 
-FAULTS = {                                                        # reason: what in a record gives it away
-    "refusal": r"抱歉|对不起|作为.{0,6}(AI|人工智能|语言模型)|我(无法|不能)(提供|回答|给出|判断)|无法回答|"
-               r"(?i:as an ai|i'm sorry|i can ?not|i can't)",
-    "speaks of its prompt": r"((上述|以上|给定|所给)的?|(给出|提供)的)(知识|材料|信息|结论|资料|文本)|根据(知识|材料)|JSON",
-}
-
-
 class Sieve:
-    """Tells why a record is not kept, by what it says and by what was kept before. names: the `Names` that no record may
-    use without its facts; seeds: instructions that new ones must differ from (self-instruct)."""
+    """Finds the reason to reject a record, in its text and in what was kept before.
+
+    names: the `Names` that a record may use only where its prompt holds them. seeds: instructions
+    that new ones must differ from (self-instruct)."""
 
     def __init__(self, names=None, seeds=()):
-        self.names, self.exact, self.grams, self.tasks = names, set(), Kept(), Kept()
+        self.names = names
+        self.exact = set()
+        self.grams, self.tasks = TokenIndex(), TokenIndex()
         for seed in seeds:
             words, bag = split_words(seed)
             self.tasks.add(bag, (words, seed))
 
-    def reason(self, record, questions, answers, job):
-        """The reason to reject a record, "" to keep it. Puts what it tells of the job's facts on the record."""
-        told, whole = plain(answers), f"{questions}\n{record['input']}\n{answers}"
+    def reason(self, record, job):
+        """The reason to reject a record, "" to keep it. Notes on the record which values of the
+        job's facts it states."""
+        # What its text alone gives away. In a dialogue every second message is a reply.
+        replies = [said["content"] for said in record.get("messages", [])[1::2]]
+        told = "\n".join(replies or [record["output"]])
+        text = f"{record['instruction']}\n{record['input']}\n{told}"
+        answers = plain(told)
         for reason, pattern in FAULTS.items():
-            if re.search(pattern, whole):
+            if re.search(pattern, text):
                 return reason
-        if len(told) < 10 or len(questions) < 4:
+        if len(answers) < 10 or len(record["instruction"]) < 4:
             return "too short"
-        if len(re.findall("[\u4e00-\u9fff]", told)) < 0.5 * len(told):
+        if len(re.findall("[\u4e00-\u9fff]", answers)) < 0.5 * len(answers):
             return "not Chinese"
-        if job["facts"]:
-            used = [(relation, v) for _, relation, _, values in job["facts"] for v in dict.fromkeys(values) if says(told, v)]
-            record["relations"], record["values"] = (list(dict.fromkeys(column)) for column in zip(*used or [((), ())]))
-            record["score"] = round(len(record["values"]) / len({v for fact in job["facts"] for v in fact[3]}), 3)
-            record["strangers"] = self.names.strangers(whole, job["messages"][-1]["content"])
-            if record["strangers"] or not used:
-                return "names what its facts do not" if used else "names no value of its facts"
-        text = plain(record["instruction"] + record["input"] + record["output"])
-        close, grams = near(self.grams, record)
-        if text in self.exact or close:
-            return "near duplicate" if text not in self.exact else "duplicate"
-        if job["form"] == "self_instruct":
+        return self.not_grounded(record, text, answers, job) or self.repeated(record) or ""
+
+    def not_grounded(self, record, text, answers, job):
+        """A record must state a value of its facts, and name no disease, herb, drug or formula that
+        its prompt does not hold."""
+        if not job.facts:
+            return
+        # Which values it states, and the share of the values that it was given. A name that the
+        # prompt does not hold is knowledge of the LLM's own, true or not.
+        given = unique(values_in(job.facts))
+        stated = [value for value in given if says(answers, value)]
+        relations = (fact.relation for fact in job.facts if set(stated) & set(fact.values))
+        strangers = self.names.strangers(text, job.messages[-1]["content"])
+        record |= {
+            "relations": unique(relations),
+            "values": stated,
+            "score": round(len(stated) / len(given), 3),
+            "strangers": strangers,
+        }
+        if not stated:
+            return "names no value of its facts"
+        if strangers:
+            return "names what its facts do not"
+
+    def repeated(self, record):
+        """Whether it is like a record kept before: the same text; about the same entity, with
+        mostly the same 4-grams; a task of mostly the same words. If not, it counts as kept."""
+        text, entity = text_of(record), record.get("entity")
+        # The 4-grams, each with the entity: records of two entities have none in common.
+        grams = {(entity, text[i : i + 4]) for i in range(len(text) - 3)}
+        # The cheap comparison first.
+        if text in self.exact:
+            return "duplicate"
+        # Jaccard similarity of 0.7: common / (total - common) >= 0.7, solved for common.
+        if self.grams.like(grams, 0.7 / 1.7):
+            return "near duplicate"
+        if self.tasks.texts:
             record["rouge_l"], record["like"] = most_like(self.tasks, record["instruction"])
             if record["like"]:
                 return "like a task kept before"
+        # What is rejected must not be remembered, or a good record would fall with it.
         self.exact.add(text)
-        self.grams.add(grams, record.get("entity"))
-        return ""
+        self.grams.add(grams, text)
 
 
-def beside(output, ending, mark=""):
-    """The file beside an output: x.jsonl, ".replies.jsonl" -> x.replies.jsonl. Raises ValueError if the output is there without
-    it, or if mark, which each record of this command holds, is not in its first one: it is another's."""
-    path = Path(re.sub(r"\.jsonl?$", "", str(output)) + ending)
-    if mark and Path(output).exists():
-        with open(output, "rb") as file:
-            first = file.readline()
-        if not path.exists() or first and f'"{mark}": '.encode() not in first:
-            raise ValueError(f"{output} stands there without {path.name} or {mark}: it is not this command's; give another --output")
-    return path
+def plain(text):
+    """A text as it is compared: NFKC (full width made half), lower case, letters and digits only.
+    Between digits a point stays (or 15 would pass for 1.5), and "~" stands for any other sign
+    (3～10, 3至10)."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = re.sub(r"(?<=\d)(?!\.\d)[\W_至到]+(?=\d)", "~", text)
+    return re.sub(r"(?!(?<=\d)[.~]\d)[\W_]", "", text)
 
 
-def build(args, jobs, sieve):
-    """Ask the jobs, ask once more where a reply cannot be parsed, write the records kept and, with the reason, the rest."""
-    asker, kept, rejected = Asker(beside(args.output, ".replies.jsonl", "prompt_hash"), args), [], []
+def says(text, value):
+    """Whether a plain text states a value: word for word, or if it is long by most of its pairs of
+    characters. In either case each number of the value stands there whole."""
+    value = plain(value)
+    numbers, known = (set(re.findall(r"\d+(?:\.\d+)?", part)) for part in (value, text))
+    pairs = [value[i : i + 2] for i in range(len(value) - 1)]
+    shared = sum(pair in text for pair in pairs)
+    alike = value in text or (len(value) > 6 and shared >= 0.7 * len(pairs))
+    return value > "" and numbers <= known and alike
 
-    def outcome(job):
-        """(reply, items, reason): the latest reply to a job, its items, or else why there are none."""
-        reply = asker.reply(job["key"] + "/repair") or asker.reply(job["key"])
+
+class Names:
+    """The names of diseases, herbs, drugs and formulas in a knowledge base. data/relations.json
+    says which relations hold names, and which of their values are no names."""
+
+    def __init__(self, entities):
+        rules = read_json_file(f"{DATA}/relations.json")
+        self.kinds = kinds_of(entities)
+        # {name: names of the same}: two entities may share an alias.
+        self.entities = defaultdict(set)
+        for entity in entities:
+            # The values of some relations are names too: a formula's 组成 names herbs.
+            for relation, kind in {"别名": entity["类型"], **rules["names"]}.items():
+                for value in entity.get(relation, []):
+                    if relation == "别名":
+                        self.entities[value].add(entity["中心词"])
+                    if not re.search(rules["no_names"], value):
+                        self.kinds.setdefault(value, kind)
+        for name in self.kinds:
+            self.entities[name].add(name)
+        # By longest match: 四逆汤 in 当归四逆汤 is none.
+        names = sorted(self.kinds, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, names)) or "$^")
+
+    def find(self, text):
+        """The set of names in a text."""
+        # One character is inside too many words.
+        return {name for name in self.pattern.findall(text) if len(name) > 1}
+
+    def strangers(self, text, given):
+        """Names in a text that the given text does not hold, under this or another name."""
+        held = set().union(*map(self.entities.get, self.find(given)))
+        strange = [name for name in self.find(text) if not held & self.entities[name]]
+        # A longer word may hold a disease or drug (缺铁性贫血: 贫血), but no herb and no formula.
+        whole = ("中药", "方剂")
+        return sorted(n for n in strange if self.kinds[n] in whole or n not in given)
+
+
+class TokenIndex:
+    """Texts as sets of tokens, with an inverted index: {token: numbers of the texts that hold it}.
+    Counting over the lists of a new text's tokens tells what it shares with every text, so that
+    only the few that could be like it are compared in full."""
+
+    def __init__(self):
+        self.postings = defaultdict(list)
+        # [(number of tokens, text), ...]
+        self.texts = []
+
+    def add(self, tokens, text):
+        for token in tokens:
+            self.postings[token].append(len(self.texts))
+        self.texts.append((len(tokens), text))
+
+    def like(self, tokens, share):
+        """The texts that have enough tokens in common with a new one: at least a share of the sum
+        of both numbers, so that equal texts share 0.5."""
+        common = Counter(chain(*(self.postings.get(token, ()) for token in tokens)))
+        found = ((shared, *self.texts[i]) for i, shared in common.items())
+        # 1e-9: what rounding may have added to the bound.
+        return [text for n, size, text in found if n >= share * (size + len(tokens)) - 1e-9]
+
+
+def text_of(record):
+    """All that a record says, as it is compared."""
+    return plain(f"{record['instruction']}{record['input']}{record['output']}")
+
+
+def most_like(index, text):
+    """ROUGE-L and the text in the index that is most like a new one, if that is 0.7 or more; else 0
+    and "", and the new text enters the index."""
+    words, bag = split_words(text)
+    # A common subsequence has no more tokens than both texts have in common, which rules most out.
+    scores = [(rouge_l(words, other), like) for other, like in index.like(bag, 0.7 / 2)]
+    score, like = max(scores, default=(0.0, ""))
+    if score >= 0.7:
+        return round(score, 3), like
+    index.add(bag, (words, text))
+    return 0.0, ""
+
+
+def split_words(text):
+    """The tokens of a text for ROUGE (Chinese characters, words of other letters), and the same as
+    a set in which the n-th occurrence of a word is (word, n)."""
+    words = re.findall(r"[a-z0-9]+|\w", text.lower())
+    return words, [(word, i) for word, n in Counter(words).items() for i in range(n)]
+
+
+def rouge_l(a, b):
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of two lists of tokens.
+
+    Bit i of one integer stands for a[i], and falls to zero where the subsequence grows (Hyyrö
+    2004), so that a row of the textbook's table is one addition."""
+    places = defaultdict(int)
+    for i, token in enumerate(a):
+        places[token] |= 1 << i
+    full = (1 << len(a)) - 1
+    row = full
+    for token in b:
+        # The sum carries each lowest match of a run of ones up to the end of that run.
+        match = row & places[token]
+        row = (row + match | row - match) & full
+    return 2 * (len(a) - row.bit_count()) / max(1, len(a) + len(b))
+
+
+# ==================================================================================================
+# Jobs: what an LLM is asked
+
+
+@dataclass
+class Job:
+    """A prompt for the LLM, the key of its reply, and what the reply is judged by."""
+
+    key: str
+    form: str  # name of the prompt in data/prompts
+    messages: list
+    facts: list  # what the reply may state; empty: anything
+
+    @property
+    def fields(self):
+        return TURN if self.form == "literature" else TASK
+
+
+def read_prompts(folder):
+    """{name: form} of the prompts in a folder. A form holds the lines of its `prompt`, in which
+    $facts, $entity and the like stand for texts. One that asks for facts of an entity also holds
+
+      weight     how often it is drawn
+      kinds      of the entities that it suits
+      relations  facts that must be there
+      facts      how many facts of an entity are shown
+      share      if there: relations under which a second entity must have the same value
+      follow     if there: relations shown of those values that are entities themselves
+
+    Raises ValueError naming the file whose form is another."""
+    prompts = {path.stem: read_json_file(path) for path in sorted(Path(folder).glob("*.json"))}
+    for name, form in prompts.items():
         try:
-            return reply, parse_items(reply["content"], job["fields"]), ""
-        except (TypeError, ValueError) as error:
-            return reply, [], str(error) if reply else f"no reply: {asker.failed.get(job['key'], asker.stop)}"
+            form["prompt"] = "\n".join(form["prompt"])
+            # Each access fails, as it should, where something is missing or of another type.
+            if form.setdefault("weight", 0) > 0:
+                form["kinds"], form["relations"], range(form["facts"])
+        except (LookupError, TypeError) as error:
+            raise ValueError(
+                f"{folder}/{name}.json: {error}; wanted prompt: [lines] and, beside a weight, "
+                "kinds, relations and facts (a number)"
+            ) from None
+    if not prompts:
+        raise ValueError(f"{folder} holds no prompts; wanted .json files as in data/prompts")
+    return prompts
 
-    asker.ask([(job["key"], job["messages"]) for job in jobs])
-    if args.dry_run:
-        print("--- on top of that, a reply that cannot be parsed is asked once more, with the reply in its prompt")
-        return asker.end()
-    repair = Template((Path(args.prompts) / "repair.txt").read_text(encoding="utf-8"))
-    asker.ask([(job["key"] + "/repair", [*job["messages"], {"role": "assistant", "content": reply["content"] or "（空）"},
-                                         {"role": "user", "content": repair.safe_substitute(reason=reason)}])
-               for job in jobs for reply, _, reason in [outcome(job)] if reply and reason and not reply["key"].endswith("/repair")])
+
+def set_weights(prompts, mix):
+    """Give the prompts the weights of --mix, as single=3,vignette=1; those not in it get 0."""
+    for form in prompts.values():
+        form["weight"] = 0
+    for part in mix.split(","):
+        name, _, weight = part.partition("=")
+        if "kinds" not in prompts.get(name, {}) or not weight.isdecimal():
+            raise ValueError(f"mix {mix!r}, wanted name=weight,... of {' '.join(prompts)}")
+        prompts[name]["weight"] = int(weight)
+
+
+def make_job(args, prompts, form, item, facts=(), **texts):
+    """The job that asks for an item by a form, with facts and other texts in their places."""
+    listed = "\n".join(f"- {fact.entity}的{fact.relation}：{fact.text}" for fact in facts)
+    system = read_text(f"{args.prompts}/system.txt")
+    user = Template(prompts[form]["prompt"]).safe_substitute(texts, facts=listed)
+    messages = [message("system", system), message("user", user)]
+    return Job(f"{item}/{form}/{args.model}", form, messages, facts)
+
+
+def read_text(path):
+    return Path(path).read_text(encoding="utf-8")
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+def keys_of(facts):
+    return [(fact.kind, fact.relation, value) for fact in facts for value in fact.values]
+
+
+class FactSampler:
+    """Draws the facts of entities for prompts."""
+
+    def __init__(self, entities, forms):
+        self.facts = {entity["中心词"]: list(facts(entity, forms)) for entity in entities}
+        # {(kind, relation, value): names of the entities that have it}
+        self.holders = defaultdict(set)
+        for name, own in self.facts.items():
+            for key in keys_of(own):
+                self.holders[key].add(name)
+
+    def under(self, name, relations):
+        """The facts of an entity under some relations."""
+        return [fact for fact in self.facts.get(name, []) if fact.relation in relations]
+
+    def partners(self, name, relations):
+        """Entities of the same kind that have a value in common under one of the relations."""
+        keys = keys_of(self.under(name, relations))
+        return sorted(set().union(*map(self.holders.get, keys)) - {name})
+
+    def choose(self, rng, form, name):
+        """A partner's name (or the entity's own) and the facts for a job about an entity."""
+        other = rng.choice(self.partners(name, form["share"])) if "share" in form else name
+        # Of each entity the facts that the prompt cannot do without, then some of the others.
+        chosen = []
+        for entity in unique([name, other]):
+            must = self.under(entity, form["relations"])
+            rest = [fact for fact in self.facts[entity] if fact not in must]
+            more = max(0, form["facts"] - len(must))
+            chosen += must + rng.sample(rest, min(more, len(rest)))
+        # A formula's herbs are entities themselves: what the prompt needs to know of those.
+        for value in unique(values_in(chosen)):
+            chosen += self.under(value, form.get("follow", ()))
+        return other, chosen
+
+
+def knowledge_jobs(args, entities, forms, prompts):
+    """args.count jobs: prompts drawn by weight, the entities of each in turn, their facts by seed.
+    A greater count adds jobs and changes none. Raises ValueError if no prompt suits an entity."""
+    rng = random.Random(args.seed)
+    sampler = FactSampler(entities, forms)
+    # Which entities each prompt suits, in an order of its own.
+    pools, weights = {}, []
+    for title, form in prompts.items():
+        pool = [
+            name
+            for name, own in sampler.facts.items()
+            if form["weight"]
+            and {fact.kind for fact in own} & set(form["kinds"])
+            and {fact.relation for fact in own} >= set(form["relations"])
+            and ("share" not in form or sampler.partners(name, form["share"]))
+        ]
+        if pool:
+            rng.shuffle(pool)
+            pools[title] = cycle(pool)
+            weights.append(form["weight"])
+    if not pools:
+        raise ValueError(f"{args.knowledge}: no form in {args.prompts} suits an entity there")
+    # A job's facts hang on its own key alone, not on the jobs drawn before it.
+    seen = defaultdict(count)
+    for title in rng.choices(list(pools), weights, k=args.count):
+        name = next(pools[title])
+        number = next(seen[title, name])
+        item_rng = random.Random(f"{args.seed}/{title}/{name}/{number}")
+        other, chosen = sampler.choose(item_rng, prompts[title], name)
+        item = f"{name}#{number}"
+        yield make_job(args, prompts, title, item, chosen, entity=name, other=other)
+
+
+def literature_jobs(args, prompts):
+    """args.count jobs: a dialogue of 2 to 6 turns about each conclusion in turn."""
+    papers = read_records(args.literature)
+    # Several papers may have one title: the number tells them apart.
+    seen = defaultdict(count)
+    for where, paper in islice(cycle(papers), args.count):
+        title, disease, conclusion = texts = [paper.get(key) for key in ("标题", "疾病", "结论")]
+        if not all(map(is_text, texts)):
+            raise ValueError(f"{args.literature} {where}: wanted texts for 标题, 疾病 and 结论")
+        # The values are the clauses, less those of three characters and fewer.
+        values = re.findall("[^，。；]{4,}", conclusion) or [conclusion]
+        facts = [Fact(title, None, "结论", conclusion, values)]
+        number = next(seen[title])
+        turns = random.Random(f"{args.seed}/{title}/{number}").randint(2, 6)
+        yield make_job(
+            args,
+            prompts,
+            "literature",
+            f"{title}#{number}",
+            facts,
+            title=title,
+            disease=disease,
+            conclusion=conclusion,
+            turns=turns,
+        )
+
+
+def self_instruct_jobs(args, prompts, seeds):
+    """args.count jobs, each with three seed tasks as examples (Wang et al. 2022; from the seeds
+    alone, as Stanford Alpaca draws them)."""
+    for i in range(args.count):
+        drawn = random.Random(f"{args.seed}/{i}").sample(seeds, min(3, len(seeds)))
+        examples = "\n".join(to_json({field: task[field] for field in TASK}) for task in drawn)
+        yield make_job(args, prompts, "self_instruct", f"tasks#{i}", examples=examples)
+
+
+def repairs(args, jobs, replies):
+    """Prompts that show the LLM a reply that cannot be parsed and the reason: each job once."""
+    form = Template(read_text(f"{args.prompts}/repair.txt"))
+    prompts = {}
     for job in jobs:
-        reply, items, reason = outcome(job)
-        source = {"entity": job.get("entity"), "kind": job.get("kind"), "form": job["form"]}
-        source.update({key: reply[key] for key in ("prompt_hash", "model", "params", "usage", "time")} if reply else {})
-        if job["form"] == "literature" and items and not (2 <= len(items) <= 6 and all(i["user"] and i["bot"] for i in items)):
-            items, reason = [], f"turns: {len(items)}, wanted 2 to 6 and none of them empty"
-        if reason:
-            rejected.append({"id": job["key"], **source, "reason": reason, "content": reply and reply["content"]})
+        key = f"{job.key}/repair"
+        if job.key not in replies or key in replies:
             continue
-        said = [tuple(item[field] for field in job["fields"]) for item in items]
-        if job["form"] == "literature":                           # one record of all turns, as BenTsao wrote its rows
-            messages = [{"role": role, "content": text} for turn in said for role, text in zip(("user", "assistant"), turn)]
-            question = render_turns([*said[:-1], (said[-1][0], None)])
-            items = [{"instruction": question, "input": "", "output": said[-1][1], "messages": messages}]
-            said = [("\n".join(column) for column in zip(*said))]
-        for number, (item, (questions, answers)) in enumerate(zip(items, said)):
-            record = {"id": f"{job['key']}/{number}", **dict.fromkeys(("instruction", "input")), **item, **source}      # in this order
-            reason = sieve.reason(record, questions, answers, job)
-            (rejected if reason else kept).append({**record, "reason": reason} if reason else record)
-    write_lines(args.output, kept)
-    write_lines(beside(args.output, ".rejected.jsonl"), rejected)
-    if kept:
-        report(args.output, args.knowledge, html=beside(args.output, ".html"))
-    asker.end()
-
-
-def add_options(commands, *options):
-    """Options (name, default, help) of several subcommands; the type is the default's."""
-    for command in commands:
-        for name, default, help in options:
-            command.add_argument(f"--{name}", type=type(default), default=default, help=help)
-
-
-def add_api_options(command):
-    """The options of every subcommand that asks an API, through `Asker`."""
-    command.add_argument("--model", required=True, help="name of the model at the endpoint")
-    command.add_argument("--dry_run", action="store_true", help="show prompts, number of requests, tokens and cost; ask nothing")
-    command.add_argument("--batch", action="store_true", help="through the Batch API: half the price, within 24 hours")
-    command.add_argument("--aiohttp", action="store_true", help="hundreds of requests a second: the openai client sends through "
-                         "aiohttp, for half the CPU (pip install 'openai[aiohttp]')")
-    add_options(
-        [command], ("base_url", "", "an OpenAI-compatible endpoint (empty: OPENAI_BASE_URL, else OpenAI's)"),
-        ("temperature", 1.0, "of the sampling; left out where the model refuses it"), ("max_tokens", 2048, "tokens of a reply at most"),
-        ("concurrency", 16, "requests in flight"), ("rpm", 0, "requests per minute at most (0: no limit)"),
-        ("tpm", 0, "tokens per minute at most, prompt and max_tokens counted (0: no limit)"),
-        ("timeout", 120.0, "seconds without a byte until a request is given up"), ("retries", 6, "further tries of a request"),
-        ("max_requests", 0, "stop after so many requests of this run, those that timed out counted (0: no limit)"),
-        ("max_cost", 0.0, "dollars for all replies of the output, and for requests of this run that timed out or broke off; "
-                          "none is asked that could exceed it (0: no limit)"),
-        ("price_in", 0.0, "dollars for a million prompt tokens"), ("price_out", 0.0, "dollars for a million reply tokens"),
-        ("poll", 30.0, "seconds between two looks at a batch"))
-
-
-class Asker:
-    """Asks an OpenAI-compatible endpoint every (key, messages) not answered yet and appends each reply to a file as one
-    line: {key, content, finish_reason, prompt_hash, model, params, usage, batch, time}. What stands in the file is paid: no
-    later run asks it again. What is asked and how a reply is judged is the caller's business. Raises ValueError if
-    another process holds the file; `end` raises what no further request can mend (a wrong key, an unknown model)."""
-
-    def __init__(self, path, args):
-        numbers = [value for name, value in vars(args).items() if isinstance(value, (int, float)) and name != "seed"]
-        if not (all(number >= 0 for number in numbers) and args.concurrency and args.max_tokens and args.timeout):
-            raise ValueError("options of the API: no number below 0; concurrency, max_tokens and timeout above it")
-        if args.max_cost and not (args.price_in and args.price_out):
-            raise ValueError("max_cost wants the prices of the model: --price_in and --price_out, dollars for a million tokens")
-        if args.aiohttp and not find_spec("aiohttp"):
-            raise ValueError("aiohttp is not installed: pip install 'openai[aiohttp]', or leave --aiohttp out")
-        if not args.dry_run and not os.environ.get("OPENAI_API_KEY"):
-            raise ValueError("OPENAI_API_KEY is not set; export it (any text for a local server), or look first with --dry_run")
-        self.path, self.args, self.places, self.failed = Path(path), args, {}, {}
-        self.params = {"temperature": args.temperature, "max_completion_tokens": args.max_tokens,
-                       "response_format": {"type": "json_object"}}
-        self.requests, self.size, self.spent, self.reserved, self.turn, self.dead, self.stop = 0, 0, 0.0, 0.0, 0.0, 0, None
+        said = replies[job.key]["content"]
         try:
-            if not args.dry_run:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path if self.path.exists() or not args.dry_run else os.devnull, "rb" if args.dry_run else "ab+", buffering=0)
-            fcntl.flock(self.file, (fcntl.LOCK_SH if args.dry_run else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path} is being written by another process; wait for it or give another --output") from None
-        except OSError as error:
-            raise ValueError(f"{path} cannot be written: {error.strerror}; give another --output") from None
-        with open(self.file.name, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    reply = json.loads(line)
-                    self.places[reply["key"]] = self.size, len(line)
-                    self.spent += self.cost(tokens_used(reply), reply.get("batch", False))
-                except (ValueError, TypeError, LookupError, AttributeError):
-                    if not line.endswith(b"\n"):                  # a last line cut off by a crash: it goes
-                        break
-                    raise ValueError(f"{path} line {number} is no reply of an API; delete that line") from None
-                self.size += len(line)
-        if not args.dry_run:
-            self.file.truncate(self.size)
-            if self.size and os.pread(self.file.fileno(), 1, self.size - 1) != b"\n":
-                self.size += self.file.write(b"\n")
+            parse_items(said, job.fields)
+        except ValueError as error:
+            asked = form.safe_substitute(reason=error)
+            said = message("assistant", said or "（空）")
+            prompts[key] = [*job.messages, said, message("user", asked)]
+    return prompts
 
-    def cost(self, usage, batch=None):
-        """Dollars for a usage {prompt_tokens, completion_tokens}; by a batch (None: as this run asks) it costs half."""
-        price = self.args.price_in * usage["prompt_tokens"] + self.args.price_out * usage["completion_tokens"]
-        return price * (0.5 if (self.args.batch if batch is None else batch) else 1.0) / 1e6
 
-    def most(self, messages):
-        """The usage a request may come to: a token for each byte, which no tokenizer exceeds, and max_tokens."""
-        return {"prompt_tokens": sum(len(message["content"].encode()) + 8 for message in messages),
-                "completion_tokens": self.args.max_tokens}
+# ==================================================================================================
+# Replies: the file of all that was paid for
 
-    def take(self, key, prompt_hash, body, params):
-        """Append the reply in the body of a chat completion to the file. Raises ValueError if there is none, when its cost
-        is counted all the same."""
-        usage = tokens_used(body)
-        self.spent += self.cost(usage)
-        try:
-            content = (choice := body["choices"][0])["message"].get("content") or ""      # a text, or texts among thoughts
-            content = "".join(part.get("text") or "" for part in content) if isinstance(content, list) else "" + content
-            reply = {"key": key, "content": content, "finish_reason": choice.get("finish_reason"),
-                     "prompt_hash": prompt_hash, "model": body.get("model"), "params": {"model": self.args.model, **params},
-                     "usage": usage, "batch": self.args.batch, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        except (LookupError, TypeError, AttributeError):
-            raise ValueError(f"no chat completion: {str(body)[:80]!r}") from None
-        line = (json.dumps(reply, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+
+class Replies(dict):
+    """{key: reply} of x.replies.jsonl, a line for each reply. The file is locked while it is open;
+    a last line that a crash cut off goes. read_only (a dry run) changes nothing on the disk.
+    Raises ValueError if another process holds the file, and for a line that is no reply."""
+
+    def __init__(self, path, read_only=False):
+        self.path = path
+        if not read_only:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Open as long as this object lives: closing it would release the lock.
+            self.file = open(path, "ab+", buffering=0)  # noqa: SIM115
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{path} belongs to another process; wait for it") from None
+        data = path.read_bytes() if path.exists() else b""
+        size = 0  # bytes of complete lines
+        for number, line in enumerate(data.splitlines(keepends=True), 1):
+            try:
+                reply = json.loads(line)
+                self[reply["key"]] = reply
+                size += len(line)
+            except (ValueError, TypeError, LookupError):
+                # Only the last line may be one that a crash cut off.
+                if line.endswith(b"\n"):
+                    raise ValueError(f"{path} line {number} is no reply; delete it") from None
+        if not read_only:
+            # What a crash cut off goes; a complete reply without its end of line gets one.
+            self.file.truncate(size)
+            if size and data[size - 1 : size] != b"\n":
+                self.file.write(b"\n")
+
+    def append(self, reply):
+        """Bring a reply to the file. Raises OSError if the disk is full; no half line is left."""
+        line = f"{to_json(reply)}\n".encode("utf-8", "replace")
+        size = self.path.stat().st_size
         try:
             if self.file.write(line) < len(line):
                 raise OSError("disk full")
         except OSError as error:
-            self.file.truncate(self.size)                         # no half line stays
-            raise OSError(f"{self.path}: {error.strerror or error}; {len(self.places):,} replies are safe, run again to go on") from None
-        self.places[key] = self.size, len(line)
-        self.size += len(line)
-        self.failed.pop(key, None)
-        if self.spent:                                            # without prices there is none to show
-            self.bar.set_postfix_str(f"${self.spent:.4f}", refresh=False)
-        self.bar.update()
+            self.file.truncate(size)
+            safe = f"{len(self):,} replies are safe, run again to go on"
+            raise OSError(f"{self.path}: {error.strerror or error}; {safe}") from None
+        self[reply["key"]] = reply
 
-    async def wait(self, seconds):
-        """Sleep, but not beyond the moment at which the run is stopped."""
-        end = time.monotonic() + seconds
-        while not self.stop and (left := end - time.monotonic()) > 0:
-            await asyncio.sleep(min(left, 0.5))
 
-    async def send(self, client, key, messages):
-        """One request until it is answered, refused for good (then self.failed holds the reason) or the run is stopped."""
-        from openai import APIConnectionError, APIStatusError, OpenAIError
-        args, most, attempt = self.args, self.most(messages), 0
-        cost = self.cost(most)
-        while attempt <= args.retries:
-            if args.rpm or args.tpm:                              # requests leave evenly spaced
-                self.turn, seconds = max(self.turn, time.monotonic()), self.turn - time.monotonic()
-                self.turn += max(60 / args.rpm if args.rpm else 0, 60 * sum(most.values()) / args.tpm if args.tpm else 0)
-                await self.wait(seconds)
-            if args.max_requests and self.requests >= args.max_requests:
-                self.stop = self.stop or f"max_requests {args.max_requests} reached"
-            if args.max_cost and self.spent + self.reserved + cost > args.max_cost:
-                self.stop = self.stop or f"max_cost {args.max_cost} would be passed, {self.spent:.4f} dollars spent"
-            if self.stop:
-                return
-            self.requests += 1
-            self.reserved += cost
-            params, body = dict(self.params), None
-            try:
-                body = await client.post("/chat/completions", cast_to=object, body={"model": args.model, "messages": messages, **params})
-                self.take(key, prompt_hash(messages), body, params)
-                self.dead = 0
-                return
-            except APIStatusError as error:
-                text, code = self.clean(error), error.status_code
-                if code in (400, 422) and self.give_up(error.param or text, params):
-                    continue                                      # which is no try
-                if code in (401, 402, 403, 404) or error.code == "insufficient_quota":
-                    raise ValueError(f"{client.base_url} refuses model {args.model}: {text}") from None
-                self.failed[key], header = text, error.response.headers.get("retry-after", "")
-                seconds = min(3600, float(header)) if re.fullmatch(r"\d+(\.\d+)?", header) else 0
-                if code < 500 and code not in (408, 409, 429):    # this prompt is refused: the endpoint is there
-                    self.dead = 0
-                    return
-            except (OpenAIError, ValueError, RecursionError) as error:
-                self.failed[key], seconds = self.clean(error), 0.0
-                if not (type(error.__cause__).__name__.startswith("Connect") or any(tokens_used(body).values())):
-                    self.reserved += cost                         # what was sent may be billed: its cost stays reserved
-                if not isinstance(error, APIConnectionError):     # an answer, paid perhaps, that is no chat completion
-                    break
-            finally:
-                self.reserved -= cost
-            await self.wait((seconds or min(30, 0.5 * 2 ** attempt)) + random.random() * min(1 + attempt, 5))
-            attempt += 1
-        self.dead += 1
-        if self.dead >= 2 * args.concurrency:
-            raise ValueError(f"{client.base_url}: {self.dead} requests in a row without an answer, the last one: {self.failed[key]}")
+def to_json(value):
+    return json.dumps(value, ensure_ascii=False)
 
-    def give_up(self, text, sent):
-        """Leave out, from here on, the first of the parameters sent that an error's text names; whether it is one to leave out."""
-        name = next((name for name in ("messages", *sent) if name in text), None)
-        if name not in ("temperature", "response_format", "max_completion_tokens"):
-            return False
-        self.params.pop(name, None)
-        if name == "max_completion_tokens":                       # as it was called before, and still is by many servers
-            self.params["max_tokens"] = self.args.max_tokens
-        return True
 
-    def clean(self, error):
-        """An error's text in one line without the key, which a server may have put there (a short one is no secret)."""
-        key = os.environ["OPENAI_API_KEY"]
-        return " ".join((str(error).replace(key, "***") if len(key) > 7 else str(error)).split())[:300]
+def replies_beside(output, mark):
+    """The file of the replies to an output. Raises ValueError if the output is another command's:
+    it stands there without replies, or its records do not hold mark, as ours all do."""
+    path, output = beside(output, ".replies.jsonl"), Path(output)
+    kept = output.read_bytes() if output.exists() else b""
+    if kept and not (path.exists() and f'"{mark}": '.encode() in kept):
+        raise ValueError(f"{output} is another command's (no {mark} there); give another --output")
+    return path
 
-    async def online(self, clients, todo):
-        """Send the jobs, `concurrency` at a time. What stops one stops all, after the replies in flight have come in.
-        For each request a client looks through all its connections, so that many share them among several clients."""
-        jobs = iter(todo)
 
-        async def work(client):
-            while not self.stop and (job := next(jobs, None)):
-                try:
-                    await self.send(client, *job)
-                except Exception as error:
-                    self.stop = error
-        await asyncio.gather(*(work(clients[i // 16]) for i in range(min(self.args.concurrency, len(todo)))))
+def beside(output, ending):
+    """The file beside an output: x.jsonl, ".html" -> x.html."""
+    return Path(re.sub(r"\.jsonl?$", "", str(output)) + ending)
 
-    async def batched(self, client, todo):
-        """The same through files and batches. Their ids are noted before anything waits, so that a run killed at any
-        moment finds its batches again; a batch made but not noted is known by its file."""
-        from openai import NotFoundError
-        note = self.path.with_suffix(".batches.json")
-        pending = read_json_file(note) if note.is_file() else {}                           # {id of a file: id of its batch}
-        asked, sent = None, pending.pop("params", dict(self.params))
-        while pending or asked != self.params:                    # first what an earlier run left, then the rest, and what was
-            if not pending:                                       # refused once more without the parameter that is to blame
-                asked = sent = dict(self.params)
-                todo = [job for job in todo if job[0] not in self.places]
-                self.failed.clear()
-                for chunk in (todo[i:i + 20000] for i in range(0, len(todo), 20000)):
-                    lines = [{"custom_id": f"{prompt_hash(messages)} {key}", "method": "POST", "url": "/v1/chat/completions",
-                              "body": {"model": self.args.model, "messages": messages, **self.params}} for key, messages in chunk]
-                    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-                    pending[(await client.files.create(file=("requests.jsonl", text.encode()), purpose="batch")).id] = None
-                    write_json(note, {**pending, "params": sent})
-            for file in [file for file, batch in pending.items() if not batch]:
-                made = {batch.input_file_id: batch.id async for batch in client.batches.list(limit=100)}
-                pending[file] = made.get(file) or (await client.with_options(max_retries=0).batches.create(     # sent twice, it
-                    input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h")).id           # would be paid twice
-                write_json(note, {**pending, "params": sent})
-            for file, id in list(pending.items()):
-                try:
-                    while (batch := await client.batches.retrieve(id)).status not in ("completed", "failed", "expired", "cancelled"):
-                        self.bar.set_description(f"{id} {batch.status}")
-                        await self.wait(self.args.poll)
-                        if self.stop:
-                            return
-                except NotFoundError:
-                    raise ValueError(f'{note}: the endpoint has no batch {id}; delete the line of "{file}", and it is asked anew') from None
-                for result in filter(None, (batch.output_file_id, batch.error_file_id)):
-                    for line in filter(None, (await client.files.content(result)).text.split("\n")):
-                        row = json.loads(line)
-                        hash, key = row["custom_id"].split(" ", 1)
-                        body = (row.get("response") or {}).get("body")
-                        try:
-                            if key not in self.places:
-                                self.take(key, hash, body, sent)
-                        except ValueError as error:
-                            refusal = body.get("error") if isinstance(body, dict) else None
-                            self.failed[key] = self.clean(refusal or row.get("error") or error)
-                            self.give_up(self.failed[key] if refusal else "", sent)
-                why = "".join(f": {error.message}" for error in batch.errors and batch.errors.data or ())
-                for key, _ in todo:
-                    if key not in self.places:
-                        self.failed.setdefault(key, f"{id} {batch.status}{self.clean(why)}")
-                del pending[file]
-                write_json(note, {**pending, "params": sent})
 
-    async def run(self, todo):
-        from openai import AsyncOpenAI, OpenAIError
-        if self.args.aiohttp:
-            from openai import DefaultAioHttpClient
+# ==================================================================================================
+# The client: asks an API
 
-        def interrupt(number):
-            self.stop = "interrupted"                             # a second one does not wait for the replies in flight
-            loop.remove_signal_handler(number)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, interrupt, number)
-        try:
-            with tqdm(total=len(todo), unit="reply", mininterval=1) as self.bar:
-                async with AsyncExitStack() as stack:
-                    clients = [await stack.enter_async_context(AsyncOpenAI(
-                        base_url=self.args.base_url or None, timeout=self.args.timeout,
-                        http_client=DefaultAioHttpClient() if self.args.aiohttp else None,
-                        max_retries=self.args.retries if self.args.batch else 0)) for _ in range(0, self.args.concurrency, 16)]
-                    await (self.batched(clients[0], todo) if self.args.batch else self.online(clients, todo))
-        except (OpenAIError, ValueError) as error:
-            self.stop = error if isinstance(error, ValueError) else ValueError(
-                f"{clients[0].base_url}: {self.clean(error)}; run the same command to go on")
-        if isinstance(self.stop, OSError):                        # a full disk has no place for records either
-            raise self.stop
 
-    def ask(self, jobs):
-        """Ask the jobs [(key, messages), ...] that have no reply yet; `reply` then tells them, and `end` what stopped it. A
-        dry run shows the first prompts and the bill instead."""
-        if changed := [key for key, messages in jobs if key in self.places and self.reply(key)["prompt_hash"] != prompt_hash(messages)]:
-            raise ValueError(f"{self.path}: {len(changed):,} replies answer other prompts (first: {changed[0]}); the seed, the data or "
-                             "a form has changed: give another --output, or delete those lines")
-        todo = [job for job in jobs if job[0] not in self.places]
-        tokens = {name: sum(self.most(messages)[name] for _, messages in todo) for name in ("prompt_tokens", "completion_tokens")}
-        if self.args.batch and 0 < self.args.max_requests < len(todo):
-            self.stop = ValueError(f"max_requests {self.args.max_requests}, and a batch of {len(todo):,} is left to ask; lower --count")
-        if self.args.batch and self.args.max_cost and self.spent + self.cost(tokens) > self.args.max_cost:
-            self.stop = ValueError(f"max_cost {self.args.max_cost}: {self.spent:.4f} dollars spent, and the batch may cost "
-                                   f"{self.cost(tokens):.4f}; lower --count or --max_tokens")
-        if self.args.dry_run:
-            for key, messages in todo[:3]:
-                print(f"--- {key}", *(message["content"] for message in messages), sep="\n")
-            dollars = f"{self.cost(tokens):.2f} dollars at most; {self.spent:.4f} spent so far"
-            print(f"--- {len(jobs):,} prompts, {len(todo):,} to ask: at most {tokens['prompt_tokens']:,} tokens in and "
-                  f"{tokens['completion_tokens']:,} out, {dollars if self.args.price_out else 'dollars with --price_in and --price_out'}")
+class Stopped(Exception):
+    """Why a run ends early, where the same command goes on later: a cap, a signal."""
+
+
+class Client:
+    """Asks an OpenAI-compatible endpoint the prompts {key: messages} that have no reply yet.
+
+    Each reply is brought to the file before it is used: {key, content, finish_reason, prompt_hash,
+    model, params, usage, batch, time}. What stands there is paid: no later run asks it again. What
+    is asked and how a reply is judged is the caller's business."""
+
+    def __init__(self, path, args):
+        # Its options: self.model, self.timeout, self.max_cost and the like.
+        vars(self).update(vars(args))
+        self.replies = Replies(path, read_only=self.dry_run)
+        self.note = path.with_suffix(".batches.json")
+        self.params = {
+            "temperature": self.temperature,
+            "max_completion_tokens": self.max_tokens,
+            "response_format": {"type": "json_object"},
+            # Behind the others, which an error is searched for first.
+            "model": self.model,
+        }
+        # {key: why it has no reply}, and the exception that ended the run.
+        self.failed, self.stop = {}, None
+        # Tries in this run, and prompts in a row that got no answer.
+        self.requests = self.unanswered = 0
+        # Dollars of requests whose cost is not known, and of all answers.
+        self.reserved = 0.0
+        self.spent = sum(self.cost(tokens_used(r), r.get("batch")) for r in self.replies.values())
+
+    def cost(self, usage, batch):
+        """Dollars for {prompt_tokens, completion_tokens}; a batch costs half."""
+        dollars = self.price_in * usage["prompt_tokens"]
+        dollars += self.price_out * usage["completion_tokens"]
+        return dollars / (2e6 if batch else 1e6)
+
+    def bound(self, prompts):
+        """The most tokens that requests may come to: one for each byte of the prompts [messages,
+        ...] as JSON, which no tokenizer exceeds, and max_tokens for each reply."""
+        size = len(to_json(list(prompts)).encode())
+        return {"prompt_tokens": size, "completion_tokens": self.max_tokens * len(prompts)}
+
+    def ask(self, prompts):
+        """Ask the prompts {key: messages} that have no reply yet. `replies` holds them then, and
+        `end` tells what stopped it. A dry run shows the first prompts and the bill instead."""
+        todo = {}
+        for key, messages in prompts.items():
+            if key not in self.replies:
+                todo[key] = messages
+            elif self.replies[key].get("prompt_hash") != prompt_hash(messages):
+                raise ValueError(
+                    f"{self.replies.path}: the reply to {key} answers another prompt (other seed, "
+                    "data or forms); give another --output"
+                )
+        if self.dry_run:
+            self.show_bill(prompts, todo)
         elif todo and not self.stop:
             asyncio.run(self.run(todo))
 
+    def show_bill(self, prompts, todo):
+        for key, messages in islice(todo.items(), 3):
+            print(f"--- {key}", *(message["content"] for message in messages), sep="\n")
+        total = self.bound(todo.values())
+        dollars = "dollars with --price_in and --price_out"
+        if self.price_out:
+            cost = self.cost(total, self.batch)
+            dollars = f"{cost:.2f} dollars at most; {self.spent:.4f} spent so far"
+        tokens = f"{total['prompt_tokens']:,} tokens in and {total['completion_tokens']:,} out"
+        print(f"--- {len(prompts):,} prompts, {len(todo):,} to ask: at most {tokens}, {dollars}")
+
     def end(self):
-        """Raise what no further request can mend, once the caller has written what was paid; print what else stopped the run."""
-        if isinstance(self.stop, Exception):
-            raise self.stop
-        if self.stop:
+        """Tell what stopped the run, once the caller has written what was paid: raise what no
+        further request can mend, print the rest."""
+        if isinstance(self.stop, Stopped):
             print(f"stopped: {self.stop}; the same command goes on")
+        elif self.stop:
+            raise self.stop
 
-    def reply(self, key):
-        """The reply to a key as its line holds it, None if there is none."""
-        return json.loads(os.pread(self.file.fileno(), *reversed(self.places[key]))) if key in self.places else None
+    async def run(self, todo):
+        from openai import AsyncOpenAI, OpenAIError
+
+        loop = asyncio.get_running_loop()
+
+        def interrupt(number):
+            self.stop = Stopped("interrupted")
+            # A second signal does not wait for the replies in flight.
+            loop.remove_signal_handler(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, interrupt, number)
+        ask_all = self.batched if self.batch else self.online
+        try:
+            with tqdm(total=len(todo), unit="reply") as self.bar:
+                async with AsyncOpenAI(
+                    base_url=self.base_url or None,
+                    timeout=self.timeout,
+                    # Online each further try is made and counted by `send`.
+                    max_retries=self.retries if self.batch else 0,
+                ) as self.api:
+                    await ask_all(todo)
+        except OpenAIError as error:
+            # `send` sees to its own: this one comes from the Batch API.
+            self.stop = ValueError(
+                f"{self.api.base_url}: {without_key(error)}; run the same command to go on, or "
+                f"delete {self.note.name} if the endpoint has lost its batch"
+            )
+        # A full disk has no place for the records either.
+        if isinstance(self.stop, OSError):
+            raise self.stop
+
+    async def online(self, todo):
+        """Send the prompts, `concurrency` at a time. What stops one stops all, after the replies in
+        flight have come in."""
+        # All workers draw from one iterator.
+        prompts = iter(todo.items())
+
+        async def work():
+            for key, messages in prompts:
+                try:
+                    await self.send(key, messages)
+                except Exception as error:
+                    self.stop = error
+
+        await asyncio.gather(*(work() for _ in range(self.concurrency)))
+
+    async def send(self, key, messages):
+        """Ask one prompt until it is answered or refused, `retries` more times at most. The loop is
+        ours and not the openai client's, since a try that timed out may be billed: max_cost is a
+        bound only if each try counts. Raises what ends the run."""
+        from openai import OpenAIError
+
+        cost = self.cost(self.bound([messages]), self.batch)
+        for attempt in range(self.retries + 1):
+            self.stop = self.stop or self.cap_passed(1, cost)
+            if self.stop:
+                return
+            # What a try may cost is reserved before it leaves.
+            self.requests += 1
+            self.reserved += cost
+            answer, status, params = None, 200, dict(self.params)
+            body = {"messages": messages, **params}
+            try:
+                answer = await self.api.post("/chat/completions", cast_to=object, body=body)
+                self.store(key, prompt_hash(messages), answer, params)
+            except (OpenAIError, ValueError, RecursionError) as error:
+                self.failed[key] = without_key(error)
+                status, seconds = outcome_of(error, attempt)
+            # It stays reserved unless the endpoint tells the cost or cannot have answered.
+            if any(tokens_used(answer).values()) or status not in (200, 408):
+                self.reserved -= cost
+            # A wrong key, no money left, an unknown model: it is the same for every prompt.
+            if status in (401, 402, 403, 404):
+                raise ValueError(f"{self.api.base_url}, {self.model}: {self.failed[key]}")
+            if status not in RETRY:
+                break
+            await self.pause(seconds)
+
+        # The same prompt without a parameter is no further try.
+        if self.leave_out(self.failed.get(key), params):
+            return await self.send(key, messages)
+        # A refusal, too, shows that the endpoint is there.
+        answered = key in self.replies or status not in (200, *RETRY)
+        self.unanswered = 0 if answered else self.unanswered + 1
+        if self.unanswered >= 12:
+            raise ValueError(
+                f"{self.api.base_url}: {self.unanswered} in a row without an answer, the last: "
+                f"{self.failed[key]}"
+            )
+
+    async def pause(self, seconds):
+        """Sleep, but hardly beyond the moment at which the run is stopped."""
+        while seconds > 0 and not self.stop:
+            await asyncio.sleep(min(seconds, 0.5))
+            seconds -= 0.5
+
+    def cap_passed(self, requests, cost):
+        """Why so many more requests, at so many dollars, must not leave; None if they may."""
+        if 0 < self.max_requests < self.requests + requests:
+            return Stopped(f"max_requests {self.max_requests} reached")
+        if 0 < self.max_cost < self.spent + self.reserved + cost:
+            return Stopped(f"max_cost {self.max_cost} reached ({self.spent:.4f} spent)")
+
+    def store(self, key, hash, answer, params):
+        """Bring the reply in a chat completion to the file, or note that it is none; what it cost
+        is counted in either case."""
+        usage = tokens_used(answer)
+        self.spent += self.cost(usage, self.batch)
+        try:
+            choice = answer["choices"][0]
+            content = choice["message"].get("content") or ""
+            # Some endpoints give a list of parts, texts among thoughts.
+            if isinstance(content, list):
+                content = "".join(part.get("text") or "" for part in content)
+            reply = {
+                "key": key,
+                "content": "" + content,
+                "finish_reason": choice.get("finish_reason"),
+                "prompt_hash": hash,
+                "model": answer.get("model"),
+                "params": params,
+                "usage": usage,
+                "batch": self.batch,
+                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
+        except (LookupError, TypeError, AttributeError):
+            self.failed[key] = without_key(f"no chat completion: {answer}")
+            return
+        self.replies.append(reply)
+        self.failed.pop(key, None)
+        # Without prices there is nothing to show.
+        if self.spent:
+            self.bar.set_postfix_str(f"${self.spent:.4f}", refresh=False)
+        self.bar.update()
+
+    def leave_out(self, error, sent):
+        """Whether an endpoint refuses a request for a parameter sent that it may do without. No
+        later request sends it."""
+        name = next((name for name in ("messages", *sent) if name in str(error)), None)
+        if name in ("temperature", "response_format", "max_completion_tokens"):
+            self.params.pop(name, None)
+            # Many servers know it by its older name.
+            if name == "max_completion_tokens":
+                self.params["max_tokens"] = self.max_tokens
+            return True
+
+    # The Batch API: half the price, within 24 hours. The note {file, batch, params} is written
+    # before anything waits, with batch null until it is made: a run killed at any moment finds its
+    # batch again.
+
+    async def batched(self, todo):
+        """Collect what an earlier run left, then send the rest in one batch, and once more what was
+        refused for a parameter that can be left out."""
+        asked = None
+        while not self.stop:
+            rest = {key: todo[key] for key in todo if key not in self.replies}
+            if self.note.is_file():
+                await self.collect()
+            # Each refusal leaves a parameter out; without one this is a single pass.
+            elif rest and asked != self.params:
+                asked = dict(self.params)
+                await self.submit(rest)
+            else:
+                return
+
+    async def submit(self, prompts):
+        """Upload a file of requests and note it. A batch is made as a whole: none if with it a cap
+        could be passed."""
+        bound = self.bound(prompts.values())
+        cap = self.cap_passed(len(prompts), self.cost(bound, self.batch))
+        if cap:
+            self.stop = ValueError(f"{cap} by the batch, which is sent whole; lower --count")
+            return
+        requests = (
+            {
+                "custom_id": f"{prompt_hash(messages)} {key}",
+                "method": "POST",
+                "url": "/v1/chat/completions",
+                "body": {"messages": messages, **self.params},
+            }
+            for key, messages in prompts.items()
+        )
+        content = "\n".join(map(to_json, requests)).encode()
+        file = await self.api.files.create(file=("requests.jsonl", content), purpose="batch")
+        write_json(self.note, {"file": file.id, "batch": None, "params": self.params})
+
+    async def collect(self):
+        """Look once at the batch of the file noted, which is made if there is none: store its
+        replies if it has ended, else wait."""
+        noted = read_json_file(self.note)
+        if noted.keys() != {"file", "batch", "params"}:
+            raise ValueError(
+                f"{self.note} is no note of a batch: wanted file, batch and params; finish it with "
+                "the version that wrote it, or delete it"
+            )
+        batch = await self.find_batch(**noted)
+        write_json(self.note, noted | {"batch": batch.id})
+        # Within 24 hours; a run that is stopped here finds the note again.
+        if batch.status not in ("completed", "failed", "expired", "cancelled"):
+            self.bar.set_description(f"{batch.id} {batch.status}")
+            return await self.pause(self.poll)
+        # Its replies, also if it failed or expired half-way.
+        for file in filter(None, (batch.output_file_id, batch.error_file_id)):
+            content = await self.api.files.content(file)
+            for result in map(json.loads, content.read().splitlines()):
+                prompt, key = result["custom_id"].split(" ", 1)
+                answer = (result.get("response") or {}).get("body", result.get("error"))
+                if key not in self.replies:
+                    self.store(key, prompt, answer, noted["params"])
+                    self.leave_out(self.failed.get(key), noted["params"])
+        self.note.unlink()
+        if batch.status != "completed":
+            self.stop = ValueError(f"{batch.id} {batch.status}: {without_key(batch.errors)}")
+
+    async def find_batch(self, file, batch, params):
+        """The batch noted; else that of its file, which a run made and could not note, or a new
+        one."""
+        if batch:
+            return await self.api.batches.retrieve(batch)
+        async for made in self.api.batches.list():
+            if made.input_file_id == file:
+                return made
+        # A batch made twice is paid twice: no second try.
+        return await self.api.with_options(max_retries=0).batches.create(
+            input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h"
+        )
 
 
-def tokens_used(body):
-    """The usage {prompt_tokens, completion_tokens} in a reply, 0 where its endpoint tells no number."""
-    usage = isinstance(body, dict) and isinstance(body.get("usage"), dict) and body["usage"] or {}
-    return {name: int(re.match(r"\d{0,12}", str(usage.get(name)))[0] or 0) for name in ("prompt_tokens", "completion_tokens")}
+# The statuses after which a request is tried again.
+RETRY = {408, 409, 429, *range(500, 600)}
+
+
+def outcome_of(error, attempt):
+    """The HTTP status of an error, and the seconds to wait before another try: what the endpoint
+    asks for, else twice as long each time, with some chance in it, lest all workers come back at
+    once. Without a status: 503 if no connection was made, 408 if no answer came, 200 if it could
+    not be read. 402 for an exhausted quota, which comes as 429."""
+    from openai import APIConnectionError
+
+    status = getattr(error, "status_code", 200)
+    if isinstance(error, APIConnectionError):
+        status = 503 if type(error.__cause__).__name__.startswith("Connect") else 408
+    if getattr(error, "code", None) == "insufficient_quota":
+        status = 402
+    try:
+        seconds = min(3600, float(error.response.headers["retry-after"]))
+    except (AttributeError, LookupError, ValueError):
+        seconds = min(30, 0.5 * 2**attempt)
+    return status, seconds + random.random()
+
+
+def tokens_used(answer):
+    """The usage {prompt_tokens, completion_tokens} in an answer; 0 and 0 if it tells none."""
+    names = ("prompt_tokens", "completion_tokens")
+    try:
+        return {name: max(0, int(answer["usage"][name])) for name in names}
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return dict.fromkeys(names, 0)
 
 
 def prompt_hash(messages):
-    """What tells two prompts apart: 16 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(messages, ensure_ascii=False).encode()).hexdigest()[:16]
+    """16 hexadecimal digits that tell a prompt from every other."""
+    return hashlib.sha256(to_json(messages).encode()).hexdigest()[:16]
 
 
-def report(path, knowledge, tokenizer="", template="med_template", html=""):
-    """Print what a file of records holds, and draw it on a page if html names one: counts by form, kind, relation and
-    department, reasons of rejection, lengths, rows that a cut-off would cut, the knowledge base covered, duplicates."""
-    records, rejected = read_instructions(path, answers=True), beside(path, ".rejected.jsonl")
-    for number, r in enumerate(records, 1):
-        r |= {key: r.get(key) or [] for key in ("relations", "values")}
-        if not (all(isinstance(r.get(key) or "", str) for key in ("entity", "kind", "form")) and isinstance(r["relations"], list)
-                and isinstance(r["values"], list) and all(isinstance(text, str) for text in r["relations"] + r["values"])):
-            raise ValueError(f"{path} record {number}: wanted texts for entity, kind and form, lists of texts for relations and values")
-    rows = read_records(rejected) if rejected.is_file() and rejected.stat().st_size else []
-    reasons = [str(row.get("reason")).split(":")[0] for _, row in rows]
-    entities = {e["中心词"]: e for e in read_knowledge(knowledge)}
-    values = {(name, v) for name, e in entities.items() for r in e if r not in ("中心词", "类型") for v in e[r]}
-    told = {(r["entity"], v) for r in records if r.get("entity") for v in r["values"]}
-    texts, kept = Counter(plain(r["instruction"] + r["input"] + r["output"]) for r in records), Kept()
-    departments = [d for r in records for d in entities.get(r.get("entity"), {}).get("所属科室", [])]
-    repeats = 0
-    for r in records:
-        close, grams = near(kept, r)
-        repeats += close
-        if not close:
-            kept.add(grams, r.get("entity"))
+def without_key(error):
+    """An error's text in one line, without the API key that a server may have put there (a short
+    one is no secret)."""
+    text, key = str(error), os.environ["OPENAI_API_KEY"]
+    if len(key) > 7:
+        text = text.replace(key, "***")
+    return " ".join(text.split())[:300]
 
-    def spread(numbers, width):
-        bins = Counter(number // width * width for number in numbers)
-        return {f"{low} to {low + width - 1}": bins[low] for low in sorted(bins)}
-    sections = {
-        "records": {"kept": len(records), "rejected": len(reasons)}, "reasons of rejection": reasons,
-        "forms": [r["form"] for r in records if r.get("form")], "kinds": [r["kind"] for r in records if r.get("kind")],
-        "relations": [name for r in records for name in r["relations"]], "departments": departments,
-        "characters of an answer": spread([len(r["output"]) for r in records], 50),
-        "knowledge base": {"entities": len(entities), "entities asked about": len({r.get("entity") for r in records} & set(entities)),
-                           "values": len(values), "values told": len(values & told)},
-        "duplicates": {"exact": len(records) - len(texts), "near (4-grams)": repeats}}
-    if tokenizer:
-        pieces, form = Tokenizer(tokenizer), load_template(template)
-        tokens = [len(pieces.encode(render_prompt(form, r["instruction"], r["input"]) + r["output"], bos=True, eos=True)) for r in records]
-        sections["tokens of a row"] = spread(tokens, 64)
-        sections["rows cut at"] = {f"{limit} tokens": sum(n > limit for n in tokens) for limit in (256, 320, 384, 512, 768, 1024)}
-    for title, counts in sections.items():
-        sections[title] = counts = dict(Counter(counts).most_common()) if isinstance(counts, list) else counts
-        if counts:
-            print(f"{title}: " + ", ".join(f"{label} {number:,}" for label, number in counts.items()))
-    if html:
-        page = Template((DATA / "stats.html").read_text(encoding="utf-8"))
-        text = page.safe_substitute(title=Path(path).name, data=json.dumps(sections, ensure_ascii=False).replace("<", "\\u003c"))
-        write_atomically(html, lambda p: p.write_text(text, encoding="utf-8"))
-        print(f"{html}: the same as a page")
+
+# ==================================================================================================
+# The knowledge base in
+
+
+def read_knowledge(path):
+    """Entities of a knowledge base: objects in CMeKG's form, or triples {head, relation, tail} as
+    JSON or between tabs. CMeKG's names of relations become ours. Raises ValueError naming the line
+    of what is wrong."""
+    rules = read_json_file(f"{DATA}/relations.json")
+    entities = {}
+    for where, row in join_triples(path, read_rows(path)):
+        try:
+            entity = read_entity(row, rules)
+            if entities.setdefault(entity["中心词"], entity) is not entity:
+                raise ValueError(f"entity {entity['中心词']} stands there twice")
+        except ValueError as error:
+            raise ValueError(f"{path} {where}: {error}") from None
+    return list(entities.values())
+
+
+TRIPLE = ("head", "relation", "tail")
+
+
+def read_rows(path):
+    """[("line 3", object), ...] of a file of JSON, or of triples between tabs."""
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    # A tab in the first line, and no JSON: the lines are triples. What is wrong with a file that is
+    # not UTF-8, read_records says.
+    if "\ufffd" in text or not re.match(r"\s*(?![{[]).*\t", text):
+        return read_records(path)
+    lines = enumerate(text.split("\n"), 1)
+    return [(f"line {n}", dict(zip(TRIPLE, line.split("\t")))) for n, line in lines if line.strip()]
+
+
+def join_triples(path, rows):
+    """The rows, with all triples of one head joined to an entity."""
+    joined = {}
+    for where, row in rows:
+        if "head" not in row:
+            joined[where] = where, row
+            continue
+        head, relation, tail = triple = [row.get(key) for key in TRIPLE]
+        if not all(map(is_text, triple)) or relation == "中心词":
+            raise ValueError(f"{path} {where}: {row}, wanted texts for {TRIPLE} (no 中心词)")
+        _, entity = joined.setdefault(("head", head), (where, {"中心词": head}))
+        entity[relation] = tail if relation == "类型" else [*entity.get(relation, []), tail]
+    return joined.values()
+
+
+def read_entity(row, rules):
+    """An entity under our names of relations, each value once. A missing 类型 follows from the
+    relations. Raises ValueError for a nameless or misshaped one."""
+    # The first kind that has one of its marks among the relations; the last has none, and fits all.
+    kinds = rules["kinds"].items()
+    likely = next(kind for kind, marks in kinds if not marks or set(marks) & set(row))
+    row = dict(row)
+    name, kind = row.pop("中心词", None), row.pop("类型", likely)
+    if not is_text(name) or not isinstance(kind, str):
+        raise ValueError(f"中心词 and 类型 want a text each, got {name!r} and {kind!r}")
+    # CMeKG has several names for one of our relations: their values come together.
+    entity = {"中心词": name, "类型": kind}
+    for relation, values in row.items():
+        if not isinstance(values, list) or not values or not all(map(is_text, values)):
+            raise ValueError(f"{relation} of {name} is {values!r}, wanted a list of texts")
+        relation = rules["relations"].get(relation, relation)
+        values = entity.get(relation, []) + values
+        # Two patterns may share one formula.
+        entity[relation] = values if relation in PAIRED else unique(values)
+    patterns, formulas = (len(entity.get(relation, [])) for relation in PAIRED)
+    if 0 < patterns != formulas > 0:
+        raise ValueError(f"{name} has {patterns} 中医证型 and {formulas} 常用方剂, wanted pairs")
+    return entity
+
+
+def kinds_of(entities):
+    return {entity["中心词"]: entity["类型"] for entity in entities}
+
+
+def is_text(value):
+    return isinstance(value, str) and value.strip() != ""
+
+
+def read_forms(path):
+    """The forms in a file like data/forms.json, {kind: {relation: {questions, statements}}}. Raises
+    ValueError for others."""
+    forms = read_json_file(path)
+    try:
+        for relations in forms.values():
+            for form in relations.values():
+                "".join(form["questions"]).format(e="")
+                "".join([form["statements"][0], *form["statements"]]).format(e="", v="")
+    except (LookupError, AttributeError, TypeError, ValueError):
+        raise ValueError(f"{path} holds no forms; wanted them as in data/forms.json") from None
+    return forms
 
 
 def write_lines(path, records):
     """Write records as JSON lines, replacing the file at once, and say so."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    lines = "".join(f"{to_json(record)}\n" for record in records)
     write_atomically(path, lambda p: p.write_text(lines, encoding="utf-8"))
     print(f"{path}: {len(records):,} records")
 
 
-def read_rubric(path):
-    """A rubric in the form of data/rubrics, with the `places` of answers in its user text, the `keys` of a reply and the
-    values `allowed` there: those of its scale, or its verdicts [the first is better, the second is, a tie]."""
-    rubric = read_json_file(path)
-    try:
-        pair = "verdicts" in rubric
-        places = ["answer_a", "answer_b"] if pair else ["answer"]
-        keys = ["verdict"] if pair else [dimension["key"] for dimension in rubric["dimensions"]]
-        allowed = rubric["verdicts"] if pair else [*range(rubric["scale"][0], rubric["scale"][1] + 1)]
-        if not ({*re.findall(r"\{(\w+)\}", rubric["user"])} - {"reference"} == {"question", *places} and rubric["name"]
-                and rubric["system"] and len({*keys}) == len(keys) > 0 and len({*allowed}) == len(allowed) and (len(allowed) == 3 if pair else len(allowed) > 1)):
-            raise LookupError
-    except (LookupError, TypeError):
-        raise ValueError(f"{path} is no rubric; wanted the fields of those in data/rubrics, and their {{places}} in user") from None
-    return {**rubric, "places": places, "keys": keys, "allowed": allowed}
+# ==================================================================================================
+# Records out: what a file of them holds
 
 
-def parse_verdict(content, rubric):
-    """The scores {dimension: whole number}, or {"verdict": text}, in a judge's reply. Nothing is mended: raises ValueError
-    unless it is one JSON object with the rubric's keys, each once, beside 理由 or not, and values that are allowed."""
-    try:
-        said = json.loads(content, object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else pairs)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"no JSON: {error}" if content else "empty") from None
-    if not isinstance(said, dict) or said.keys() - {"理由"} != {*rubric["keys"]}:
-        raise ValueError(f"other keys: {said!r:.80}, wanted {' '.join(rubric['keys'])}")
-    if not all(type(said[key]) in (int, str) and said[key] in rubric["allowed"] for key in rubric["keys"]):
-        raise ValueError(f"off the scale: {said!r:.80}, wanted {rubric['allowed']}")
-    return {key: said[key] for key in rubric["keys"]}
+# What a record says of its source, and what it says if it does not.
+SOURCE = {"entity": "", "kind": "", "form": "", "relations": [], "values": []}
 
 
-def judge(args):
-    """Have answers scored, or two files of answers to the same questions compared, each pair in both orders: a judge who
-    prefers a place and not an answer makes ties (Zheng et al. 2023). A line a question, the last one is the summary."""
-    rubric, files, rows, prompts = read_rubric(args.rubric), args.answers, [], {}
-    replies, places = beside(args.output, ".replies.jsonl", "rubric_sha256"), rubric["places"]
-    if len(files) != len(places):
-        raise ValueError(f"{args.rubric} wants {len(places)} file(s) of answers, got {len(files)}")
-    hashes = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in (args.rubric, *files)]
-    source = {"model": args.model, "rubric": rubric["name"], "rubric_sha256": hashes[0], "answers_sha256": hashes[1:]}
-    for number, same in enumerate(zip_longest(*map(read_instructions, files), fillvalue={}), 1):
-        asked = ["\n".join(filter(None, (row.get("instruction"), row.get("input")))) for row in same]
-        answers, reference, keys = [row.get("answer") for row in same], same[0].get("output"), []
-        if not (asked[0] == asked[-1] and all(isinstance(a, str) for a in answers) and (reference or "{reference}" not in rubric["user"])):
-            raise ValueError(f"record {number} of {' and '.join(files)}: {[q[:40] for q in asked]}; wanted one question, an answer as "
-                             "generate.py --output writes it, and an output if the rubric shows a reference")
-        for order in permutations(answers):
-            texts = {"question": asked[0], "reference": reference, **dict(zip(places, order))}
-            user = re.sub(r"\{(\w+)\}", lambda place: texts[place[1]], rubric["user"])
-            messages = [{"role": "system", "content": rubric["system"]}, {"role": "user", "content": user}]
-            keys.append(f"{prompt_hash(messages)}/{rubric['name']}/{args.model}")
-            prompts[keys[-1]] = messages                          # what stands there twice is asked once
-        rows.append({"keys": keys, "question": asked[0], **source})
-    asker = Asker(replies, args)
-    asker.ask(list(prompts.items()))
-    if args.dry_run:
-        return asker.end()
-    for row in rows:
-        try:
-            if lost := [key for key in row["keys"] if not asker.reply(key)]:
-                raise ValueError(f"no reply: {asker.failed.get(lost[0], asker.stop)}")
-            got = [asker.reply(key) for key in row["keys"]]
-            row["model"] = got[0]["model"]                        # as the endpoint calls it
-            said = [parse_verdict(reply["content"], rubric) for reply in got]
-            if len(places) == 2:
-                (a, b, tie), verdicts = rubric["verdicts"], [each["verdict"] for each in said]
-                agreed = verdicts[1] == {a: b, b: a, tie: tie}[verdicts[0]]
-                row |= {"verdict": verdicts[0] if agreed else tie, "verdicts": verdicts}
-            else:
-                row["scores"] = said[0]
-        except ValueError as error:
-            row["rejected"] = str(error)
-    kept = [row for row in rows if "rejected" not in row]
-    summary = {**source, "asked": len(rows), "rejected": Counter(row["rejected"].split(":")[0] for row in rows if "rejected" in row)}
-    if len(places) == 2:
-        found = Counter(row["verdict"] for row in kept)
-        summary |= {name: found[verdict] for name, verdict in zip(("wins", "losses", "ties"), rubric["verdicts"])}
-    elif kept:
-        summary |= {key: {"mean": round(np.mean([row["scores"][key] for row in kept]), 4), "n": len(kept)} for key in rubric["keys"]}
-    write_lines(args.output, [*rows, {"summary": summary}])
-    asker.end()
-    print(json.dumps({"summary": summary}, ensure_ascii=False))
+def report(path, knowledge, html="", tokenizer=None, template=None):
+    """Print what a file of records holds, and draw it on a page if html names one: counts by form,
+    kind, relation and department, reasons of rejection, lengths, the knowledge base covered,
+    duplicates; with a tokenizer also tokens, and rows that a cut-off would cut."""
+    records = read_instructions(path, answers=True)
+    check_sources(path, records)
+    rejected = beside(path, ".rejected.jsonl")
+    rows = read_records(rejected) if rejected.is_file() and rejected.stat().st_size else []
+    entities = {entity["中心词"]: entity for entity in read_knowledge(knowledge)}
+    about = (entities.get(name, {}) for name in column(records, "entity"))
+    sections = {
+        "records": {"kept": len(records), "rejected": len(rows)},
+        "reasons of rejection": counted(str(row.get("reason")).split(":")[0] for _, row in rows),
+        "forms": counted(column(records, "form")),
+        "kinds": counted(column(records, "kind")),
+        "relations": counted(chain(*column(records, "relations"))),
+        "departments": counted(chain(*(entity.get("所属科室", []) for entity in about))),
+        "characters of an answer": spread(map(len, column(records, "output")), 50),
+        "knowledge base": coverage(records, entities),
+        "duplicates": duplicates(records),
+    }
+    if tokenizer:
+        sections |= token_sections(records, tokenizer, template)
+    for title, counts in sections.items():
+        listed = (f"{label} {number:,}" for label, number in counts.items())
+        if counts:
+            print(f"{title}: {', '.join(listed)}")
+    if html:
+        page = Template(read_text(f"{DATA}/stats.html"))
+        # "<" is escaped, lest a text of the records ends the script that it stands in.
+        data = to_json(sections).replace("<", "\\u003c")
+        text = page.safe_substitute(title=Path(path).name, data=data)
+        write_atomically(html, lambda p: p.write_text(text, encoding="utf-8"))
+        print(f"{html}: the same as a page")
+
+
+def check_sources(path, records):
+    """Raises ValueError if what a record says of its source is not of the types that are counted;
+    what it does not say is empty."""
+    for number, record in enumerate(records, 1):
+        for key, empty in SOURCE.items():
+            value = record[key] = record.get(key) or empty
+            try:
+                "".join(empty + value)
+            except TypeError:
+                wanted = "a list of texts for relations and values, a text for the others"
+                raise ValueError(f"{path} record {number}: {key} is {value!r}, {wanted}") from None
+
+
+def counted(texts):
+    return dict(Counter(filter(None, texts)).most_common())
+
+
+def column(records, key):
+    return [record[key] for record in records]
+
+
+def spread(numbers, width):
+    """{"0 to 49": how many of the numbers, ...} in bins of a width."""
+    bins = Counter(number // width * width for number in numbers)
+    return {f"{low} to {low + width - 1}": count for low, count in sorted(bins.items())}
+
+
+def duplicates(records):
+    """Records whose text another one has, and those that the sieve finds like an earlier one."""
+    sieve = Sieve()
+    texts = {text_of(record) for record in records}
+    repeats = sum(bool(sieve.repeated(record)) for record in records)
+    return {"exact": len(records) - len(texts), "near (4-grams)": repeats}
+
+
+def coverage(records, entities):
+    """How much of the knowledge base the records ask about and state."""
+    # Behind name and kind stand the relations.
+    lists = {name: chain(*islice(entity.values(), 2, None)) for name, entity in entities.items()}
+    known = {(name, value) for name, values in lists.items() for value in values}
+    told = {(record["entity"], value) for record in records for value in record["values"]}
+    return {
+        "entities": len(entities),
+        "entities asked about": len(entities.keys() & column(records, "entity")),
+        "values": len(known),
+        "values told": len(known & told),
+    }
+
+
+def token_sections(records, tokenizer, template):
+    """Tokens of the rows as training makes them (BOS, prompt, answer, EOS), and what each cut-off
+    would cut: a row longer than it loses the end of its answer, and a row whose prompt leaves no
+    room for one token of it and EOS is left out."""
+    prompts, rows, answers = [], [], Counter()
+    for record in records:
+        prompt = render_prompt(template, record["instruction"], record["input"])
+        ids = tokenizer.encode(prompt + record["output"], bos=True, eos=True)
+        prompts.append(len(tokenizer.encode(prompt, bos=True)))
+        rows.append(len(ids))
+        answers.update(ids[prompts[-1] :])
+    # A character outside the vocabulary becomes several tokens, its bytes.
+    parts = sum(n for id, n in answers.items() if "\ufffd" in tokenizer.decode([id]))
+    characters = sum(map(len, column(records, "output")))
+    answer = answers.total()
+    return {
+        "tokens": {
+            "all": sum(rows),
+            "a prompt": round(sum(prompts) / len(rows)),
+            "an answer": round(answer / len(rows)),
+            "a character": round(answer / characters, 2),
+            "% parts of characters": round(100 * parts / answer, 1),
+        },
+        "tokens of a row": spread(rows, 64),
+        "rows cut at": above_limits(rows),
+        "left out at": above_limits([length + 2 for length in prompts]),
+    }
+
+
+def above_limits(lengths):
+    found = {}
+    for limit in (256, 320, 384, 512, 768, 1024):
+        number = sum(length > limit for length in lengths)
+        found[f"{limit} tokens ({number / len(lengths):.1%})"] = number
+    return found
+
+
+# ==================================================================================================
+# Commands: for each a class with its options and what it does
+
+
+@dataclass
+class Api:
+    """How an LLM is asked, and where its replies go."""
+
+    model: str = setting("", "name of the model at the endpoint (must be given)")
+    output: str = setting("", "file of the results; the replies stand beside it (must be given)")
+    base_url: str = setting("", "an OpenAI-compatible endpoint (empty: OPENAI_BASE_URL, or OpenAI)")
+    dry_run: bool = setting(False, "show prompts, number of requests, tokens, cost; ask nothing")
+    batch: bool = setting(False, "through the Batch API: half the price, within 24 hours")
+    temperature: float = setting(1.0, "of the sampling; left out where the model refuses it", 0)
+    max_tokens: int = setting(2048, "tokens of a reply at most")
+    concurrency: int = setting(16, "requests in flight")
+    timeout: float = setting(120.0, "seconds without a byte until a request is given up")
+    retries: int = setting(6, "further tries of a request", 0)
+    max_requests: int = setting(0, "stop after so many, each try counted (0: no limit)", 0)
+    max_cost: float = setting(0.0, "dollars for replies and what may be billed (0: no limit)", 0)
+    price_in: float = setting(0.0, "dollars for a million prompt tokens", 0)
+    price_out: float = setting(0.0, "dollars for a million reply tokens", 0)
+    poll: float = setting(30.0, "seconds between two looks at a batch", 0)
+
+    def __post_init__(self):
+        check_settings(self)
+        if not (self.model and self.output):
+            raise ValueError("--model and --output must be given")
+        if self.max_cost and not (self.price_in and self.price_out):
+            raise ValueError("max_cost wants the prices of the model: --price_in and --price_out")
+        if not self.dry_run and not os.environ.get("OPENAI_API_KEY"):
+            raise ValueError("OPENAI_API_KEY is not set; export it (for a local server any text)")
+
+
+@dataclass
+class Source:
+    """What records are made from."""
+
+    knowledge: str = setting(f"{DATA}/knowledge.jsonl", "knowledge base: CMeKG's form or triples")
+    seed: int = setting(0, "of every random choice", -1e18, 1e18)
+
+    __post_init__ = check_settings
+
+
+@dataclass
+class Offline(Source):
+    """Instruction records from forms, split by entity."""
+
+    forms: str = setting(f"{DATA}/forms.json", "questions and statements by relation")
+    output_dir: str = setting(str(DATA), "folder for train.jsonl and heldout.jsonl")
+    heldout: float = setting(0.1, "share of the entities held out", high=0.99)
+    questions: int = setting(2, "question forms per fact (held out: 1)")
+
+    def run(self):
+        forms = read_forms(self.forms)
+        train, held_out = split_entities(read_knowledge(self.knowledge), self.heldout, self.seed)
+        for name, part, questions in (
+            ("train", train, self.questions),
+            ("heldout", held_out, 1),
+        ):
+            records = write_records(part, forms, questions, random.Random(self.seed))
+            write_lines(f"{self.output_dir}/{name}.jsonl", list(records))
+
+
+@dataclass
+class Asked(Api, Source):
+    """What the commands share that ask an LLM for records."""
+
+    prompts: str = setting(f"{DATA}/prompts", "folder of prompt forms")
+    count: int = setting(100, "prompts; a greater count goes on where a smaller one ended")
+
+
+@dataclass
+class Knowledge(Asked):
+    """An LLM writes instruction records from facts."""
+
+    forms: str = setting(f"{DATA}/forms.json", "questions and statements by relation")
+    mix: str = setting("", "weights of the forms, as single=3,vignette=1 (empty: their own)")
+
+    def run(self):
+        prompts = read_prompts(self.prompts)
+        if self.mix:
+            set_weights(prompts, self.mix)
+        entities = read_knowledge(self.knowledge)
+        jobs = knowledge_jobs(self, entities, read_forms(self.forms), prompts)
+        build(self, jobs, Sieve(Names(entities)))
+
+
+@dataclass
+class Literature(Asked):
+    """An LLM writes dialogues about conclusions of papers."""
+
+    literature: str = setting(f"{DATA}/literature.jsonl", "lines of 标题, 疾病, 结论")
+
+    def run(self):
+        jobs = literature_jobs(self, read_prompts(self.prompts))
+        build(self, jobs, Sieve(Names(read_knowledge(self.knowledge))))
+
+
+@dataclass
+class SelfInstruct(Asked):
+    """An LLM writes new tasks after seed tasks."""
+
+    seed_tasks: str = setting(f"{DATA}/seed_tasks.jsonl", "alpaca records")
+
+    def run(self):
+        seeds = read_instructions(self.seed_tasks, answers=True)
+        jobs = self_instruct_jobs(self, read_prompts(self.prompts), seeds)
+        build(self, jobs, Sieve(seeds=[seed["instruction"] for seed in seeds]))
+
+
+@dataclass
+class Stats:
+    """What a file of records holds."""
+
+    knowledge: str = setting(Source.knowledge, "the one that the records were made from")
+    tokenizer: str = setting("", "folder of a base with its tokenizer: also lengths in tokens")
+    prompt_template_name: str = setting("med_template", "template of the prompts then counted")
+    html: str = setting("", "file for the report as a page")
+
+    def run(self, file):
+        tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else None
+        template = load_template(self.prompt_template_name)
+        report(file, self.knowledge, self.html, tokenizer, template)
 
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    offline = commands.add_parser("offline", help="instruction records from forms, split by entity")
-    knowledge = commands.add_parser("knowledge", help="an LLM writes instruction records from facts")
-    literature = commands.add_parser("literature", help="an LLM writes dialogues about conclusions of papers")
-    tasks = commands.add_parser("self-instruct", help="an LLM writes new tasks after seed tasks")
-    stats = commands.add_parser("stats", help="what a file of records holds")
-    stats.add_argument("file", help="alpaca records or dialogues, array or lines; x.rejected.jsonl beside it is counted too")
-    add_options([stats], ("tokenizer", "", "a tokenizer.model: lengths in tokens, rows that a cut-off would cut"),
-                ("prompt_template_name", "med_template", "template of the prompts whose tokens are counted"),
-                ("html", "", "file for the report as a page"))
-    add_options([offline], ("output_dir", str(DATA), "folder for train.jsonl and heldout.jsonl"),
-                ("heldout", 0.1, "share of the entities held out"), ("questions", 2, "question forms per fact (held out: 1)"))
-    add_options([literature], ("literature", str(DATA / "literature.jsonl"), "lines of 标题, 疾病, 结论"))
-    add_options([tasks], ("seed_tasks", str(DATA / "seed_tasks.jsonl"), "alpaca records"))
-    add_options([offline, knowledge, literature, tasks, stats],
-                ("knowledge", str(DATA / "knowledge.jsonl"), "knowledge base: CMeKG's form or triples"))
-    add_options([offline, knowledge], ("forms", str(DATA / "forms.json"), "questions and statements by relation"))
-    add_options([offline, knowledge, literature, tasks], ("seed", 0, "of every random choice"))
-    add_options([knowledge, literature, tasks], ("count", 100, "prompts; a greater count goes on where a smaller one ended"),
-                ("prompts", str(DATA / "prompts"), "folder of prompt forms"))
-    add_options([knowledge], ("mix", "", "weights of the forms, as single=3,vignette=1 (empty: their own)"))
-    for command in (knowledge, literature, tasks):
-        command.add_argument("--output", required=True, help="file of records; replies and rejected ones stand beside it")
-        add_api_options(command)
-    judging = commands.add_parser("judge", help="an LLM scores answers, or says which of two is better")
-    judging.add_argument("answers", nargs="+", help="file of records with an answer, as generate.py --output writes it; two to compare")
-    judging.add_argument("--rubric", required=True, help="what is judged, a file as in data/rubrics")
-    judging.add_argument("--output", required=True, help="file of scores; the replies stand beside it")
-    add_api_options(judging)
-    judging.set_defaults(temperature=0.0)
-    args = parser.parse_args()
-    if args.command == "judge":
-        return judge(args)
-    if args.command == "offline":
-        entities, forms = read_knowledge(args.knowledge), read_forms(args.forms)
-        if not 0 < args.heldout < 1 or args.questions < 1:
-            raise ValueError(f"heldout {args.heldout}, questions {args.questions}: wanted 0 < heldout < 1 and at least 1")
-        train, heldout = split_entities(entities, args.heldout, args.seed)
-        write_lines(Path(args.output_dir) / "train.jsonl", write_records(train, forms, args.questions, random.Random(args.seed)))
-        return write_lines(Path(args.output_dir) / "heldout.jsonl", write_records(heldout, forms, 1, random.Random(args.seed)))
-    if args.command == "stats":
-        return report(args.file, args.knowledge, args.tokenizer, args.prompt_template_name, args.html)
-    if args.count < 1:
-        raise ValueError(f"count {args.count}, wanted at least 1")
-    prompts = read_prompts(args.prompts)
-    if args.command == "self-instruct":
-        seeds = read_instructions(args.seed_tasks, answers=True)
-        return build(args, self_instruct_jobs(args, prompts, seeds), Sieve(seeds=[seed["instruction"] for seed in seeds]))
-    entities = read_knowledge(args.knowledge)
-    if args.command == "literature":
-        jobs = literature_jobs(args, prompts)
-    else:
-        mix = dict(part.partition("=")[::2] for part in args.mix.split(",") if part)
-        if not all("kinds" in prompts.get(name, {}) and weight.isdecimal() for name, weight in mix.items()):
-            raise ValueError(f"mix {args.mix!r}, wanted name=weight,... of {' '.join(prompts)}")
-        for name, form in prompts.items():
-            form["weight"] = int(mix.get(name, 0)) if mix else form.get("weight", 0)
-        jobs = knowledge_jobs(args, entities, read_forms(args.forms), prompts)
-    build(args, jobs, Sieve(Names(entities)))
+    commands = parser.add_subparsers(required=True, parser_class=Parser)
+    for name, options in {
+        "offline": Offline,
+        "knowledge": Knowledge,
+        "literature": Literature,
+        "self-instruct": SelfInstruct,
+        "stats": Stats,
+    }.items():
+        command = commands.add_parser(name, help=options.__doc__)
+        command.add_settings(options)
+        command.set_defaults(command=options)
+    text = "records; x.rejected.jsonl beside it counts too"
+    command.add_argument("files", nargs=1, metavar="file", help=text)
+    given = vars(parser.parse_args())
+    options, files = given.pop("command"), given.pop("files", [])
+    options(**given).run(*files)
 
 
 if __name__ == "__main__":

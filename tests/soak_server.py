@@ -1,9 +1,11 @@
-"""The server under many clients that ask, leave, cancel and send rubbish:  python tests/soak_server.py --seconds 300
+"""The server under many clients that ask, leave, cancel and send rubbish:  python
+tests/soak_server.py --seconds 300
 
-Every answer that comes whole is compared with the offline greedy one. At the end no place may be taken and memory must not
-have grown. Then the server is killed and started again by the same command: it must offer the same models, answer the same,
-and stop on SIGTERM. The last line is one JSON object; exit code 1 if anything was wrong.
-"""
+Every answer that comes whole is compared with the offline greedy one. At the end no place may be
+taken and memory must not have grown. Then the server is killed and started again by the same
+command: it must offer the same models, answer the same, and stop on SIGTERM. The last line is one
+JSON object; exit code 1 if anything was wrong."""
+
 import argparse
 import collections
 import json
@@ -26,25 +28,56 @@ sys.path.insert(0, str(ROOT))
 import generate as G  # noqa: E402
 import lora as L  # noqa: E402
 
-NAMES = ("黄芪", "柴胡", "当归", "甘草", "偏头痛", "四君子汤", "防己黄芪汤", "桂枝汤", "感冒", "高血压", "大黄", "附子")
-QUESTIONS = [name + form for name in NAMES for form in ("的功效是", "的")]     # the base goes on with these, and answers nothing
+NAMES = (
+    "黄芪",
+    "柴胡",
+    "当归",
+    "甘草",
+    "偏头痛",
+    "四君子汤",
+    "防己黄芪汤",
+    "桂枝汤",
+    "感冒",
+    "高血压",
+    "大黄",
+    "附子",
+)
+QUESTIONS = [
+    name + form for name in NAMES for form in ("的功效是", "的")
+]  # the base goes on with these, and answers nothing
 BODY = {"model": "tuned", "messages": [{"role": "user", "content": "你好"}], "max_tokens": 4}
-RUBBISH = [(400, b"{"), (400, b"\xff\xfe"), (400, b"[]"), (400, json.dumps({**BODY, "temperature": -1}).encode()),
-           (400, json.dumps({**BODY, "tools": [1]}).encode()), (400, json.dumps({**BODY, "max_tokens": 10**9}).encode()),
-           (404, json.dumps({**BODY, "model": "none"}).encode()), (413, b" " * 400000),
-           (400, json.dumps({**BODY, "messages": [{"role": "user", "content": "黄" * 9000}]}).encode())]
+RUBBISH = [
+    (400, b"{"),
+    (400, b"\xff\xfe"),
+    (400, b"[]"),
+    (400, json.dumps({**BODY, "temperature": -1}).encode()),
+    (400, json.dumps({**BODY, "tools": [1]}).encode()),
+    (400, json.dumps({**BODY, "max_tokens": 10**9}).encode()),
+    (404, json.dumps({**BODY, "model": "none"}).encode()),
+    (413, b" " * 400000),
+    (400, json.dumps({**BODY, "messages": [{"role": "user", "content": "黄" * 9000}]}).encode()),
+]
 
 
 def make_adapter(folder):
-    """An adapter with a seeded B, so that tuned and base answers differ without a training run, and a template that adds
-    nothing to the question."""
+    """An adapter with a seeded B, so that tuned and base answers differ without a training run, and
+    a template that adds nothing to the question."""
     model, _ = G.load_base(ROOT / "data" / "tiny", "cpu", torch.float32)
-    L.add_lora(model, L.LoRAConfig(4, 8, 0.0, ("all",)))
+    L.add_lora(model, L.LoRAConfig(4, 8.0, 0.0, ("all",)))
     for i, (_, module) in enumerate(L.lora_linears(model)):
         module.lora_b.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(i))
     template = folder / "template.json"
-    L.save_adapter(model, folder, ROOT / "data" / "tiny", {"config": {"base_model": str(ROOT / "data" / "tiny"),
-                                                                      "prompt_template_name": str(template)}})
+    L.save_adapter(
+        model,
+        folder,
+        ROOT / "data" / "tiny",
+        {
+            "config": {
+                "base_model": str(ROOT / "data" / "tiny"),
+                "prompt_template_name": str(template),
+            }
+        },
+    )
     template.write_text('{"prompt_no_input": "{instruction}"}')
 
 
@@ -56,25 +89,41 @@ def offline(folder, tokens):
         if name == "tuned":
             L.load_adapter(model, folder)
         for question in QUESTIONS:
-            answers[question, name] = "".join(G.ask(model, tokenizer, G.render_prompt(template, question), tokens))
+            ids = tokenizer.encode(G.render_prompt(template, question), bos=True)
+            new = list(G.generate_ids(model, ids, tokens, tokenizer.eos_id))
+            answers[question, name] = G.visible(tokenizer.decode(new))
     return answers
 
 
 def start(log, *options, port=0):
-    """(server, its port): `generate.py --serve` on a port (0: a free one), its messages appended to the file log."""
+    """(server, its port): `generate.py --serve` on a port (0: a free one), its messages appended to
+    the file log."""
     begun = Path(log.name).read_text().count("http://")
-    server = subprocess.Popen([sys.executable, ROOT / "generate.py", "--serve", "--port", str(port), *options], stderr=log)
-    while len(found := re.findall(r"http://127\.0\.0\.1:(\d+)/", Path(log.name).read_text())) == begun:
+    server = subprocess.Popen(
+        [sys.executable, ROOT / "generate.py", "--serve", "--port", str(port), *options], stderr=log
+    )
+    while (
+        len(found := re.findall(r"http://127\.0\.0\.1:(\d+)/", Path(log.name).read_text())) == begun
+    ):
         assert server.poll() is None, Path(log.name).read_text()
         time.sleep(0.1)
     return server, int(found[-1])
+
+
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:1\r\nContent-Length: %d\r\n\r\n%b"
 
 
 class Clients:
     """Threads that treat a server badly until told to stop, and what they saw."""
 
     def __init__(self, port, answers, tokens):
-        self.port, self.answers, self.tokens, self.seen, self.wrong = port, answers, tokens, collections.Counter(), []
+        self.port, self.answers, self.tokens, self.seen, self.wrong = (
+            port,
+            answers,
+            tokens,
+            collections.Counter(),
+            [],
+        )
         self.first, self.done, self.lock = [], threading.Event(), threading.Lock()
 
     def count(self, what):
@@ -83,10 +132,15 @@ class Clients:
 
     def run(self, seed):
         dice = random.Random(seed)
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="x", max_retries=0, timeout=300) as client:
+        with openai.OpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="x", max_retries=0, timeout=300
+        ) as client:
             while not self.done.is_set():
                 (question, name), whole = dice.choice(list(self.answers.items()))
-                act = dice.choices((self.ask, self.stream, self.cancel, self.vanish, self.rubbish), (30, 30, 15, 10, 15))[0]
+                act = dice.choices(
+                    (self.ask, self.stream, self.cancel, self.vanish, self.rubbish),
+                    (30, 30, 15, 10, 15),
+                )[0]
                 try:
                     act(client, dice, question, name, whole)
                 except openai.RateLimitError:
@@ -96,8 +150,12 @@ class Clients:
                     self.wrong.append(f"{act.__name__}: {type(error).__name__} {error}"[:300])
 
     def create(self, client, question, name, **more):
-        return client.chat.completions.create(model=name, messages=[{"role": "user", "content": question}], max_tokens=self.tokens,
-                                              **more)
+        return client.chat.completions.create(
+            model=name,
+            messages=[{"role": "user", "content": question}],
+            max_tokens=self.tokens,
+            **more,
+        )
 
     def compare(self, what, got, whole):
         self.count(what)
@@ -121,21 +179,23 @@ class Clients:
         for _, chunk in zip(range(dice.randrange(1, 8)), stream):
             got += chunk.choices[0].delta.content
         stream.close()
-        self.compare("cancelled", got, whole[:len(got)])
+        self.compare("cancelled", got, whole[: len(got)])
 
     def vanish(self, client, dice, question, name, whole):
         """Close the socket somewhere between the first byte sent and the answer."""
-        body = json.dumps({**BODY, "model": name, "max_tokens": 500, "stream": dice.random() < 0.5}).encode()
-        data = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:1\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        body = json.dumps(
+            {**BODY, "model": name, "max_tokens": 500, "stream": dice.random() < 0.5}
+        ).encode()
+        data = POST % (len(body), body)
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
-            connection.sendall(data[:dice.choice((1, len(data) // 2, len(data), len(data)))])
+            connection.sendall(data[: dice.choice((1, len(data) // 2, len(data), len(data)))])
             time.sleep(dice.random())
         self.count("vanished")
 
     def rubbish(self, client, dice, question, name, whole):
         status, body = dice.choice(RUBBISH)
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
-            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:1\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            connection.sendall(POST % (len(body), body))
             got = b""
             while piece := connection.recv(65536):
                 got += piece
@@ -172,11 +232,17 @@ def main():
             while time.time() - started < args.seconds:
                 time.sleep(args.seconds / 20)
                 rss.append(memory(server.pid))
-                print(f"{time.time() - started:5.0f} s  {rss[-1]:.1f} MiB  {dict(clients.seen)}  {len(clients.wrong)} wrong", flush=True)
+                print(
+                    f"{time.time() - started:5.0f} s  {rss[-1]:.1f} MiB  {dict(clients.seen)}  "
+                    f"{len(clients.wrong)} wrong",
+                    flush=True,
+                )
             clients.done.set()
             for thread in threads:
                 thread.join()
-            with openai.OpenAI(base_url=f"http://127.0.0.1:{clients.port}/v1", api_key="x", timeout=60) as client:
+            with openai.OpenAI(
+                base_url=f"http://127.0.0.1:{clients.port}/v1", api_key="x", timeout=60
+            ) as client:
                 clients.ask(client, None, QUESTIONS[0], "tuned", answers[QUESTIONS[0], "tuned"])
                 for _ in range(100):
                     health = client.get("../health", cast_to=object)
@@ -196,13 +262,23 @@ def main():
         finally:
             server.kill()
     first = sorted(clients.first)
-    growth = sum(rss[-5:]) / 5 - sum(rss[5:10]) / 5               # the last quarter against the second
+    growth = sum(rss[-5:]) / 5 - sum(rss[5:10]) / 5  # the last quarter against the second
     for line in clients.wrong[:10]:
         print(line)
-    result = {"seconds": args.seconds, "clients": args.clients, **clients.seen, "wrong": len(clients.wrong),
-              "first_token_s": {"p50": first[len(first) // 2], "p99": first[len(first) * 99 // 100]} if first else None,
-              "rss_mib": [round(value, 1) for value in rss], "growth_mib": round(growth, 1), "places_lost": health["running"] + health["waiting"],
-              "exit_code": code, "tracebacks": tracebacks}
+    result = {
+        "seconds": args.seconds,
+        "clients": args.clients,
+        **clients.seen,
+        "wrong": len(clients.wrong),
+        "first_token_s": {"p50": first[len(first) // 2], "p99": first[len(first) * 99 // 100]}
+        if first
+        else None,
+        "rss_mib": [round(value, 1) for value in rss],
+        "growth_mib": round(growth, 1),
+        "places_lost": health["running"] + health["waiting"],
+        "exit_code": code,
+        "tracebacks": tracebacks,
+    }
     print(json.dumps(result, ensure_ascii=False))
     sys.exit(bool(clients.wrong or result["places_lost"] or code or tracebacks or growth > 20))
 

@@ -1,4 +1,6 @@
-"""Adapters that peft writes give peft's logits here, ours give them in peft; what we cannot hold is refused by name."""
+"""Adapters that peft writes give peft's logits here, ours give them in peft; what we cannot hold is
+refused by name."""
+
 import json
 import os
 import shutil
@@ -18,7 +20,7 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """transformers' model, its folder, and Meta's folder of it."""
+    """transformers' model in its own folder and in Meta's."""
     folder = tmp_path_factory.mktemp("peft")
     hf = hugging_face(num_key_value_heads=2)
     hf.save_pretrained(folder / "hf")
@@ -40,65 +42,118 @@ def peft_adapter(folder, hf=None, **settings):
         return model(IDS).logits
 
 
-SETTINGS = {"qv": {}, "all": {"target_modules": ALL}, "rslora": {"target_modules": "all-linear", "use_rslora": True},
-            "patterns": {"target_modules": ALL, "rank_pattern": {"layers.0.self_attn.q_proj": 2, "k_proj": 3},
-                         "alpha_pattern": {r"layers\.1\..*v_proj": 32, "down_proj": 5}},
-            "regex": {"target_modules": r".*\.self_attn\.(q|o)_proj"}, "bin": {"bin": True}}
+def as_bin(folder):
+    """The same tensors in adapter_model.bin, as peft wrote it until 0.5."""
+    file = folder / "adapter_model.safetensors"
+    torch.save(load_file(file), folder / "adapter_model.bin")
+    file.unlink()
+
+
+ONE_LAYER = r"model\.layers\.1\..*(q_proj|down_proj)"
+SETTINGS = {
+    "qv": {},
+    "all": {"target_modules": ALL},
+    "rslora": {"target_modules": "all-linear", "use_rslora": True},
+    "regex": {"target_modules": r".*\.self_attn\.(q|o)_proj"},
+    "bin": {"bin": True},
+    "bias": {"bias": "all"},  # LLaMA has none
+    "a module by its layer": {"target_modules": ["layers.1.self_attn.q_proj", "mlp.down_proj"]},
+    "a module by its whole name": {"target_modules": ["model.layers.0.self_attn.k_proj"]},
+    "a regex of one layer": {"target_modules": ONE_LAYER},
+    "some layers": {"layers_to_transform": [1]},
+    "the first layer": {"layers_to_transform": 0},
+    "all but some": {"target_modules": ALL, "exclude_modules": ["layers.0.mlp.up_proj"]},
+}
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_we_read_peft_and_peft_reads_us(tmp_path, base, settings):
-    """From a Hugging Face base and from a Meta base, and back: what we write of it, peft reads."""
+    """From a Hugging Face base and from a Meta base, and back: what we write of it, peft reads.
+    Which linears an adapter has is said by its tensors."""
     settings = dict(settings)
     old = settings.pop("bin", False)
     wanted = peft_adapter(tmp_path / "theirs", **settings)
+    pairs = len(load_file(tmp_path / "theirs" / "adapter_model.safetensors")) // 2
     if old:
-        torch.save(load_file(tmp_path / "theirs" / "adapter_model.safetensors"), tmp_path / "theirs" / "adapter_model.bin")
-        (tmp_path / "theirs" / "adapter_model.safetensors").unlink()
+        as_bin(tmp_path / "theirs")
     for layout in ("hf", "meta"):
         model = M.load_model(base / layout)
         with torch.no_grad():
             assert (model(IDS) - wanted).abs().max() > 1e-2
             L.load_adapter(model, tmp_path / "theirs")
+            assert len(L.lora_linears(model)) == pairs
             assert (model(IDS) - wanted).abs().max() < 1e-4
             L.save_adapter(model, tmp_path / layout, trained=True)
-            again = PeftModel.from_pretrained(hugging_face(num_key_value_heads=2), tmp_path / layout).eval()
+            again = PeftModel.from_pretrained(
+                hugging_face(num_key_value_heads=2), tmp_path / layout
+            ).eval()
             assert (again(IDS).logits - wanted).abs().max() < 1e-4
+            ours = M.load_model(base / layout)
+            L.load_adapter(ours, tmp_path / layout)
+            assert torch.equal(ours(IDS), model(IDS))
             L.merge(model)
             assert (model(IDS) - wanted).abs().max() < 1e-4
-            assert not M.load_model(base / layout)(IDS).sub(wanted).abs().max() < 1e-2      # merging touched no file
+            # merging touched no file
+            assert not M.load_model(base / layout)(IDS).sub(wanted).abs().max() < 1e-2
 
 
 def test_bentsaos_published_config_loads(tmp_path, base, capsys):
-    """adapter_config.json and adapter_model.bin as peft 0.3 wrote them for BenTsao (lora-llama-med)."""
+    """adapter_config.json and adapter_model.bin as peft 0.3 wrote them for BenTsao
+    (lora-llama-med)."""
     wanted = peft_adapter(tmp_path, r=8, lora_alpha=16)
-    torch.save(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
-    (tmp_path / "adapter_model.safetensors").unlink()
-    (tmp_path / "adapter_config.json").write_text(json.dumps({
-        "base_model_name_or_path": "decapoda-research/llama-7b-hf", "bias": "none", "enable_lora": None,
-        "fan_in_fan_out": False, "inference_mode": True, "lora_alpha": 16, "lora_dropout": 0.05, "merge_weights": False, "modules_to_save": None,
-        "peft_type": "LORA", "r": 8, "target_modules": QV, "task_type": "CAUSAL_LM"}))
+    as_bin(tmp_path)
+    published = {
+        "base_model_name_or_path": "decapoda-research/llama-7b-hf",
+        "bias": "none",
+        "enable_lora": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "merge_weights": False,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 8,
+        "target_modules": QV,
+        "task_type": "CAUSAL_LM",
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(published))
     model = M.load_model(base / "hf")
     L.load_adapter(model, tmp_path)
-    assert not any(module.training for module in model.modules())                   # dropout 0.05 would act while asking
+    # dropout 0.05 would act while asking
+    assert not any(module.training for module in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
     with torch.no_grad():
         assert (model(IDS) - wanted).abs().max() < 1e-4
     assert capsys.readouterr().err == ""
 
 
-def test_names_of_live_modules_and_unknown_keys(tmp_path, base, capsys):
-    """torch.save(model.state_dict()) under torch.compile; a key of tomorrow's peft is told of and ignored."""
+def test_names_of_live_modules_and_keys_that_say_nothing(tmp_path, base):
+    """torch.save(model.state_dict()) under torch.compile; a key of tomorrow's peft that is not set
+    changes nothing."""
     wanted = peft_adapter(tmp_path)
-    state = load_file(tmp_path / "adapter_model.safetensors")
-    save_file({k.replace(".model.layers", "._orig_mod.model.layers").replace(".weight", ".default.weight"): v
-               for k, v in state.items()}, tmp_path / "adapter_model.safetensors")
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"new_in_2030": 7, "also_new": None}))
+    file = tmp_path / "adapter_model.safetensors"
+    state = {
+        key.replace(".model.layers", "._orig_mod.model.layers").replace(
+            ".weight", ".default.weight"
+        ): tensor
+        for key, tensor in load_file(file).items()
+    }
+    save_file(state, file)
+    change_config(new_in_2030=False, also_new=None, newer=[], newest={})(tmp_path)
     model = M.load_model(base / "hf")
     L.load_adapter(model, tmp_path)
     with torch.no_grad():
         assert (model(IDS) - wanted).abs().max() < 1e-4
-    assert "new_in_2030" in (note := capsys.readouterr().err) and "also_new" not in note
+
+
+def test_no_dropout_in_the_config_is_none(tmp_path, base):
+    """peft's default is 0, ours for training is not."""
+    peft_adapter(tmp_path)
+    change_config(lora_dropout="gone")(tmp_path)
+    model = M.load_model(base / "hf")
+    L.load_adapter(model, tmp_path)
+    assert all(module.config.dropout == 0 for _, module in L.lora_linears(model))
 
 
 def change_config(**values):
@@ -106,6 +161,7 @@ def change_config(**values):
         config = json.loads((folder / "adapter_config.json").read_text())
         config = {k: v for k, v in {**config, **values}.items() if v != "gone"}
         (folder / "adapter_config.json").write_text(json.dumps(config))
+
     return change
 
 
@@ -114,77 +170,155 @@ def change_state(change):
         state = load_file(folder / "adapter_model.safetensors")
         change(state)
         save_file(state, folder / "adapter_model.safetensors")
+
     return write
 
 
-KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
-DAMAGES = {
+NAME = "layers.1.self_attn.v_proj"
+KEY = f"base_model.model.model.{NAME}.lora_B.weight"
+BIAS = f"base_model.model.model.{NAME}.bias"
+CONFIG, STATE = "adapter_config.json", "adapter_model.safetensors"
+CONFIGS = {  # name: (what is done, what the line must name besides the file)
     "dora": (change_config(use_dora=True), "use_dora"),
-    "bias": (change_config(bias="all"), "bias"),
     "saved modules": (change_config(modules_to_save=["embed_tokens"]), "modules_to_save"),
-    "some layers": (change_config(layers_to_transform=[0]), "layers_to_transform"),
+    "a trained bias": (change_config(lora_bias=True), "lora_bias"),
     "enable_lora": (change_config(enable_lora=[True, False, True]), "enable_lora"),
+    "transposed": (change_config(fan_in_fan_out=True), "fan_in_fan_out"),
+    "ranks of some": (change_config(rank_pattern={"q_proj": 2}), "rank_pattern"),
+    "alphas of some": (change_config(alpha_pattern={"q_proj": 32}), "alpha_pattern"),
+    "layers repeated": (change_config(layer_replication=[[0, 2], [1, 2]]), "layer_replication"),
+    "single parameters": (change_config(target_parameters=["weight"]), "target_parameters"),
+    "a key of tomorrow": (change_config(new_in_2030=7), "new_in_2030"),
     "pissa": (change_config(init_lora_weights="pissa_niter_4"), "pissa"),
-    "not lora": (change_config(peft_type="IA3"), "IA3"),
     "olora": (change_config(init_lora_weights="OLoRA"), "OLoRA"),
-    "the first layer": (change_config(layers_to_transform=0), "layers_to_transform"),
-    "one layer's name": (change_config(target_modules=["model.layers.1.self_attn.q_proj", "v_proj"]), "single layers"),
-    "a pattern of one layer": (change_config(target_modules=r"model\.layers\.1\..*q_proj"), "single layers"),
-    "a pattern that is none": (change_config(target_modules="*.q_proj"), "*.q_proj"),
-    "a rank's pattern that is none": (change_config(rank_pattern={"*.q_proj": 4}), "*.q_proj"),
-    "no rank": (change_config(r="gone"), "lacks r"),
-    "no alpha": (change_config(lora_alpha="gone"), "lacks lora_alpha"),
-    "another rank": (change_config(r=8), "lora_A"),
-    "another target": (change_config(target_modules=["c_attn"]), "c_attn"),
-    "more targets": (change_config(target_modules=ALL), "lacks"),
-    "fewer targets": (change_config(target_modules=["v_proj"]), "q_proj"),
-    "no config": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json"),
-    "broken config": (lambda f: (f / "adapter_config.json").write_text("{"), "not JSON"),
-    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "not found"),
-    "truncated": (lambda f: os.truncate(f / "adapter_model.safetensors", 1500), "damaged"),
-    "missing key": (change_state(lambda s: s.pop(KEY)), KEY),
-    "extra key": (change_state(lambda s: s.update({KEY.replace("layers.1", "layers.7"): s[KEY].clone()})), "layers.7"),
-    "another shape": (change_state(lambda s: s.update({KEY: s[KEY][:4].clone()})), KEY),
-    "nan": (change_state(lambda s: s[KEY].fill_(float("nan"))), KEY),
+    "not lora": (change_config(peft_type="IA3"), "IA3"),
+    "no rank": (change_config(r="gone"), "lacks 'r'"),
+    "a rank of 0": (change_config(r=0), "r"),
+    "a text for a rank": (change_config(r="4"), "'4'"),
+    "no alpha": (change_config(lora_alpha="gone"), "lacks 'lora_alpha'"),
+    "a text for alpha": (change_config(lora_alpha="8"), "'8'"),
+    "all dropped": (change_config(lora_dropout=1.0), "dropout"),
+    "no targets": (change_config(target_modules=None), "target_modules"),
+    "no config": (lambda f: (f / CONFIG).unlink(), "not found"),
+    "broken config": (lambda f: (f / CONFIG).write_text("{"), "not JSON"),
+    "a list": (lambda f: (f / CONFIG).write_text("[]"), "list"),
+}
+STATES = {
+    "another rank": (change_config(r=8), "layers.0.self_attn"),
+    "more targets": (change_config(target_modules=ALL), "has no tensors"),
+    "no weights": (lambda f: (f / STATE).unlink(), "not found"),
+    "truncated": (lambda f: os.truncate(f / STATE, 1500), "damaged"),
+    "empty": (change_state(dict.clear), "q_proj"),
+    "missing key": (change_state(lambda s: s.pop(KEY)), NAME),
+    "missing pair": (
+        change_state(lambda s: [s.pop(k) for k in (KEY, KEY.replace("lora_B", "lora_A"))]),
+        NAME,
+    ),
+    "extra layer": (
+        change_state(lambda s: s.update({KEY.replace("layers.1", "layers.7"): s[KEY].clone()})),
+        "layers.7",
+    ),
+    "extra key": (change_state(lambda s: s.update({BIAS: torch.ones(16)})), BIAS[23:]),
+    "an embedding's": (
+        change_state(lambda s: s.update({f"{KEY[:-14]}lora_embedding_A": torch.ones(4, 16)})),
+        NAME,
+    ),
+    "another shape": (change_state(lambda s: s.update({KEY: s[KEY][:4].clone()})), NAME),
+    "NaN": (change_state(lambda s: s[KEY].fill_(float("nan"))), NAME),
+    "infinity": (change_state(lambda s: s[KEY].view(-1)[3:4].fill_(float("inf"))), NAME),
+}
+DAMAGES = {
+    **{name: (change, CONFIG, word) for name, (change, word) in CONFIGS.items()},
+    **{name: (change, STATE, word) for name, (change, word) in STATES.items()},
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_adapters_are_refused_by_name(tmp_path, base, name):
-    peft_adapter(tmp_path / "a")
-    change, word = DAMAGES[name]
+    """File and key in one line; the base is as it was, so that another adapter can be loaded."""
+    wanted = peft_adapter(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "good")
+    change, file, word = DAMAGES[name]
     change(tmp_path / "a")
+    model = M.load_model(base / "hf")
     with pytest.raises(ValueError) as error:
-        L.load_adapter(M.load_model(base / "hf"), tmp_path / "a")
-    assert word in str(error.value) and str(tmp_path / "a") in str(error.value)
+        L.load_adapter(model, tmp_path / "a")
+    line = str(error.value)
+    assert str(tmp_path / "a" / file) in line and word in line and "\n" not in line, line
+    L.load_adapter(model, tmp_path / "good")
+    with torch.no_grad():
+        assert (model(IDS) - wanted).abs().max() < 1e-4
 
 
-def test_a_save_is_read_back_before_it_replaces(tmp_path, base, monkeypatch, capsys):
-    """Zero B everywhere: fine before training and told of when loaded, an error after it; in one linear (behind a wo of
-    zeros) it is told of. What is not finite and a write that loses a tensor are errors. Then the older adapter stays."""
+def test_a_target_that_the_model_has_not_is_refused(tmp_path, base):
+    """c_attn is GPT-2's: an adapter whose target_modules name nothing here belongs elsewhere."""
+    peft_adapter(tmp_path)
+    change_config(target_modules=["c_attn"])(tmp_path)
+    with pytest.raises(ValueError, match="c_attn"):
+        L.load_adapter(M.load_model(base / "hf"), tmp_path)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path, base):
+    hf = hugging_face(hidden_size=128, num_key_value_heads=2)
+    peft_adapter(tmp_path, hf=hf)
+    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.*another base"):
+        L.load_adapter(M.load_model(base / "hf"), tmp_path)
+
+
+def test_a_second_adapter_is_refused(tmp_path, base):
+    peft_adapter(tmp_path)
+    model = M.load_model(base / "hf")
+    L.load_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="has an adapter already"):
+        L.load_adapter(model, tmp_path)
+
+
+def test_a_save_is_read_back_before_it_replaces(tmp_path, base, monkeypatch):
+    """Zero B everywhere: fine before training, an error after it. What is not finite and a write
+    that loses a tensor are errors. Then the older adapter stays."""
     peft_adapter(tmp_path / "a")
     model = M.load_model(base / "hf")
     L.add_lora(model, L.LoRAConfig())
     L.save_adapter(model, tmp_path / "zero")
     L.load_adapter(M.load_model(base / "hf"), tmp_path / "zero")
-    assert "changes nothing" in capsys.readouterr().err
-    with monkeypatch.context() as patch:                          # another process than the first: it may come late, and makes nothing
+    with monkeypatch.context() as patch:
+        # another process than the first: it may come late, and makes nothing
         patch.setattr(L, "processes", lambda: (1, 2))
         L.save_adapter(model, tmp_path / "none")
     assert not (tmp_path / "none").exists()
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(ValueError, match="every lora_B is zero after training"):
+    with pytest.raises(ValueError, match="every lora_B is zero"):
         L.save_adapter(model, tmp_path / "b", trained=True)
     for _, module in L.lora_linears(model)[1:]:
         module.lora_b.data.fill_(1)
-    L.save_adapter(model, tmp_path / "one", trained=True)
-    assert "layers.0.self_attn.q_proj.lora_B.weight is zero after training" in capsys.readouterr().err
+    L.save_adapter(model, tmp_path / "one", trained=True)  # one linear behind zeros may stay so
     module.lora_b.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="v_proj.lora_B.weight holds NaN or infinity"):
         L.save_adapter(model, tmp_path / "b", trained=True)
     module.lora_b.data.fill_(1)
-    monkeypatch.setattr(L, "save_file", lambda state, *a, **k: save_file(dict(list(state.items())[1:]), *a, **k))
+
+    def losing(state, *args, **kwargs):
+        save_file(dict(list(state.items())[1:]), *args, **kwargs)
+
+    monkeypatch.setattr(L, "save_file", losing)
     with pytest.raises(ValueError, match="is not what was saved"):
         L.save_adapter(model, tmp_path / "b")
     a, b = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in "ab")
     assert a == b
+
+
+def test_a_crash_while_saving_leaves_the_older_adapter(tmp_path, base, monkeypatch):
+    """What interrupts the write of a file leaves neither half a file nor a temporary one."""
+    peft_adapter(tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    model = M.load_model(base / "hf")
+    L.add_lora(model, L.LoRAConfig())
+
+    def interrupted(state, file, *args, **kwargs):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(L, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        L.save_adapter(model, tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before

@@ -1,4 +1,5 @@
 """build_data.py and what it made: the shipped knowledge base, the split, the records."""
+
 import json
 import random
 import sys
@@ -33,38 +34,59 @@ def test_textbook_facts():
     """Spot checks against 《方剂学》 and 《中药学》."""
     by_name = {e["中心词"]: e for e in ENTITIES}
     assert set(by_name["麻黄汤"]["组成"]) == {"麻黄", "桂枝", "苦杏仁", "甘草"}
-    assert set(by_name["六味地黄丸"]["组成"]) == {"熟地黄", "山茱萸", "山药", "泽泻", "牡丹皮", "茯苓"}
-    assert by_name["黄芪"]["性味"] == ["甘", "微温"] and set(by_name["黄芪"]["归经"]) == {"脾经", "肺经"}
+    assert set(by_name["六味地黄丸"]["组成"]) == {
+        "熟地黄",
+        "山茱萸",
+        "山药",
+        "泽泻",
+        "牡丹皮",
+        "茯苓",
+    }
+    assert by_name["黄芪"]["性味"] == ["甘", "微温"] and set(by_name["黄芪"]["归经"]) == {
+        "脾经",
+        "肺经",
+    }
     assert by_name["桂枝汤"]["出处"] == ["《伤寒论》"]
 
 
 def test_no_held_out_entity_in_a_training_question():
-    train, heldout = (G.read_instructions(DATA / f"{n}.jsonl", answers=True) for n in ("train", "heldout"))
+    train, heldout = (
+        G.read_instructions(DATA / f"{n}.jsonl", answers=True) for n in ("train", "heldout")
+    )
     names = {r["entity"] for r in heldout}
     assert len(names) >= 40 and not names & {r["entity"] for r in train}
     assert not [r["id"] for r in train if any(n in r["instruction"] for n in names)]
     for r in train + heldout:
-        assert all(v in r["output"] for v in r["values"]) and r["entity"] in r["instruction"] and r["relations"]
+        assert (
+            all(v in r["output"] for v in r["values"])
+            and r["entity"] in r["instruction"]
+            and r["relations"]
+        )
     assert len({r["id"] for r in train + heldout}) == len(train) + len(heldout)
 
 
 def test_shipped_records_are_what_the_command_writes():
     train, heldout = D.split_entities(ENTITIES, 0.1, 0)
-    shipped = [json.loads(line) for line in (DATA / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert D.write_records(heldout, FORMS, 1, random.Random(0)) == shipped
+    shipped = [
+        json.loads(line)
+        for line in (DATA / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert list(D.write_records(heldout, FORMS, 1, random.Random(0))) == shipped
 
 
 def test_sentences_tell_every_fact_and_ask_nothing():
     documents = [d["output"] for d in make.write_sentences(ENTITIES, FORMS, 2, random.Random(0))]
     text = "\n".join(documents)
-    assert "？" not in text and all(v in text for e in ENTITIES for k, vs in e.items() if isinstance(vs, list) for v in vs)
+    assert "？" not in text and all(
+        v in text for e in ENTITIES for k, vs in e.items() if isinstance(vs, list) for v in vs
+    )
 
 
 def test_tokenizer_has_llamas_ids_and_keeps_every_text(tmp_path):
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(make.train_tokenizer(ENTITIES, FORMS, 4096))
-    for tokenizer in (G.Tokenizer(path), G.Tokenizer(DATA / "tiny" / "tokenizer.model")):
-        keeps_llamas_ids_and_every_text(tokenizer)
+    model = make.train_tokenizer(make.tokenizer_texts(ENTITIES, FORMS), 4096)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    for folder in (tmp_path, DATA / "tiny"):
+        keeps_llamas_ids_and_every_text(D.load_tokenizer(folder))
 
 
 def keeps_llamas_ids_and_every_text(tokenizer):
@@ -73,10 +95,17 @@ def keeps_llamas_ids_and_every_text(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("text, word", [
-    ("", "empty"), ('{"中心词": "a", "类型": "中药"}\n{', "line 2"), ('{"类型": "中药"}', "中心词"),
-    ('{"中心词": "a", "类型": "中药"}\n{"中心词": "a", "类型": "中药"}', "twice"),
-    ('{"中心词": "a", "类型": "中药", "功效": "x"}', "功效"), ('{"中心词": "a", "类型": "中药", "功效": []}', "功效")])
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("", "empty"),
+        ('{"中心词": "a", "类型": "中药"}\n{', "line 2"),
+        ('{"类型": "中药"}', "中心词"),
+        ('{"中心词": "a", "类型": "中药"}\n{"中心词": "a", "类型": "中药"}', "twice"),
+        ('{"中心词": "a", "类型": "中药", "功效": "x"}', "功效"),
+        ('{"中心词": "a", "类型": "中药", "功效": []}', "功效"),
+    ],
+)
 def test_bad_knowledge_names_its_line(tmp_path, text, word):
     (tmp_path / "k.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=word):
@@ -90,45 +119,92 @@ def read(tmp_path, text):
 
 def test_two_patterns_may_share_a_formula(tmp_path):
     """The i-th formula stays that of the i-th pattern; told by itself, each stands there once."""
-    disease = {"中心词": "甲病", "类型": "疾病", "中医证型": ["风寒证", "风热证", "气虚证"], "常用方剂": ["麻黄汤", "麻黄汤", "补中益气汤"]}
+    disease = {
+        "中心词": "甲病",
+        "类型": "疾病",
+        "中医证型": ["风寒证", "风热证", "气虚证"],
+        "常用方剂": ["麻黄汤", "麻黄汤", "补中益气汤"],
+    }
     entity = read(tmp_path, json.dumps(disease))[0]
-    told = {relation: (text, values) for relation, _, text, values in D.facts(entity, FORMS)}
-    assert entity == disease and told["辨证论治"][0] == "风寒证用麻黄汤，风热证用麻黄汤，气虚证用补中益气汤"
-    assert told["常用方剂"] == ("麻黄汤、补中益气汤", ["麻黄汤", "补中益气汤"]) and len(set(told["辨证论治"][1])) == len(told["辨证论治"][1]) == 5
+    told = {fact.relation: (fact.text, fact.values) for fact in D.facts(entity, FORMS)}
+    assert (
+        entity == disease
+        and told["辨证论治"][0] == "风寒证用麻黄汤，风热证用麻黄汤，气虚证用补中益气汤"
+    )
+    assert (
+        told["常用方剂"] == ("麻黄汤、补中益气汤", ["麻黄汤", "补中益气汤"])
+        and len(set(told["辨证论治"][1])) == len(told["辨证论治"][1]) == 5
+    )
     with pytest.raises(ValueError, match="line 1: 甲病 has 3 中医证型 and 2 常用方剂"):
         read(tmp_path, json.dumps({**disease, "常用方剂": ["麻黄汤", "补中益气汤"]}))
 
 
-@pytest.mark.parametrize("text, wanted", [
-    ('{"中心词": "感冒", "临床表现": ["鼻塞"], "相关症状": ["咳嗽"]}', {"相关症状": ["鼻塞", "咳嗽"]}),
-    ('{"中心词": "感冒", "相关症状": ["咳嗽"], "临床表现": ["鼻塞", "咳嗽"]}', {"相关症状": ["咳嗽", "鼻塞"]}),
-    ("感冒\t临床表现\t鼻塞\n感冒\t相关症状\t咳嗽\n", {"相关症状": ["鼻塞", "咳嗽"]})])
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        (
+            '{"中心词": "感冒", "临床表现": ["鼻塞"], "相关症状": ["咳嗽"]}',
+            {"相关症状": ["鼻塞", "咳嗽"]},
+        ),
+        (
+            '{"中心词": "感冒", "相关症状": ["咳嗽"], "临床表现": ["鼻塞", "咳嗽"]}',
+            {"相关症状": ["咳嗽", "鼻塞"]},
+        ),
+        ("感冒\t临床表现\t鼻塞\n感冒\t相关症状\t咳嗽\n", {"相关症状": ["鼻塞", "咳嗽"]}),
+    ],
+)
 def test_cmekgs_names_and_ours_are_one_relation(tmp_path, text, wanted):
     assert read(tmp_path, text) == [{"中心词": "感冒", "类型": "疾病", **wanted}]
 
 
 def test_triples_and_entities_in_one_file(tmp_path):
-    rows = '{"中心词": "麻黄", "类型": "中药", "功效": ["发汗"]}\n{"head": "桂枝", "relation": "性味", "tail": "辛"}'
+    rows = (
+        '{"中心词": "麻黄", "类型": "中药", "功效": ["发汗"]}\n'
+        '{"head": "桂枝", "relation": "性味", "tail": "辛"}'
+    )
     assert {e["中心词"] for e in read(tmp_path, rows)} == {"麻黄", "桂枝"}
 
 
-@pytest.mark.parametrize("text, value, said", [
-    ("每日1.5克。", "1.5克", True), ("每日15克。", "1.5克", False), ("每日15g。", "5g", False), ("每日5g。", "5g", True), ("散剂05～1g", "0.5～1g", False),
-    ("散剂０．５～1g", "0.5～1g", True), ("用量3-10g", "3～10g", True), ("用量3至10g", "3～10g", True), ("用量310g", "3～10g", False),
-    ("煎服，1～3g；散剂05～1g，遵医嘱。", "煎服，1～3g；散剂0.5～1g", False), ("煎服1～3g，散剂用0.5～1g。", "煎服，1～3g；散剂0.5～1g", True),
-    ("一个回答", "（-）", False), ("常见1. 鼻塞；2.咳嗽", "咳嗽", True), ("查HLA B27检测", "HLA-B27检测", True)])
+@pytest.mark.parametrize(
+    "text, value, said",
+    [
+        ("每日1.5克。", "1.5克", True),
+        ("每日15克。", "1.5克", False),
+        ("每日15g。", "5g", False),
+        ("每日5g。", "5g", True),
+        ("散剂05～1g", "0.5～1g", False),
+        ("散剂０．５～1g", "0.5～1g", True),
+        ("用量3-10g", "3～10g", True),
+        ("用量3至10g", "3～10g", True),
+        ("用量310g", "3～10g", False),
+        ("煎服，1～3g；散剂05～1g，遵医嘱。", "煎服，1～3g；散剂0.5～1g", False),
+        ("煎服1～3g，散剂用0.5～1g。", "煎服，1～3g；散剂0.5～1g", True),
+        ("一个回答", "（-）", False),
+        ("常见1. 鼻塞；2.咳嗽", "咳嗽", True),
+        ("查HLA B27检测", "HLA-B27检测", True),
+    ],
+)
 def test_a_value_is_said_with_its_numbers(text, value, said):
     assert D.says(D.plain(text), value) is said
 
 
 def test_every_shipped_value_is_said_by_its_own_sentence():
     for e in ENTITIES:
-        for _, form, text, values in D.facts(e, FORMS):
-            told = D.plain(form["statements"][0].format(e=e["中心词"], v=text))
-            assert all(D.says(told, value) for value in values), (e["中心词"], values)
+        for fact in D.facts(e, FORMS):
+            told = D.plain(fact.statement())
+            assert all(D.says(told, value) for value in fact.values), fact
 
 
 def test_an_alias_of_two_entities_belongs_to_both():
-    names = D.Names([{"中心词": "甲病", "类型": "疾病", "别名": ["共名"]}, {"中心词": "乙病", "类型": "疾病", "别名": ["共名"]}])
-    assert names.strangers("甲病又叫共名", "甲病的病因") == names.strangers("乙病又叫共名", "乙病的病因") == []
+    names = D.Names(
+        [
+            {"中心词": "甲病", "类型": "疾病", "别名": ["共名"]},
+            {"中心词": "乙病", "类型": "疾病", "别名": ["共名"]},
+        ]
+    )
+    assert (
+        names.strangers("甲病又叫共名", "甲病的病因")
+        == names.strangers("乙病又叫共名", "乙病的病因")
+        == []
+    )
     assert names.strangers("甲病不是乙病", "甲病的病因") == ["乙病"]

@@ -1,4 +1,6 @@
-"""Damaged checkpoints: `model.py convert` answers each with one line that names file and key, exit code 2, nothing written."""
+"""Damaged checkpoints: `model.py convert` answers each with one line that names file and key, exit
+code 2, nothing written. What only looks damaged converts."""
+
 import json
 import os
 import pickle
@@ -9,18 +11,22 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoints import hugging_face, write_bin, write_meta
+from test_checkpoints import equal, hugging_face, meta_state, our_names, write_bin, write_meta
 
 import generate as G
 import model as M
 
 KEY, META_KEY = "model.layers.1.mlp.up_proj.weight", "layers.1.feed_forward.w3.weight"
-INDEX, FIRST, LAST = "model.safetensors.index.json", "model-00001-of-00004.safetensors", "model-00004-of-00004.safetensors"
+WO = "layers.1.attention.wo.weight"
+INDEX = "model.safetensors.index.json"
+FIRST, LAST = (f"model-{n:05}-of-00004.safetensors" for n in (1, 4))
+BIN, SINGLE, CONFIG, PARAMS = "pytorch_model.bin", "model.safetensors", "config.json", "params.json"
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """One model in every layout, bf16: hf (sharded), single, bin, bins, meta (two shards), ours."""
+    """One model in every layout, bf16: hf (sharded), single, bin, bins, meta (two shards), ours,
+    and old: what this project once wrote, Meta's names in one model.safetensors."""
     folder, hf = tmp_path_factory.mktemp("good"), hugging_face().bfloat16()
     hf.save_pretrained(folder / "hf", max_shard_size="60KB")
     hf.save_pretrained(folder / "single")
@@ -28,34 +34,50 @@ def good(tmp_path_factory):
     write_bin(folder / "bins", hf, 2)
     write_meta(folder / "meta", hf, 2)
     M.save_model(M.load_model(folder / "single"), folder / "ours")
+    shutil.copytree(folder / "meta", folder / "old", ignore=shutil.ignore_patterns("*.pth"))
+    save_file(meta_state(hf), folder / "old" / "model.safetensors")
     return folder
 
 
 def edit_json(name, **values):
     """Set values in a JSON file; None removes the key."""
+
     def edit(folder):
         value = json.loads((folder / name).read_text()) | values
         (folder / name).write_text(json.dumps({k: v for k, v in value.items() if v is not None}))
+
     return edit
 
 
 def place(key, file):
     """Let the index place a key in another file."""
+
     def edit(folder):
         index = json.loads((folder / INDEX).read_text())
         index["weight_map"][key] = file
         (folder / INDEX).write_text(json.dumps(index))
+
     return edit
 
 
 def state(name, change):
     """Change the tensors of a file; what change returns, if anything, takes their place."""
+
     def edit(folder):
         file = folder / name
-        old = load_file(file) if name.endswith("safetensors") else torch.load(file, weights_only=True)
-        new = change(old) or old
-        save_file(new, file) if name.endswith("safetensors") else torch.save(new, file)
+        if name.endswith("safetensors"):
+            old = load_file(file)
+            save_file(change(old) or old, file)
+        else:
+            old = torch.load(file, weights_only=True)
+            torch.save(change(old) or old, file)
+
     return edit
+
+
+def put(key, tensor):
+    """For `state`: set a key, to what a function makes of the old tensor if it is one."""
+    return lambda s: s.update({key: tensor(s[key]) if callable(tensor) else tensor})
 
 
 def write(name, data):
@@ -75,6 +97,7 @@ def swap(a, b):
         (folder / a).rename(folder / "x")
         (folder / b).rename(folder / a)
         (folder / "x").rename(folder / b)
+
     return edit
 
 
@@ -99,98 +122,204 @@ def resize(s):
 
 
 META0, META1 = "consolidated.00.pth", "consolidated.01.pth"
-DAMAGES = {  # name: (layout, what is done, what the line must name)
+FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "rms_norm_eps",
+    "vocab_size",
+)
+YARN = {"rope_type": "yarn", "factor": 2.0}
+POINTER = b"version https://git-lfs.github.com/spec/v1\n"
+
+FILES = {  # name: (layout, what is done, what the line must name)
     "no folder": ("hf", lambda f: shutil.rmtree(f), ["not found"]),
-    "empty folder": ("hf", lambda f: [p.unlink() for p in f.iterdir()], ["model.safetensors"]),
+    "empty folder": ("hf", lambda f: [p.unlink() for p in f.iterdir()], [SINGLE]),
     "hf missing shard": ("hf", remove(LAST), [LAST, "not found"]),
-    "hf swapped shards": ("hf", swap(FIRST, LAST), [FIRST, "weight"]),
     "hf truncated shard": ("hf", cut(LAST, 700), [LAST, "damaged"]),
-    "hf missing key": ("single", state("model.safetensors", drop(KEY)), ["model.safetensors", KEY]),
-    "hf extra key": ("single", state("model.safetensors", lambda s: s.update({"model.extra.weight": torch.ones(2)})),
-                     ["model.safetensors", "model.extra.weight"]),
-    "hf one layer more": ("single", edit_json("config.json", num_hidden_layers=3), ["model.layers.2"]),
-    "hf one layer less": ("single", edit_json("config.json", num_hidden_layers=1), ["model.layers.1"]),
-    "hf wrong shape": ("single", state("model.safetensors", resize), ["model.safetensors", KEY]),
-    "hf NaN": ("single", state("model.safetensors", poison(float("nan"))), ["model.safetensors", KEY, "NaN"]),
-    "hf infinity": ("single", state("model.safetensors", poison(float("-inf"))), ["model.safetensors", KEY]),
-    "hf mixed dtypes": ("single", state("model.safetensors", lambda s: s.update({KEY: s[KEY].half()})),
-                        ["model.safetensors", KEY, "float16"]),
-    "hf integer weights": ("single", state("model.safetensors", lambda s: s.update({KEY: s[KEY].char()})), [KEY, "int8"]),
-    "hf tensor of another rank": ("single", state("model.safetensors", lambda s: s.update({KEY: s[KEY].flatten()})), [KEY]),
+    "safetensors is a page": ("single", write(SINGLE, b"<html>404 not found</html>"), [SINGLE]),
+    "safetensors header too long": ("single", write(SINGLE, b"\xff" * 64), [SINGLE]),
     "index is no JSON": ("hf", write(INDEX, b"{"), [INDEX, "JSON"]),
     "index without map": ("hf", edit_json(INDEX, weight_map=None), [INDEX, "weight_map"]),
-    "index leaves the folder": ("hf", place(KEY, "../single/model.safetensors"), [INDEX, KEY, "../single"]),
-    "index with an absolute path": ("hf", place(KEY, "/etc/passwd"), [INDEX, KEY, "/etc/passwd"]),
-    "index with a backslash": ("hf", place(KEY, "..\\model.safetensors"), [INDEX, KEY]),
-    "index with a number": ("hf", place(KEY, 7), [INDEX, KEY]),
-    "index places a key elsewhere": ("hf", place(KEY, FIRST), [KEY]),
-    "index with a key that is nowhere": ("hf", place("model.ghost.weight", FIRST), [FIRST, "model.ghost.weight"]),
-    "no config": ("hf", remove("config.json"), ["config.json"]),
-    "config is no JSON": ("hf", write("config.json", b"not json"), ["config.json"]),
-    "config is a list": ("hf", write("config.json", b"[]"), ["config.json"]),
-    "config is not UTF-8": ("hf", write("config.json", b"\xff\xfe"), ["config.json"]),
-    **{f"config without {key}": ("single", edit_json("config.json", **{key: None}), ["config.json", key]) for key in
-       ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps", "vocab_size")},
-    "config with a text for a number": ("single", edit_json("config.json", hidden_size="64"), ["config.json", "64"]),
-    "another architecture": ("single", edit_json("config.json", model_type="qwen2"), ["config.json", "qwen2"]),
-    "biases": ("single", edit_json("config.json", attention_bias=True), ["attention_bias"]),
-    "another activation": ("single", edit_json("config.json", hidden_act="gelu"), ["hidden_act", "gelu"]),
-    "quantised": ("single", edit_json("config.json", quantization_config={"bits": 4}), ["quantization_config"]),
-    "rope scaling unknown": ("single", edit_json("config.json", rope_parameters={"rope_type": "yarn", "factor": 2.0}), ["yarn"]),
-    "rope scaling without factor": ("single", edit_json("config.json", rope_parameters={"rope_type": "linear"}), ["factor"]),
-    "rope scaling is a text": ("single", edit_json("config.json", rope_parameters="linear"), ["config.json", "linear"]),
-    "rope type is a list": ("single", edit_json("config.json", rope_parameters={"rope_type": ["linear"]}), ["config.json", "linear"]),
-    "config of brackets": ("single", write("config.json", b"[" * 100_000), ["config.json", "JSON"]),
-    **{f"{key} {value:.3g}": (layout, edit_json(file, **{key: value}), [file, wanted]) for layout, file, key, value, wanted in (
-        ("single", "config.json", "hidden_size", 2**40, "2^24"), ("single", "config.json", "vocab_size", 10**30, "2^24"),
-        ("ours", "params.json", "ffn_dim_multiplier", 1e300, "2^64"), ("ours", "params.json", "ffn_dim_multiplier", 1e9, "2^24"))},
-    "heads that do not divide": ("single", edit_json("config.json", num_key_value_heads=3), ["config.json", "3"]),
-    "fewer key heads than held": ("single", edit_json("config.json", num_key_value_heads=4), ["k_proj"]),
-    "wrong vocabulary": ("single", edit_json("config.json", vocab_size=49954), ["lm_head", "49954"]),
-    "tied but different": ("single", edit_json("config.json", tie_word_embeddings=True), ["tied"]),
-    "pickle that runs code": ("bin", lambda f: (f / "pytorch_model.bin").write_bytes(pickle.dumps({KEY: Code()}, 2)),
-                              ["pytorch_model.bin", "system"]),
-    "zipped pickle that runs code": ("bin", lambda f: torch.save({KEY: Code()}, f / "pytorch_model.bin"),
-                                     ["pytorch_model.bin", "system"]),
-    "bin truncated": ("bin", lambda f: os.truncate(f / "pytorch_model.bin", 90_000), ["pytorch_model.bin", "damaged"]),
-    "bin empty": ("bin", write("pytorch_model.bin", b""), ["pytorch_model.bin", "damaged"]),
-    "bin is a page": ("bin", write("pytorch_model.bin", b"<html>404</html>"), ["pytorch_model.bin", "damaged"]),
-    "bin is a pointer of git-lfs": ("bin", write("pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1\n"),
-                                    ["pytorch_model.bin"]),
-    "bin holds a list": ("bin", lambda f: torch.save([torch.ones(2)], f / "pytorch_model.bin"), ["pytorch_model.bin", "list"]),
-    "bin holds text": ("bin", state("pytorch_model.bin", lambda s: s.update({KEY: "weights"})), ["pytorch_model.bin", KEY]),
-    "bin holds a sparse tensor": ("bin", state("pytorch_model.bin", lambda s: s.update({KEY: s[KEY].to_sparse()})), [KEY]),
-    "bin holds a tensor without data": ("bin", state("pytorch_model.bin", lambda s: s.update({KEY: s[KEY].to("meta")})), [KEY]),
-    "bin has a number for a key": ("bin", state("pytorch_model.bin", lambda s: s.update({7: s[KEY]})), ["pytorch_model.bin", "7"]),
-    "bins, a shard missing": ("bins", remove("pytorch_model-00002-of-00002.bin"), ["pytorch_model-00002-of-00002.bin"]),
-    "safetensors is a page": ("single", write("model.safetensors", b"<html>404 not found</html>"), ["model.safetensors"]),
-    "safetensors header too long": ("single", write("model.safetensors", b"\xff" * 64), ["model.safetensors"]),
-    "meta missing last shard": ("meta", remove(META1), [META0, "tok_embeddings", "is one missing?"]),
+    "index whose map is a list": ("hf", edit_json(INDEX, weight_map=[LAST]), [INDEX, LAST]),
+    "index with an empty map": ("hf", edit_json(INDEX, weight_map={}), [INDEX, "weight_map"]),
+    "index leaves the folder": ("hf", place(KEY, "../single/model.safetensors"), [INDEX, "../sin"]),
+    "index with an absolute path": ("hf", place(KEY, "/etc/passwd"), [INDEX, "/etc/passwd"]),
+    "index with a backslash": ("hf", place(KEY, "..\\model.safetensors"), [INDEX, "model.safet"]),
+    "index with a number": ("hf", place(KEY, 7), [INDEX, "7"]),
+    "pickle that runs code": (
+        "bin",
+        lambda f: (f / BIN).write_bytes(pickle.dumps({KEY: Code()}, 2)),
+        [BIN, "system"],
+    ),
+    "zipped pickle that runs code": (
+        "bin",
+        lambda f: torch.save({KEY: Code()}, f / BIN),
+        [BIN, "system"],
+    ),
+    "bin truncated": ("bin", cut(BIN, 90_000), [BIN, "damaged"]),
+    "bin empty": ("bin", write(BIN, b""), [BIN, "damaged"]),
+    "bin is a page": ("bin", write(BIN, b"<html>404</html>"), [BIN, "damaged"]),
+    "bin is a pointer of git-lfs": ("bin", write(BIN, POINTER), [BIN]),
+    "bin holds a list": ("bin", lambda f: torch.save([torch.ones(2)], f / BIN), [BIN, "list"]),
+    "bins, a shard missing": (
+        "bins",
+        remove("pytorch_model-00002-of-00002.bin"),
+        ["pytorch_model-00002-of-00002.bin"],
+    ),
+    "meta missing last shard": ("meta", remove(META1), [META0, "tok_embeddings", "missing?"]),
     "meta missing first shard": ("meta", remove(META0), [META0, "not found"]),
     "meta swapped shards": ("meta", swap(META0, META1), [META0, "consolidated.01"]),
     "meta truncated": ("meta", cut(META1, 60_000), [META1, "damaged"]),
+    "meta pickle that runs code": (
+        "meta",
+        lambda f: torch.save({META_KEY: Code()}, f / META1),
+        [META1, "system"],
+    ),
+}
+TENSORS = {
+    "hf missing key": ("single", state(SINGLE, drop(KEY)), [SINGLE, KEY]),
+    "hf extra key": (
+        "single",
+        state(SINGLE, put("model.extra.weight", torch.ones(2))),
+        [SINGLE, "model.extra.weight"],
+    ),
+    "hf wrong shape": ("single", state(SINGLE, resize), [SINGLE, KEY]),
+    "hf NaN": ("single", state(SINGLE, poison(float("nan"))), [SINGLE, KEY, "NaN"]),
+    "hf infinity": ("single", state(SINGLE, poison(float("-inf"))), [SINGLE, KEY]),
+    "hf integer weights": ("single", state(SINGLE, put(KEY, torch.Tensor.char)), [KEY, "int8"]),
+    "hf tensor of another rank": ("single", state(SINGLE, put(KEY, torch.Tensor.flatten)), [KEY]),
+    "hf a number for the head": (
+        "single",
+        state(SINGLE, put("lm_head.weight", torch.tensor(1.0))),
+        [SINGLE, "lm_head.weight"],
+    ),
+    "hf one layer more": ("single", edit_json(CONFIG, num_hidden_layers=3), ["model.layers.2"]),
+    "hf one layer less": ("single", edit_json(CONFIG, num_hidden_layers=1), ["model.layers.1"]),
+    "fewer key heads than held": ("single", edit_json(CONFIG, num_key_value_heads=4), ["k_proj"]),
+    "wrong vocabulary": ("single", edit_json(CONFIG, vocab_size=49954), ["embed_tok", "49954"]),
+    "tied but different": (
+        "single",
+        edit_json(CONFIG, tie_word_embeddings=True),
+        [SINGLE, "model.embed_tokens.weight", "lm_head.weight", "tied"],
+    ),
+    "tied but different, in shards": (
+        "hf",
+        edit_json(CONFIG, tie_word_embeddings=True),
+        ["model.embed_tokens.weight", "lm_head.weight", "tied"],
+    ),
+    "Meta's names under Hugging Face's config": (  # whose rotary pairs stand otherwise
+        "single",
+        lambda f: shutil.copyfile(f.parent / "meta-named", f / SINGLE),
+        [SINGLE, "layers.0.attention.w"],
+    ),
+    "Hugging Face's names under Meta's params": (
+        "meta",
+        lambda f: (
+            [state(n, drop(WO))(f) for n in (META0, META1)]
+            and [
+                state(n, put("model.layers.1.self_attn.o_proj.weight", torch.ones(64, 32)))(f)
+                for n in (META0, META1)
+            ]
+        ),
+        ["model.layers.1.self_attn.o_proj.weight"],
+    ),
+    "bin holds text": ("bin", state(BIN, put(KEY, "weights")), [BIN, KEY]),
+    "bin holds a sparse tensor": ("bin", state(BIN, put(KEY, torch.Tensor.to_sparse)), [BIN, KEY]),
+    "bin holds a tensor without data": (
+        "bin",
+        state(BIN, put(KEY, lambda t: t.to("meta"))),
+        [BIN, KEY],
+    ),
+    "bin has a number for a key": ("bin", state(BIN, put(7, torch.ones(2))), [BIN, "7"]),
     "meta missing key": ("meta", state(META1, drop(META_KEY)), [META1, META_KEY]),
-    "meta missing key in both": ("meta", lambda f: [state(n, drop(META_KEY))(f) for n in (META0, META1)],
-                                 [META0, META_KEY]),
-    "meta extra key": ("meta", state(META1, lambda s: s.update({"extra": torch.ones(2)})), [META1, "extra"]),
+    "meta missing key in both": (
+        "meta",
+        lambda f: [state(n, drop(META_KEY))(f) for n in (META0, META1)],
+        [META0, META_KEY],
+    ),
+    "meta extra key": ("meta", state(META1, put("extra", torch.ones(2))), [META1, "extra"]),
+    "meta one weight under two names": (
+        "meta",
+        state(META0, lambda s: s.update({"model.norm.weight": s["norm.weight"].clone()})),
+        [META0, "norm.weight"],
+    ),
     "meta wrong shape": ("meta", state(META1, resize), [META1, META_KEY]),
     "meta NaN": ("meta", state(META1, poison(float("nan"))), ["consolidated", META_KEY, "NaN"]),
-    "meta mixed dtypes": ("meta", state(META1, lambda s: s.update({META_KEY: s[META_KEY].float()})), [META1, META_KEY]),
-    "meta shards of two models": ("meta", state(META1, lambda s: s.update({"norm.weight": s["norm.weight"] + 1})),
-                                  [META0, "norm.weight"]),
-    "meta pickle that runs code": ("meta", lambda f: torch.save({META_KEY: Code()}, f / META1), [META1, "system"]),
-    "no params": ("meta", remove("params.json"), ["params.json"]),
-    "params without a field": ("meta", edit_json("params.json", norm_eps=None), ["params.json", "norm_eps"]),
-    "params with an unknown field": ("meta", edit_json("params.json", use_scaled_rope=True), ["params.json", "use_scaled_rope"]),
-    "params with a list of scaling": ("ours", edit_json("params.json", rope_scaling=["linear"]), ["params.json", "linear"]),
-    "params of another model": ("meta", edit_json("params.json", dim=128), [META0]),
-    "ours truncated": ("ours", cut("model.safetensors", 9_000), ["model.safetensors", "damaged"]),
-    "ours NaN": ("ours", state("model.safetensors", poison(float("nan"))), ["model.safetensors", META_KEY]),
+    "meta shards of two models": (
+        "meta",
+        state(META1, put("norm.weight", lambda t: t + 1)),
+        [META0, "norm.weight"],
+    ),
+    "meta shards cut along two axes": (
+        "meta",
+        state(META1, put(WO, lambda t: t.T.contiguous())),
+        ["consolidated", WO],
+    ),
+    "meta a norm cut in one shard": (
+        "meta",
+        state(META0, put("norm.weight", lambda t: t[:32].clone())),
+        ["consolidated", "norm.weight"],
+    ),
+    "ours truncated": ("ours", cut(SINGLE, 9_000), [SINGLE, "damaged"]),
+    "ours NaN": ("ours", state(SINGLE, poison(float("nan"))), [SINGLE, KEY]),
+    "what this project once wrote": ("old", lambda f: None, [CONFIG, "not found"]),
 }
+CONFIGS = {
+    "no config": ("hf", remove(CONFIG), [CONFIG]),
+    "config is no JSON": ("hf", write(CONFIG, b"not json"), [CONFIG]),
+    "config is a list": ("hf", write(CONFIG, b"[]"), [CONFIG]),
+    "config is not UTF-8": ("hf", write(CONFIG, b"\xff\xfe"), [CONFIG]),
+    "config of brackets": ("single", write(CONFIG, b"[" * 100_000), [CONFIG, "JSON"]),
+    "no params": ("meta", remove(PARAMS), [PARAMS]),
+    "params without a field": ("meta", edit_json(PARAMS, norm_eps=None), [PARAMS, "norm_eps"]),
+    "params of another model": ("meta", edit_json(PARAMS, dim=128), [META0]),
+    "params that round to a multiple of 0": ("meta", edit_json(PARAMS, multiple_of=0), [PARAMS]),
+}
+VALUES = [  # layout, file, what is set in it, what the line must name besides the file
+    *[("single", CONFIG, {key: None}, key) for key in FIELDS],
+    ("single", CONFIG, {"hidden_size": "64"}, "64"),
+    ("single", CONFIG, {"hidden_size": 64.0}, "64.0"),
+    ("single", CONFIG, {"num_hidden_layers": True}, "num_hidden_layers"),
+    ("single", CONFIG, {"rms_norm_eps": -1e-5}, "rms_norm_eps"),
+    ("single", CONFIG, {"model_type": "qwen2"}, "qwen2"),
+    ("single", CONFIG, {"attention_bias": True}, "attention_bias"),
+    ("single", CONFIG, {"mlp_bias": True}, "mlp_bias"),
+    ("single", CONFIG, {"hidden_act": "gelu"}, "hidden_act"),
+    ("single", CONFIG, {"quantization_config": {"bits": 4}}, "quantization_config"),
+    ("single", CONFIG, {"rope_parameters": YARN}, "yarn"),
+    ("single", CONFIG, {"rope_parameters": {"rope_type": "linear"}}, "factor"),
+    ("single", CONFIG, {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "zero"),
+    ("single", CONFIG, {"rope_parameters": {"rope_type": ["linear"]}}, "linear"),
+    ("single", CONFIG, {"rope_parameters": "linear"}, "mapping"),
+    ("single", CONFIG, {"num_key_value_heads": 3}, "3"),
+    ("single", CONFIG, {"hidden_size": 2**40}, "hidden_size"),
+    ("single", CONFIG, {"hidden_size": 2**31, "intermediate_size": 2**31}, "hidden_size"),
+    ("single", CONFIG, {"vocab_size": 10**30}, "vocab_size"),
+    ("meta", PARAMS, {"ffn_dim_multiplier": 1e300}, "intermediate_size"),
+    ("meta", PARAMS, {"ffn_dim_multiplier": 1e9}, "intermediate_size"),
+    ("meta", PARAMS, {"ffn_dim_multiplier": "2"}, "int"),
+    ("meta", PARAMS, {"use_scaled_rope": True}, "use_scaled_rope"),
+    ("meta", PARAMS, {"rope_scaling": ["linear"]}, "linear"),
+]
+for layout, file, values, word in VALUES:
+    CONFIGS[f"{file} {json.dumps(values):.40}"] = (layout, edit_json(file, **values), [file, word])
+DAMAGES = {**FILES, **TENSORS, **CONFIGS}
 
 
 def test_there_are_enough():
-    assert len(DAMAGES) >= 40
+    assert len(DAMAGES) >= 80
+
+
+def convert(monkeypatch, *args):
+    """The exit code of `model.py convert`, 0 where it does not exit."""
+    monkeypatch.setattr(sys, "argv", ["model.py", "convert", *map(str, args)])
+    try:
+        M.run(M.main)
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -198,41 +327,88 @@ def test_damaged_folder_is_refused_in_one_line(tmp_path, good, name, monkeypatch
     layout, damage, words = DAMAGES[name]
     source = tmp_path / "source"
     shutil.copytree(good / layout, source)
+    shutil.copyfile(good / "old" / SINGLE, tmp_path / "meta-named")
     damage(source)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["model.py", "convert", str(source), str(tmp_path / "out" / "deep")])
-    with pytest.raises(SystemExit) as end:
-        M.run(M.main)
+    assert convert(monkeypatch, source, tmp_path / "out" / "deep") == 2
     line = capsys.readouterr().err
-    assert end.value.code == 2 and line.count("\n") == 1 and line.startswith("error: ") and len(line) < 500, line
+    assert line.count("\n") == 1 and line.startswith("error: ") and len(line) < 500, line
     for word in (*words, str(source)):
         assert word in line, line
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before       # nor did the pickle touch a file
-    with pytest.raises(ValueError, match=re.escape(line[7:60].strip())):                    # the same in every script
+    # nothing is left behind, nor did the pickle touch a file
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    with pytest.raises(ValueError, match=re.escape(line[7:60].strip())):  # the same in every script
         M.load_model(source)
 
 
-def test_an_old_pickle_with_any_byte_changed_loads_or_is_refused(tmp_path, good):
+HARMLESS = {  # what does not tell which tensor is which
+    "nothing": ("hf", lambda f: None),
+    "swapped shards": ("hf", swap(FIRST, LAST)),
+    "index places a key elsewhere": ("hf", place(KEY, FIRST)),
+    "index with a key that is nowhere": ("hf", place("model.ghost.weight", FIRST)),
+    "one weight in float32": ("single", state(SINGLE, put(KEY, torch.Tensor.float))),
+    "one weight in float32, Meta's": (
+        "meta",
+        lambda f: [state(n, put(META_KEY, torch.Tensor.float))(f) for n in (META0, META1)],
+    ),
+    "one shard of a weight in float32": ("meta", state(META1, put(META_KEY, torch.Tensor.float))),
+    "a weight twice": ("hf", lambda f: copy_key(f, KEY)),
+    "a shard that was written under another name": ("meta", lambda f: rewrite(f / META0)),
+}
+
+
+def copy_key(folder, key):
+    """Put a shard's tensor into the first shard, too."""
+    shards = sorted(folder.glob("*.safetensors"))
+    tensor = next(load_file(file)[key] for file in shards if key in load_file(file))
+    state(shards[0].name, put(key, tensor.clone()))(folder)
+
+
+def rewrite(file):
+    """Save a shard beside its place and rename it: the name in its archive is then the first."""
+    weights = torch.load(file, weights_only=True)
+    torch.save(weights, file.with_suffix(".part.pth"))
+    file.with_suffix(".part.pth").replace(file)
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_only_looks_damaged_converts(tmp_path, good, name, monkeypatch):
+    """Weights are found by their keys, cast to the embedding's dtype."""
+    layout, change = HARMLESS[name]
+    shutil.copytree(good / layout, tmp_path / "source")
+    change(tmp_path / "source")
+    assert convert(monkeypatch, tmp_path / "source", tmp_path / "out") == 0
+    assert equal(M.load_model(tmp_path / "out"), our_names(hugging_face().bfloat16()))
+
+
+def test_copies_that_differ_are_refused(tmp_path, good, monkeypatch, capsys):
+    shutil.copytree(good / "hf", tmp_path / "source")
+    copy_key(tmp_path / "source", KEY)
+    state(FIRST, put(KEY, lambda t: t + 1))(tmp_path / "source")
+    assert convert(monkeypatch, tmp_path / "source", tmp_path / "out") == 2
+    line = capsys.readouterr().err
+    assert FIRST in line and line.count(KEY) == 2 and not (tmp_path / "out").exists()
+
+
+def test_an_old_pickle_with_any_byte_changed_loads_or_is_refused(tmp_path):
     """Files of torch before 1.6: what their reader stumbles over has many kinds of error."""
     file = tmp_path / "pytorch_model.bin"
     torch.save({KEY: torch.ones(2)}, file, _use_new_zipfile_serialization=False)
-    whole, refused = file.read_bytes(), 0
-    for at in range(len(whole)):
-        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1:])
+    data, refused = file.read_bytes(), 0
+    for at in range(len(data)):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 0x40]) + data[at + 1 :])
         try:
-            M.describe(file)
+            M.open_weights(file)
         except ValueError:
             refused += 1
-    assert refused > len(whole) // 4
+    assert refused > len(data) // 4
 
 
 def test_values_that_a_dtype_cannot_hold_are_refused(tmp_path, good, monkeypatch, capsys):
     shutil.copytree(good / "single", tmp_path / "m")
     state("model.safetensors", poison(1e5))(tmp_path / "m")
-    monkeypatch.setattr(sys, "argv", ["model.py", "convert", str(tmp_path / "m"), str(tmp_path / "out"), "--dtype", "fp16"])
-    with pytest.raises(SystemExit):
-        M.run(M.main)
+    assert convert(monkeypatch, tmp_path / "m", tmp_path / "out", "--dtype", "fp16") == 2
     line = capsys.readouterr().err
     assert KEY in line and "65504" in line and not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="65504"):
@@ -240,38 +416,61 @@ def test_values_that_a_dtype_cannot_hold_are_refused(tmp_path, good, monkeypatch
     M.load_model(tmp_path / "m", dtype=torch.float32)
 
 
-def test_init_does_not_write_over_weights(tmp_path, good, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["model.py", "init", str(good / "ours" / "params.json"), str(tmp_path / "new")])
-    M.run(M.main)
-    size = (tmp_path / "new" / "model.safetensors").stat().st_size
-    assert f"{size / 2**20:.1f} MiB" in capsys.readouterr().out
+@pytest.mark.parametrize("shape", ["config.json", "params.json"])
+def test_init_does_not_write_over_weights(tmp_path, good, shape, monkeypatch, capsys):
+    """Fresh weights in the shape of either file, in a new folder, the same for the same seed."""
+    edit_json("params.json", vocab_size=304)(good / "meta")
+    source = good / ("ours" if shape == "config.json" else "meta") / shape
+    for seed, name in enumerate(("new", "other")):
+        args = [str(source), str(tmp_path / name), "--seed", str(seed)]
+        monkeypatch.setattr(sys, "argv", ["model.py", "init", *args])
+        M.run(M.main)
+    data = (tmp_path / "new" / "model.safetensors").read_bytes()
+    assert data != (tmp_path / "other" / "model.safetensors").read_bytes()
+    assert f"{len(data) / 2**20:.1f} MiB" in capsys.readouterr().out
+    fresh = M.load_model(tmp_path / "new")
+    assert fresh.dtype == torch.float32 and fresh.config.intermediate_size == 96
+    again = M.LLaMA(fresh.config)
+    M.init_weights(again, 0)
+    assert equal(fresh, again)
     with pytest.raises(SystemExit):
         M.run(M.main)
     assert "not empty" in capsys.readouterr().err
 
 
+def test_init_wants_a_vocabulary(tmp_path, good, monkeypatch, capsys):
+    """Meta's params.json says -1 and leaves the size to the tokenizer."""
+    params = {"dim": 64, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-5, "vocab_size": -1}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    monkeypatch.setattr(sys, "argv", ["model.py", "init", str(tmp_path / "params.json"), "new"])
+    with pytest.raises(SystemExit):
+        M.run(M.main)
+    line = capsys.readouterr().err
+    assert "params.json" in line and "vocab_size" in line and line.count("\n") == 1
+
+
 @pytest.mark.parametrize("layout", ["hf", "single", "bin", "bins", "meta", "ours"])
 def test_the_undamaged_folders_convert(tmp_path, good, layout, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["model.py", "convert", str(good / layout), str(tmp_path / "out")])
-    M.run(M.main)
+    assert convert(monkeypatch, good / layout, tmp_path / "out") == 0
     assert "no tokenizer.model was found" in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model.safetensors", "params.json"]
-    with pytest.raises(SystemExit):                                                         # never over something
-        M.run(M.main)
+    written = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert written == ["config.json", "model.safetensors"]
+    assert equal(M.load_model(tmp_path / "out"), our_names(hugging_face().bfloat16()))
+    assert convert(monkeypatch, good / layout, tmp_path / "out") == 2  # never over something
 
 
-def test_mixed_dtypes_are_joined_when_one_is_named(tmp_path, good, monkeypatch):
+def test_mixed_dtypes_are_cast_to_the_one_named(tmp_path, good, monkeypatch):
     shutil.copytree(good / "single", tmp_path / "mixed")
-    state("model.safetensors", lambda s: s.update({KEY: s[KEY].float()}))(tmp_path / "mixed")
-    monkeypatch.setattr(sys, "argv", ["model.py", "convert", str(tmp_path / "mixed"), str(tmp_path / "out"), "--dtype", "bf16"])
-    M.main()
-    ours, whole = M.load_model(tmp_path / "out"), M.load_model(good / "ours")
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), whole.parameters()))
+    state(SINGLE, put("model.embed_tokens.weight", torch.Tensor.float))(tmp_path / "mixed")
+    assert convert(monkeypatch, tmp_path / "mixed", tmp_path / "wide") == 0
+    assert convert(monkeypatch, tmp_path / "mixed", tmp_path / "out", "--dtype", "bf16") == 0
+    assert equal(M.load_model(tmp_path / "out"), our_names(hugging_face().bfloat16()))
+    assert M.load_model(tmp_path / "wide").dtype == torch.float32
 
 
 def test_a_tokenizer_of_another_size_is_named_with_both_sizes(tmp_path, good, base):
     shutil.copytree(good / "single", tmp_path / "m")
     shutil.copyfile(base / "tokenizer.model", tmp_path / "m" / "tokenizer.model")
-    size = G.Tokenizer(base / "tokenizer.model").vocab_size
+    size = G.load_tokenizer(base).vocab_size
     with pytest.raises(ValueError, match=f"{size} pieces, the model 304 embedding rows"):
         G.load_base(tmp_path / "m", "cpu", torch.float32)

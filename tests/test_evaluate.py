@@ -1,12 +1,15 @@
-"""tests/evaluate.py: each metric against another implementation or a worked example; likelihoods against transformers
-and NumPy; the whole report twice, byte for byte."""
+"""tests/evaluate.py: each metric against another implementation or a worked example; likelihoods
+against transformers and NumPy; the whole report twice, byte for byte."""
+
+import gc
 import json
-import math
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
+import evaluate as E
 import numpy as np
 import pytest
 import torch
@@ -15,14 +18,24 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from test_model import numpy_llama, to_transformers
 
-import evaluate as E
 import generate as G
 import lora as L
 import model as M
 import train as T
 
-PAIRS = [("麻黄汤由麻黄、桂枝、苦杏仁、甘草组成。", "麻黄汤的组成有麻黄、桂枝、杏仁、甘草。"), ("补气升阳", "补气升阳"), ("清热", "温里散寒"),
-         ("发汗 解表", "发汗解表，宣肺平喘，宣肺平喘"), ("a b c d e", "abcde"), ("黄芪", ""), ("癫痫发作", "癫"), ("头痛、眩晕、失眠", "失眠、头痛")]
+# --------------------------------------------------------------------------------------------------
+# Texts against references
+
+PAIRS = [
+    ("麻黄汤由麻黄、桂枝、苦杏仁、甘草组成。", "麻黄汤的组成有麻黄、桂枝、杏仁、甘草。"),
+    ("补气升阳", "补气升阳"),
+    ("清热", "温里散寒"),
+    ("发汗 解表", "发汗解表，宣肺平喘，宣肺平喘"),
+    ("a b c d e", "abcde"),
+    ("黄芪", ""),
+    ("癫痫发作", "癫"),
+    ("头痛、眩晕、失眠", "失眠、头痛"),
+]
 
 
 class Characters:
@@ -33,214 +46,400 @@ class Characters:
 
 
 def test_rouge_equals_rouge_score():
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Characters())
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(names, tokenizer=Characters())
     for reference, answer in PAIRS:
         theirs = scorer.score(reference, answer)
-        assert np.allclose(E.rouge(reference, answer), [theirs[k].fmeasure for k in ("rouge1", "rouge2", "rougeL")], atol=1e-6)
+        theirs = [theirs[name].fmeasure for name in names]
+        assert np.allclose(E.rouge(reference, answer), theirs, atol=1e-6)
 
 
 @pytest.mark.parametrize("chosen", [range(8), (0,), (1, 2), (2,), (5,), (6, 7), (0, 3, 4)])
 def test_bleu_equals_sacrebleu(chosen):
-    pairs = [PAIRS[i] for i in chosen]
-    theirs = BLEU(tokenize="char").corpus_score([a for _, a in pairs], [[r for r, _ in pairs]]).score / 100
-    assert abs(E.bleu(sum(E.bleu_counts(r, a) for r, a in pairs)) - theirs) < 1e-6
+    references, answers = zip(*(PAIRS[i] for i in chosen))
+    theirs = BLEU(tokenize="char").corpus_score(answers, [references]).score / 100
+    ours = E.bleu(sum(E.bleu_counts(r, a) for r, a in zip(references, answers)))
+    assert abs(ours - theirs) < 1e-6
 
 
 def test_distinct_and_repetition_by_hand():
-    assert E.distinct("咳嗽咳嗽", 2) == 2 / 3                      # 咳嗽, 嗽咳, 咳嗽
+    assert E.distinct("咳嗽咳嗽", 2) == 2 / 3  # 咳嗽, 嗽咳, 咳嗽
     assert 1 - E.distinct("甲乙丙丁" * 3, 4) == pytest.approx(1 - 4 / 9)
     assert E.distinct("好", 2) == 1.0
 
 
 def test_names_stand_outside_longer_ones():
     terms = {"四逆汤", "当归四逆汤", "当归", "甘草"}
-    assert E.named("当归四逆汤加甘草", terms) == {"当归四逆汤", "甘草"} and E.named("当归四逆汤、四逆汤", terms) == {"当归四逆汤", "四逆汤"}
-    assert E.named("发汗解表散寒", {"发汗解表", "解表散寒", "解表"}) == {"发汗解表", "解表散寒"} and E.named("无", set()) == set()
+    assert E.terms_in("当归四逆汤加甘草", terms) == {"当归四逆汤", "甘草"}
+    assert E.terms_in("当归四逆汤、四逆汤", terms) == {"当归四逆汤", "四逆汤"}
+    terms = {"发汗解表", "解表散寒", "解表"}
+    assert E.terms_in("发汗解表散寒", terms) == {"发汗解表", "解表散寒"}
+    assert E.terms_in("无", set()) == set()
 
 
 def test_facts_recalled_and_contradicted_by_hand():
-    kb = [{"中心词": "甲汤", "类型": "方剂", "组成": ["麻黄", "桂枝", "甘草"]}, {"中心词": "乙汤", "类型": "方剂", "组成": ["大黄", "芒硝"]}]
-    record = {"entity": "甲汤", "kind": "方剂", "relations": ["组成"], "values": ["麻黄", "桂枝", "甘草"], "output": "x"}
-    scores = E.score([record], [{"answer": "甲汤有麻黄、甘草、大黄。", "finish_reason": "stop"}], [3.0], kb)
-    assert E.value(*scores["facts recalled"]) == pytest.approx(2 / 3)
-    assert E.value(*scores["facts contradicted"]) == pytest.approx(1 / 3)
-    assert E.value(*scores["bits per character"]) == 3.0 and E.value(*scores["stopped"]) == 1.0
+    kb = [
+        {"中心词": "甲汤", "类型": "方剂", "组成": ["麻黄", "桂枝", "甘草"]},
+        {"中心词": "乙汤", "类型": "方剂", "组成": ["大黄", "芒硝"]},
+    ]
+    record = {
+        "entity": "甲汤",
+        "kind": "方剂",
+        "relations": ["组成"],
+        "values": ["麻黄", "桂枝", "甘草"],
+        "output": "x",
+    }
+    answer = {"answer": "甲汤有麻黄、甘草、大黄。", "finish_reason": "stop"}
+    scores = E.score_answers([record], [answer], [3.0], kb)
+    assert scores["facts recalled"].value() == pytest.approx(2 / 3)
+    assert scores["facts contradicted"].value() == pytest.approx(1 / 3)
+    assert scores["bits per character"].value() == 3.0
+    assert scores["stopped"].value() == 1.0
 
 
 def test_no_credit_for_a_value_inside_a_longer_one():
-    """四逆汤 is not recalled by 当归四逆汤, nor 寒 by 微寒, nor 甘草 by the name 炙甘草汤; train.py's share follows the same rule."""
-    kb = [{"中心词": "病甲", "类型": "疾病", "常用方剂": ["四逆汤"]}, {"中心词": "病乙", "类型": "疾病", "常用方剂": ["当归四逆汤"]},
-          {"中心词": "炙甘草汤", "类型": "方剂", "组成": ["甘草"]}]
-    records = [{"entity": name, "kind": kind, "relations": [relation], "values": values, "output": "x"}
-               for (_, name), (_, kind), (relation, values) in map(dict.items, kb)]
-    for answers, shares in [(["常用方剂有当归四逆汤。"] * 2 + ["炙甘草汤的组成有人参。"], [0, 1, 0]),
-                            (["当归四逆汤、四逆汤"] * 2 + ["炙甘草汤的组成有甘草"], [1, 1, 1])]:
+    """四逆汤 is not recalled by 当归四逆汤, nor 寒 by 微寒, nor 甘草 by the name 炙甘草汤; the
+    share that train.py prints follows the same rule."""
+    kb = [
+        {"中心词": "病甲", "类型": "疾病", "常用方剂": ["四逆汤"]},
+        {"中心词": "病乙", "类型": "疾病", "常用方剂": ["当归四逆汤"]},
+        {"中心词": "炙甘草汤", "类型": "方剂", "组成": ["甘草"]},
+    ]
+    records = []
+    for (_, name), (_, kind), (relation, values) in map(dict.items, kb):
+        record = {"entity": name, "kind": kind, "relations": [relation], "values": values}
+        records.append({**record, "output": "x"})
+    for answers, shares in [
+        (["常用方剂有当归四逆汤。"] * 2 + ["炙甘草汤的组成有人参。"], [0, 1, 0]),
+        (["当归四逆汤、四逆汤"] * 2 + ["炙甘草汤的组成有甘草"], [1, 1, 1]),
+    ]:
         rows = [{"answer": a, "finish_reason": "stop"} for a in answers]
-        recalled, asked = E.score(records, rows, [1.0] * 3, kb)["facts recalled"]
-        assert recalled.tolist() == shares and asked.tolist() == [1, 1, 1]
+        score = E.score_answers(records, rows, [1.0] * 3, kb)["facts recalled"]
+        assert score.numerators.tolist() == shares
+        assert score.denominators.tolist() == [1, 1, 1]
         assert T.facts_recalled(records, answers) == sum(shares) / 3
     tastes = [{"relations": ["性味"], "values": [v]} for v in ("寒", "微寒")]
-    assert T.facts_recalled(tastes, ["苦、微寒。"] * 2) == 0.5 and T.facts_recalled([{}], ["x"]) is None
+    assert T.facts_recalled(tastes, ["苦、微寒。"] * 2) == 0.5
+    assert T.facts_recalled([{}], ["x"]) is None
     held = G.read_instructions(ROOT / "data/heldout.jsonl")
     assert T.facts_recalled(held, [r["output"] for r in held]) == 1.0
 
 
+# --------------------------------------------------------------------------------------------------
+# Models
+
+
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
 def test_likelihoods_equal_transformers_and_numpy(n_kv_heads):
-    """Four continuations of one prompt, of unequal length: to 1e-4 of transformers, 1e-5 of float64, and one by one."""
+    """Four continuations of one prompt, of unequal length: to 1e-4 of transformers, 1e-5 of
+    float64, and one by one."""
     model = formula_weights(M.LLaMA(make_config(n_kv_heads)))
     prompt, continuations = [1, 5, 80, 7], [[9, 8, 7], [4], [100, 200, 250, 3, 2], [9, 8]]
     ours = E.continuation_logprobs(model, prompt, continuations)
     hf = to_transformers(model)
     for got, c in zip(ours, continuations):
-        ids = prompt + c
+        ids, start = prompt + c, len(prompt) - 1
         with torch.no_grad():
             theirs = hf(torch.tensor([ids])).logits[0].log_softmax(-1)
-        assert abs(got - sum(theirs[len(prompt) - 1 + i, t].item() for i, t in enumerate(c))) < 1e-4
-        logits = numpy_llama(model.state_dict(), model.config, np.array(ids))[len(prompt) - 1:-1]
-        exact = sum(row[t] - row.max() - math.log(np.exp(row - row.max()).sum()) for row, t in zip(logits, c))
-        assert abs(got - exact) < 1e-5
+        assert abs(got - sum(theirs[start + i, t].item() for i, t in enumerate(c))) < 1e-4
+        logits = numpy_llama(model.state_dict(), model.config, np.array(ids))[start:-1]
+        logits -= logits.max(-1, keepdims=True)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        assert abs(got - sum(row[t] for row, t in zip(logprobs, c))) < 1e-5
         assert abs(got - E.continuation_logprobs(model, prompt, [c])[0]) < 1e-5
+
+
+def make_adapter(base, folder, std=0.05):
+    """A folder with an adapter of all linears, drawn by seed."""
+    model, _ = G.load_base(base, "cpu", torch.float32)
+    torch.manual_seed(0)  # of A
+    L.add_lora(model, L.LoRAConfig(4, 8, 0.0, ("all",)))
+    for i, (_, module) in enumerate(L.lora_linears(model)):
+        module.lora_b.data.normal_(0, std, generator=torch.Generator().manual_seed(i))
+    L.save_adapter(model, folder)
+    return folder
+
+
+def test_one_base_is_in_memory_at_a_time(base, tmp_path, monkeypatch):
+    """A base is loaded once for the models on it, and has gone when the next one is read, though it
+    has answered."""
+    shutil.copytree(base, tmp_path / "other")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    loaded = []
+
+    def load(path, *settings):
+        gc.disable()  # what lies in a cycle may stay for long
+        assert not any(model() for model in loaded)
+        model, tokenizer = G.load_base(path, *settings)
+        loaded.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(E, "load_base", load)
+    specs = [f"a={base}+{adapter}", f"b={base}", f"c={tmp_path / 'other'}", f"d={base}"]
+    question, seen = [{"instruction": "问", "input": ""}], {}
+    try:
+        models = E.each_model(E.parse_models(specs), torch.device("cpu"), torch.float32)
+        for candidate in models:
+            path = tmp_path / f"{candidate.name}.jsonl"
+            (row,) = E.answer(candidate, question, G.Decoding(max_new_tokens=4), path, 1)
+            seen[candidate.name] = row["key"], E.likelihoods(candidate, [1, 2], ["问"])
+    finally:
+        gc.enable()
+    assert len(loaded) == 3
+    assert seen["b"] == seen["c"] == seen["d"] and seen["a"][0] != seen["b"][0]
+    assert abs(seen["a"][1][0] - seen["b"][1][0]) > 1e-4
+
+
+def test_models_are_refused_before_any_is_loaded(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(E, "load_base", None)
+    for specs, template, word in [
+        ([str(base)], "", "NAME=BASE"),
+        ([f"x={base}", f"x={base}"], "", "once"),
+        ([f"x/y={base}"], "", "x/y"),
+        ([f"x={base}+{tmp_path}"], "", "adapter_config.json"),
+        ([f"x={tmp_path / 'none'}"], "", "none"),
+        ([f"x={base}"], "no_such_template", "no_such_template"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=word):
+            E.parse_models(specs, template)
+
+
+# --------------------------------------------------------------------------------------------------
+# Multiple choice
 
 
 def test_extraction_is_strict():
     options = {"A": "补气", "B": "活血", "C": "补气升阳", "D": "清热"}
-    for answer, wanted in [("B", "B"), ("答案是 C。", "C"), ("正确答案：D", "D"), ("选AC", "AC"), ("它的功效是补气升阳。", "C"), ("补气，也能活血", None),
-                           ("不知道", None), ("", None), ("E", None), ("Both", None), ("功效是清热", "D")]:
-        assert E.extract_choice(answer, options) == wanted, answer
+    for wanted, answers in {
+        "B": ["B"],
+        "C": ["答案是 C。", "它的功效是补气升阳。"],
+        "D": ["正确答案：D", "功效是清热"],
+        "AC": ["选AC"],
+        None: ["补气，也能活血", "不知道", "", "E", "Both"],
+    }.items():
+        for answer in answers:
+            assert E.extract_choice(answer, options) == wanted, answer
+    wavering = ["A或B", "A 或 B", "A、B或C", "A，或B", "A. B", "A；B", "A/B", "A和B都对"]
+    denying = ["不选A", "选A不选B", "选项有误，是D", "答案：B不对，是D", "A是错的", "A错误"]
+    words = ["B 超", "D-二聚体", "CA125", "A型流感", "E. coli", "AFP", "DNA检测", "E/CO2"]
+    chosen = ["选“B”。", "B是正确的。", "故选B，不选A"]
     options = {"A": "血常规", "B": "胸部CT", "C": "尿常规", "D": "腹部超声", "E": "CEA"}
-    for answer, wanted in [
-            ("B超检查最合适，即腹部超声。", "D"), ("C反应蛋白升高，应查血常规。", "A"), ("CEA", "E"), ("B 超", None), ("D-二聚体", None),
-            ("CA125", None), ("A型流感", None), ("E. coli", None), ("AFP", None), ("DNA检测", None), ("E/CO2", None), ("A patient", None),
-            ("A B超", None), ("A或B", None), ("A 或 B", None), ("A、B或C", None), ("A，或B", None), ("A. B", None), ("A；B", None),
-            ("A/B", None), ("A和B都对", None), ("不选A", None), ("选A不选B", None), ("选项有误，是D", None), ("答案：B不对，是D", None),
-            ("A是错的", None), ("A错误", None), ("A正确率", None), ("ABF", None),
-            ("A、C", "AC"), ("A，C。", "AC"), ("C和A", "AC"), ("A, B, D", "ABD"), ("答案为A、B、C、D。", "ABCD"), ("选A、C项", "AC"),
-            ("B. 胸部CT", "B"), ("B、胸部CT", "B"), ("A. B超", "A"), ("（C）", "C"), ("**D**", "D"), ("选“B”。", "B"), ("A项。", "A"),
-            ("【答案】B\n【解析】血常规", "B"), ("B是正确的。", "B"), ("故选B，不选A", "B"), ("本题应选择D。", "D"), ("C\n\n因为", "C"),
-            ("正确选项为C：尿常规", "C"), ("E 腹部超声", "D")]:
-        assert E.extract_choice(answer, options) == wanted, answer
+    for wanted, answers in {
+        None: [*wavering, *denying, *words, "A patient", "A B超", "A正确率", "ABF"],
+        "A": ["C反应蛋白升高，应查血常规。", "A. B超", "A项。"],
+        "B": [*chosen, "B. 胸部CT", "B、胸部CT", "【答案】B\n【解析】血常规"],
+        "C": ["（C）", "C\n\n因为", "正确选项为C：尿常规"],
+        "D": ["B超检查最合适，即腹部超声。", "**D**", "本题应选择D。", "E 腹部超声"],
+        "E": ["CEA"],
+        "AC": ["A、C", "A，C。", "C和A", "选A、C项"],
+        "ABD": ["A, B, D"],
+        "ABCD": ["答案为A、B、C、D。"],
+    }.items():
+        for answer in answers:
+            assert E.extract_choice(answer, options) == wanted, answer
+
+
+def to_json(value, **how):
+    return json.dumps(value, ensure_ascii=False, **how)
 
 
 def test_published_question_formats(tmp_path):
-    """CMB's, CMExam's and TCMBench's files as they are published, and ours, read as the same questions."""
-    files = {
-        "cmb.json": json.dumps([{"exam_type": "医师考试", "exam_class": "中医", "exam_subject": "方剂学", "question": "问", "answer": "B",
-                                 "question_type": "单项选择题", "option": {"A": "甲", "B": "乙", "C": "", "D": "丁"}}], ensure_ascii=False),
+    """CMB's, CMExam's and TCMBench's files as they are published, and ours, read as the same
+    questions."""
+    options = {"A": "甲", "B": "乙", "D": "丁"}
+    cmb = {
+        "exam_type": "医师考试",
+        "exam_class": "中医",
+        "exam_subject": "方剂学",
+        "question": "问",
+        "answer": "B",
+        "question_type": "单项选择题",
+        "option": {"A": "甲", "B": "乙", "C": "", "D": "丁"},
+    }
+    tcmbench = {"question": "问\nA．甲\nB．乙\nD．丁", "answer": ["B"], "index": 1}
+    pairs = [{"key": key, "value": value} for key, value in options.items()]
+    for name, text in {
+        "cmb.json": to_json([cmb]),
         "cmexam.csv": '\ufeffQuestion,Options,Answer,Explanation\n问,"A 甲\nB 乙\nD 丁",B,因为\n',
-        "tcmbench.json": json.dumps({"type": "FKU", "example": [{"question": "问\nA．甲\nB．乙\nD．丁", "answer": ["B"], "index": 1}]},
-                                    ensure_ascii=False, indent=1),
-        "list.json": json.dumps([{"Question": "问", "Options": [{"key": "A", "value": "甲"}, {"key": "B", "value": "乙"},
-                                                               {"key": "D", "value": "丁"}], "Answer": "B"}], ensure_ascii=False)}
-    for name, text in files.items():
+        "tcmbench.json": to_json({"type": "FKU", "example": [tcmbench]}, indent=1),
+        "list.json": to_json([{"Question": "问", "Options": pairs, "Answer": "B"}]),
+    }.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
         (question,) = E.read_choices(tmp_path / name)
-        assert (question["question"], question["options"], question["answer"]) == ("问", {"A": "甲", "B": "乙", "D": "丁"}, "B"), name
+        assert question["question"] == "问", name
+        assert question["options"] == options, name
+        assert question["answer"] == "B", name
+        assert question["subject"] == ("方剂学" if name == "cmb.json" else "all")
     assert len(E.read_choices(ROOT / "data/choice.jsonl")) == 200
-    line = json.dumps({"question": "问\u2028题", "options": {"A": "甲", "B": "乙"}, "answer": "A"}, ensure_ascii=False)
-    (tmp_path / "lines.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")         # U+2028 ends a line for str.splitlines
+    # U+2028 ends a line for str.splitlines.
+    line = to_json({"question": "问\u2028题", "options": {"A": "甲", "B": "乙"}, "answer": "A"})
+    (tmp_path / "lines.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")
     assert [q["question"] for q in E.read_choices(tmp_path / "lines.jsonl")] == ["问\u2028题"] * 2
-    (tmp_path / "bad.json").write_text('[{"question": "问", "option": {"A": "甲", "B": "乙"}, "answer": "C"}]', encoding="utf-8")
-    with pytest.raises(ValueError, match="question 1"):
+    bad = [{"question": "问", "option": {"A": "甲", "B": "乙"}, "answer": "C"}]
+    (tmp_path / "bad.json").write_text(to_json(bad), encoding="utf-8")
+    with pytest.raises(ValueError, match="bad.json question 1"):
         E.read_choices(tmp_path / "bad.json")
 
 
 def test_damaged_questions_are_told_by_file(tmp_path):
-    good, wanted = {"question": "q", "options": {"A": "x", "B": "y"}, "answer": "A"}, "question 1: wanted"
-    odd = [{"options": {"A": 1, "B": 2}}, {"options": 5}, {"options": [{"key": [], "value": "x"}]}, {"answer": 1}, {"answer": [1]}, {"answer": ""}]
-    for i, (text, said) in enumerate([
-            *((json.dumps([good | change]), wanted) for change in odd), ('[["a"]]', "list"), ('{"example": 5}', wanted),
-            ('{"example": [["a"]]}', wanted), ("", "empty"), ("题".encode("gbk"), "UTF-8"), ("Question\n问题\n".encode("gbk"), "UTF-8"),
-            ('Question\n"' + "x" * 200_000, "field larger than field limit")]):
-        path = tmp_path / f"{i}.{'csv' if b'Question' in (text if isinstance(text, bytes) else text.encode()) else 'json'}"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        with pytest.raises(ValueError, match=f"{path.name}.*{said}"):
+    good = {"question": "q", "options": {"A": "x", "B": "y"}, "answer": "A"}
+    odd = [
+        {"options": {"A": 1, "B": 2}},
+        {"options": 5},
+        {"options": [{"key": [], "value": "x"}]},
+        {"answer": 1},
+        {"answer": [1]},
+        {"answer": ""},
+    ]
+    files = [("json", json.dumps([good | change]), "question 1: wanted") for change in odd]
+    files += [
+        ("json", '[["a"]]', "list"),
+        ("json", '{"example": 5}', "question 1: wanted"),
+        ("json", '{"example": [["a"]]}', "question 1: wanted"),
+        ("json", "", "empty"),
+        ("json", "题".encode("gbk"), "UTF-8"),
+        ("csv", "Question\n问题\n".encode("gbk"), "UTF-8"),
+        ("csv", 'Question\n"' + "x" * 200_000, "field larger than field limit"),
+    ]
+    for i, (ending, content, cause) in enumerate(files):
+        path = tmp_path / f"{i}.{ending}"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(ValueError, match=f"{path.name}.*{cause}"):
             E.read_choices(path)
 
 
+def test_damaged_pairs_are_told_by_line(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    good = {"consistent": "甲", "inconsistent": "乙"}
+    for change in ({"inconsistent": ""}, {"inconsistent": 1}, {"consistent": None}):
+        path.write_text(f"{to_json(good)}\n{to_json(good | change)}\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=f"pairs.jsonl line 2: {next(iter(change))}"):
+            E.read_pairs(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Intervals
+
+
+def cells_of(resamples, seed, **scores):
+    """{model: cell} of one score, by `summarise`."""
+    scored = {model: {"s": score} for model, score in scores.items()}
+    return E.summarise(scored, resamples, seed)["s"]
+
+
 def test_bootstrap_interval_covers_and_pairs():
-    """Coverage of the true mean near 95 % over 200 samples; the paired difference of two correlated models is narrower
-    than the distance of their own intervals would say."""
-    rng, hits, one = np.random.default_rng(1), 0, np.ones(60)
+    """Coverage of the true mean near 95 % over 200 samples; the paired difference of two correlated
+    models is narrower than the distance of their own intervals would say."""
+    rng, hits, alone = np.random.default_rng(1), 0, np.arange(60)
     for seed in range(200):
-        sample = (rng.random(60) < 0.3).astype(float)
-        low, high = E.summarise({"m": {"s": (sample, one)}}, {"s": np.arange(60)}, 300, seed)["s"]["m"]["interval"]
+        sample = E.Score(rng.random(60) < 0.3, alone)
+        low, high = cells_of(300, seed, m=sample)["m"]["interval"]
         hits += low <= 0.3 <= high
     assert 0.88 <= hits / 200 <= 0.99
     easy = rng.random(60)
-    cell = E.summarise({"a": {"s": (easy, one)}, "b": {"s": (easy + 0.05, one)}}, {"s": np.arange(60)}, 300, 0)["s"]["b"]
-    assert cell["difference"] == pytest.approx(0.05, abs=1e-5) and np.ptp(cell["difference_interval"]) < 1e-5 < np.ptp(cell["interval"])
+    cell = cells_of(300, 0, a=E.Score(easy, alone), b=E.Score(easy + 0.05, alone))["b"]
+    assert cell["difference"] == pytest.approx(0.05, abs=1e-5)
+    assert np.ptp(cell["difference_interval"]) < 1e-5 < np.ptp(cell["interval"])
 
 
 def test_bootstrap_draws_entities():
-    """40 entities of 9 records that share most of their score: coverage near 95 % if entities are drawn (60 % if records
-    are), and the same draws as from sums over entities."""
-    rng, hits, entities = np.random.default_rng(1), np.zeros(2), [{"entity": i // 9} for i in range(360)]
+    """40 entities of 9 records that share most of their score: coverage near 95 % if entities are
+    drawn (60 % if records are), and the same draws as from sums over entities."""
+    rng, hits = np.random.default_rng(1), np.zeros(2)
+    by_entity = E.clusters_of([{"entity": i // 9} for i in range(360)])
+    by_record = E.clusters_of([{}] * 360)
     for seed in range(100):
         sample = np.repeat(rng.normal(size=40), 9) + 0.5 * rng.normal(size=360)
-        for i, clusters in enumerate((E.clusters_of(entities), E.clusters_of([{}] * 360))):
-            cell = E.summarise({"m": {"s": (sample, np.ones(360))}}, {"s": clusters}, 200, seed)["s"]["m"]
+        for i, (clusters, resampled) in enumerate([(by_entity, 40), (by_record, 360)]):
+            cell = cells_of(200, seed, m=E.Score(sample, clusters))["m"]
             hits[i] += cell["interval"][0] <= 0 <= cell["interval"][1]
-            assert (cell["records"], cell["resampled"]) == (360, (40, 360)[i])
+            assert (cell["records"], cell["resampled"]) == (360, resampled)
     assert hits[0] >= 88 and hits[1] <= 70, hits
-    sums, clusters = (sample.reshape(40, 9).sum(1), np.full(40, 9.0)), E.clusters_of(entities)
-    by_sums, by_records = (E.summarise({"m": {"s": nd}}, {"s": ids}, 200, 5)["s"]["m"]["interval"]
-                           for nd, ids in ((sums, np.arange(40)), ((sample, np.ones(360)), clusters)))
+    sums = E.Score(sample.reshape(40, 9).sum(1), np.arange(40), np.full(40, 9.0))
+    by_sums, by_records = (
+        cells_of(200, 5, m=score)["m"]["interval"] for score in (sums, E.Score(sample, by_entity))
+    )
     assert np.allclose(by_sums, by_records, atol=1e-6)
-    assert E.clusters_of([{"entity": "甲"}, {}, {"entity": "甲"}, {"entity": None}]).tolist() == [0, 1, 0, 2]
+    rows = [{"entity": "甲"}, {}, {"entity": "甲"}, {"entity": None}]
+    assert E.clusters_of(rows).tolist() == [0, 1, 0, 2]
+
+
+# --------------------------------------------------------------------------------------------------
+# The whole report
+
+
+def first_lines(name, path, *chosen):
+    """Write chosen lines of a file in data/ to path, and return it."""
+    lines = (ROOT / f"data/{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines[i] for i in chosen), encoding="utf-8")
+    return path
 
 
 def test_report_runs_and_repeats_its_bytes(base, tmp_path):
     """Two models on one base, end to end by the command line, twice."""
-    model, _ = G.load_base(base, "cpu", torch.float32)
-    L.add_lora(model, L.LoRAConfig(4, 8, 0.0, ("all",)))
-    for i, (_, module) in enumerate(L.lora_linears(model)):
-        module.lora_b.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(i))
-    L.save_adapter(model, tmp_path / "adapter")
-    lines = (ROOT / "data/heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    (tmp_path / "few.jsonl").write_text("\n".join(lines[:2] + lines[-3:]), encoding="utf-8")
-    few = (ROOT / "data/choice.jsonl").read_text(encoding="utf-8").splitlines()[:4]
-    (tmp_path / "choice.jsonl").write_text("\n".join(few), encoding="utf-8")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    command = [ROOT / "tests/evaluate.py", f"base={base}", f"tuned={base}+{adapter}"]
+    command += ["--output_dir", tmp_path / "report", "--statements="]
+    command += ["--data_path", first_lines("heldout", tmp_path / "few.jsonl", 0, 1, -3, -2, -1)]
+    command += ["--choices", first_lines("choice", tmp_path / "choice.jsonl", 0, 1, 2, 3)]
+    command += ["--max_new_tokens", "6", "--resamples", "50"]
     seen = []
     for _ in range(2):
-        done = subprocess.run([sys.executable, ROOT / "tests/evaluate.py", f"base={base}", f"tuned={base}+{tmp_path / 'adapter'}",
-                               "--output_dir", tmp_path / "report", "--data_path", tmp_path / "few.jsonl", "--choices",
-                               tmp_path / "choice.jsonl", "--statements=", "--max_new_tokens", "6", "--resamples", "50"],
-                              capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr
-        seen.append({p.name: p.read_bytes() for p in (tmp_path / "report").iterdir()} | {"stdout": done.stdout})
+        seen.append({p.name: p.read_bytes() for p in (tmp_path / "report").iterdir()})
+        seen[-1]["stdout"] = done.stdout
         shutil.rmtree(tmp_path / "report")
-    assert seen[0] == seen[1] and {"report.html", "scores.json", "scores.svg", "run.json", "answers-tuned.jsonl"} <= seen[0].keys()
-    table = json.loads(seen[0]["scores.json"])
-    assert table["bits per character"]["tuned"]["difference"] != 0 and "<script" not in seen[0]["report.html"].decode()
+    assert seen[0] == seen[1]
+    files = {"report.html", "scores.json", "scores.svg", "run.json", "answers-tuned.jsonl"}
+    assert files | {"choices-base.jsonl"} <= seen[0].keys()
+    table, page = json.loads(seen[0]["scores.json"]), seen[0]["report.html"].decode()
+    assert table["bits per character"]["tuned"]["difference"] != 0 and "<script" not in page
     assert table["ROUGE-L"]["base"]["records"] == 5 and table["ROUGE-L"]["base"]["resampled"] == 2
-    line = "50 resamples of whole entities: 2 with 5 held-out questions, 2 with 4 multiple-choice questions"
-    assert line in seen[0]["stdout"] and line in seen[0]["report.html"].decode() and line in seen[0]["run.json"].decode()
+    line = (
+        "50 resamples of whole entities: 2 with 5 held-out questions, 2 with 4 multiple-choice "
+        "questions"
+    )
+    assert line in seen[0]["stdout"] and line in page and line in seen[0]["run.json"].decode()
 
 
 def test_answers_and_hashes_tell_dtype_path_and_tokenizer(base, tmp_path, monkeypatch):
-    """Meta's layout, the tokenizer one level up, and two files of one name: each has its hash, and answers in float32 are
-    not taken for bf16's."""
-    shutil.copytree(base, tmp_path / "meta/7B")
-    (tmp_path / "meta/7B/tokenizer.model").rename(tmp_path / "meta/tokenizer.model")
-    lines = {path: (ROOT / f"data/{path}.jsonl").read_text(encoding="utf-8").splitlines() for path in ("heldout", "choice")}
-    for name, line in [("few", lines["heldout"][0]), ("x/test", lines["choice"][0]), ("y/test", lines["choice"][1])]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / f"{name}.jsonl").write_text(line, encoding="utf-8")
-
+    """Meta's layout, the tokenizer one level up, and two files of one name: each has its hash, and
+    answers in float32 are not taken for bf16's."""
+    weights = M.Checkpoint(base)
+    (tmp_path / "meta/7B").mkdir(parents=True)
+    M.save_meta(weights.config, weights.read(), tmp_path / "meta/7B", weights.dtype)
+    shutil.copy(base / "tokenizer.model", tmp_path / "meta/tokenizer.model")
+    first_lines("heldout", tmp_path / "few.jsonl", 0)
+    first_lines("choice", tmp_path / "x/test.jsonl", 0)
+    first_lines("choice", tmp_path / "y/test.jsonl", 1)
     monkeypatch.chdir(tmp_path)
+    command = ["evaluate.py", "m=meta/7B", "--output_dir", "out", "--data_path", "few.jsonl"]
+    command += ["--choices", "x/test.jsonl", "y/test.jsonl", "--statements="]
+    command += ["--max_new_tokens", "2"]
 
     def evaluate(*options):
-        monkeypatch.setattr(sys, "argv", "evaluate.py m=meta/7B --output_dir out --data_path few.jsonl --choices x/test.jsonl y/test.jsonl "
-                                         "--statements= --max_new_tokens 2 --resamples 40".split() + list(options))
+        monkeypatch.setattr(sys, "argv", [*command, *options])
         E.main()
         return json.loads(Path("out/run.json").read_text(encoding="utf-8"))
 
-    info = evaluate("--dtype", "fp32")
-    assert [name for name, _ in info["data"]] == ["few.jsonl", "test.jsonl", "test.jsonl", "knowledge.jsonl"]
-    assert dict(map(reversed, info["data"])).keys() >= {E.file_hash(tmp_path / f"{xy}/test.jsonl") for xy in "xy"}
-    assert info["models"]["m"]["weights"][0]["tokenizer.model"] == E.file_hash(tmp_path / "meta/tokenizer.model")
-    with pytest.raises(ValueError, match="something else than answers"):
-        evaluate("--dtype", "bf16")
-    with pytest.raises(ValueError, match="resamples is 0, wanted 40 or more"):
-        evaluate("--resamples", "0")
+    info = evaluate("--dtype", "fp32", "--resamples", "40")
+    files = ["few.jsonl", "test.jsonl", "test.jsonl", "knowledge.jsonl"]
+    assert [name for name, _ in info["data"]] == files
+    hashes = {E.file_hash(tmp_path / f"{folder}/test.jsonl") for folder in "xy"}
+    assert dict(map(reversed, info["data"])).keys() >= hashes
+    hashes = info["models"]["m"]["weights"][0]
+    assert hashes["tokenizer.model"] == E.file_hash(tmp_path / "meta/tokenizer.model")
+    # Another seed draws other resamples, and asks no model again.
+    answers = Path("out/answers-m.jsonl").read_bytes()
+    evaluate("--dtype", "fp32", "--resamples", "40", "--seed", "1", "--rows", "2")
+    assert Path("out/answers-m.jsonl").read_bytes() == answers
+    for other in (["--dtype", "bf16"], ["--dtype", "fp32", "--load_8bit"]):
+        with pytest.raises(ValueError, match="something else than answers"):
+            evaluate(*other, "--resamples", "40")
+    for wrong in (["--resamples", "0"], ["--n", "2"]):
+        with pytest.raises(ValueError, match=f"{wrong[0][2:]} is {wrong[1]}, wanted"):
+            evaluate(*wrong)

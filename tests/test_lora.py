@@ -1,4 +1,5 @@
-"""lora.py against peft: the same adapter, data and order give the same logits and the same loss curve."""
+"""lora.py against peft: the same adapter, data and order give the same logits and loss curve."""
+
 import copy
 import json
 
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import formula_weights, make_config
 from peft import LoraConfig as PeftConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from test_model import to_transformers
 
 import lora as L
@@ -33,7 +34,7 @@ def test_zero_adapter_changes_nothing():
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all",), ("wk", "w2")])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all",), ("k_proj", "down_proj")])
 def test_peft_reads_ours_and_we_read_peft(tmp_path, targets, n_kv_heads):
     base, model = with_adapter(n_kv_heads, targets)
     L.save_adapter(model, tmp_path / "ours")
@@ -49,25 +50,40 @@ def test_peft_reads_ours_and_we_read_peft(tmp_path, targets, n_kv_heads):
 
 
 def test_twenty_steps_give_pefts_loss_curve(tmp_path):
-    """Twenty LoRA steps, float32, dropout 0, token-weighted loss: each loss equals peft's to 1e-4."""
+    """Twenty LoRA steps, float32, no dropout, token-weighted loss: each loss is peft's to 1e-4."""
     base = M.LLaMA(make_config())
     M.init_weights(base, 0)
-    for p in base.parameters():                                   # std 0.1: a base whose blocks have something to say
+    for p in base.parameters():  # std 0.1: a base whose blocks have something to say
         p.data.mul_(5 if p.dim() > 1 else 1)
     model = copy.deepcopy(base)
     L.add_lora(model, L.LoRAConfig(4, 8, 0.0, ("all",)))
     L.save_adapter(model, tmp_path)
     theirs = PeftModel.from_pretrained(to_transformers(base), tmp_path, is_trainable=True)
     g = torch.Generator().manual_seed(0)
-    rows = [T.Row([3 + i % 40 for i in range(int(a), int(a + n))], [False] * 3 + [True] * (int(n) - 3))     # counting
-            for a, n in zip(torch.randint(0, 40, (160,), generator=g), torch.randint(6, 24, (160,), generator=g))]
-    config = T.TrainConfig(output_dir="", batch_size=8, micro_batch_size=2, num_epochs=1, learning_rate=1e-2, seed=7,
-                           lora_dropout=0.0, warmup_steps=2, save_steps=0)
+    starts = torch.randint(0, 40, (160,), generator=g).tolist()
+    lengths = torch.randint(6, 24, (160,), generator=g).tolist()
+    rows = [  # counting
+        T.Row([3 + i % 40 for i in range(a, a + n)], [False] * 3 + [True] * (n - 3))
+        for a, n in zip(starts, lengths)
+    ]
+    config = T.TrainConfig(
+        output_dir="",
+        batch_size=8,
+        micro_batch_size=2,
+        num_epochs=1,
+        learning_rate=1e-2,
+        seed=7,
+        lora_dropout=0.0,
+        warmup_steps=2,
+        save_steps=0,
+    )
     ours = [r["loss"] for r in T.train(config, model, (rows, []))]
-    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in theirs.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+    )
     order, losses = T.epoch_order(rows, config, 0), []
     for step in range(20):
-        batch = [rows[i] for i in order[step * 8:step * 8 + 8]]
+        batch = [rows[i] for i in order[step * 8 : step * 8 + 8]]
         total = 0
         for row in batch:
             logits = theirs(torch.tensor([row.ids])).logits[0, 2:-1]
@@ -90,16 +106,84 @@ def test_merge_equals_unmerged_and_reports_its_loss():
     with torch.no_grad():
         apart = model(ids)
         errors = L.merge(model)
-        assert (model(ids) - apart).abs().max() < 1e-4 and max(errors.values()) < 1e-3 and len(errors) == 14
+        assert (model(ids) - apart).abs().max() < 1e-4
+        assert max(errors.values()) < 1e-3 and len(errors) == 14
     _, rough = with_adapter(targets=("all",), b=1e-4)
     rough.to(torch.bfloat16)
-    assert min(L.merge(rough).values()) > 0.05      # updates far below bf16's step are mostly lost, and it says so
+    # updates far below bf16's step are mostly lost, and it says so
+    assert min(L.merge(rough).values()) > 0.05
+    with pytest.raises(ValueError, match="no adapter to merge"):
+        L.merge(rough)
+
+
+def test_rows_share_the_update_each_by_its_own_factor():
+    """One batch for base and tuned: a row of share 0 has the base's logits, one of share 1 the
+    adapter's, and one half way those of an adapter half as strong."""
+    base, model = with_adapter(targets=("all",))
+    half = copy.deepcopy(model)
+    for _, module in L.lora_linears(half):
+        module.lora_b.data.mul_(0.5)
+    ids = torch.arange(30).view(3, 10)
+    with torch.no_grad():
+        tuned = model(ids)
+        L.share_rows(model, torch.tensor([0.0, 1.0, 0.5]).view(3, 1, 1))
+        mixed = model(ids)
+        for row, alone in enumerate((base, None, half)):
+            wanted = alone(ids) if alone else tuned
+            assert (mixed[row] - wanted[row]).abs().max() < 1e-5
+        L.share_rows(model, None)
+        assert torch.equal(model(ids), tuned)
+
+
+def test_removing_an_adapter_leaves_the_base():
+    base, model = with_adapter(targets=("all",))
+    ids = torch.arange(20)[None]
+    with pytest.raises(ValueError, match="has an adapter already"):
+        L.add_lora(model, L.LoRAConfig())
+    L.remove_adapter(model)
+    assert torch.equal(model(ids), base(ids)) and not L.lora_linears(model)
+
+
+def test_dropout_acts_on_the_updates_input_while_training():
+    """Mean over many draws: W0 x + the update, as without dropout; in eval nothing is dropped."""
+    _, model = with_adapter(b=0.5)
+    _, module = L.lora_linears(model)[0]
+    dropped = L.LoRALinear(module.base, L.LoRAConfig(4, 8, 0.25, ("q_proj",)))
+    dropped.lora_a, dropped.lora_b = module.lora_a, module.lora_b
+    x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        exact = module.eval()(x)
+        assert torch.equal(dropped.eval()(x), exact)
+        draws = torch.stack([dropped.train()(x) for _ in range(4000)])
+    update = (exact - module.base(x)).abs().max()
+    assert update > 0.5 and draws.std(0).max() > 0.1 * update
+    assert (draws.mean(0) - exact).abs().max() < 0.05 * update
+
+
+@pytest.mark.parametrize(
+    "values, cause",
+    [
+        ({"r": 0}, "r is 0"),
+        ({"r": 2.5}, "r is 2.5"),
+        ({"alpha": 0.0}, "alpha is 0.0"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"targets": ()}, "targets are"),
+        ({"targets": ("c_attn",)}, "c_attn"),
+    ],
+)
+def test_settings_that_make_no_adapter_are_refused(values, cause):
+    with pytest.raises(ValueError, match=cause):
+        L.LoRAConfig(**values)
 
 
 def test_run_json_and_config_explain_the_adapter(tmp_path):
     _, model = with_adapter()
     L.save_adapter(model, tmp_path, "some/base", {"config": {"seed": 1}})
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert PeftConfig(**{k: v for k, v in settings.items() if k != "peft_type"}).target_modules == {"q_proj", "v_proj"}
+    theirs = PeftConfig(**{k: v for k, v in settings.items() if k != "peft_type"})
+    assert theirs.target_modules == {"q_proj", "v_proj"}
     assert settings["base_model_name_or_path"] == "some/base"
-    assert L.load_adapter(formula_weights(M.LLaMA(make_config())), tmp_path) == {"config": {"seed": 1}}
+    again = formula_weights(M.LLaMA(make_config()))
+    assert L.load_adapter(again, tmp_path) == {"config": {"seed": 1}}

@@ -1,4 +1,5 @@
 """model.py against a NumPy float64 LLaMA that shares no line with it, and against transformers."""
+
 import numpy as np
 import pytest
 import torch
@@ -9,55 +10,59 @@ import model as M
 
 
 def numpy_llama(state, config, ids):
-    """Logits (T, V) of one row, float64: complex rotation, explicit loops over heads and positions."""
+    """Logits (T, V) of one row, float64: complex rotation, explicit loops over heads, positions."""
     w = {k: v.double().numpy() for k, v in state.items()}
-    norm = lambda x, g: x / np.sqrt((x * x).mean(-1, keepdims=True) + config.norm_eps) * g
-    T, D, group = len(ids), config.head_dim, config.n_heads // config.n_kv_heads
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    T, D, group = len(ids), config.head_dim, heads // kv_heads
     turn = np.exp(1j * np.outer(np.arange(T), 1 / config.rope_theta ** (np.arange(0, D, 2) / D)))
 
-    def rotate(x):
-        z = (x[:, 0::2] + 1j * x[:, 1::2]) * turn
-        y = np.empty_like(x)
-        y[:, 0::2], y[:, 1::2] = z.real, z.imag
-        return y
+    def norm(x, g):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + config.rms_norm_eps) * g
 
-    x = w["tok_embeddings.weight"][ids]
-    for i in range(config.n_layers):
+    def rotate(x):
+        z = (x[:, : D // 2] + 1j * x[:, D // 2 :]) * turn
+        return np.concatenate([z.real, z.imag], 1)
+
+    x = w["embed_tokens.weight"][ids]
+    for i in range(config.num_hidden_layers):
         p = f"layers.{i}."
-        h = norm(x, w[p + "attention_norm.weight"])
-        q, k, v = (h @ w[p + f"attention.w{c}.weight"].T for c in "qkv")
+        h = norm(x, w[p + "input_layernorm.weight"])
+        q, k, v = (h @ w[p + f"self_attn.{c}_proj.weight"].T for c in "qkv")
         out = np.zeros_like(q)
-        for head in range(config.n_heads):
-            kv = head // group
-            qh, kh = rotate(q[:, head * D:(head + 1) * D]), rotate(k[:, kv * D:(kv + 1) * D])
+        for head in range(heads):
+            own, kv = slice(head * D, (head + 1) * D), head // group
+            shared = slice(kv * D, (kv + 1) * D)
+            qh, kh = rotate(q[:, own]), rotate(k[:, shared])
             for t in range(T):
-                score = kh[:t + 1] @ qh[t] / np.sqrt(D)
+                score = kh[: t + 1] @ qh[t] / np.sqrt(D)
                 weight = np.exp(score - score.max())
-                out[t, head * D:(head + 1) * D] = weight / weight.sum() @ v[:t + 1, kv * D:(kv + 1) * D]
-        x = x + out @ w[p + "attention.wo.weight"].T
-        h = norm(x, w[p + "ffn_norm.weight"])
-        a = h @ w[p + "feed_forward.w1.weight"].T
-        x = x + (a / (1 + np.exp(-a)) * (h @ w[p + "feed_forward.w3.weight"].T)) @ w[p + "feed_forward.w2.weight"].T
-    return norm(x, w["norm.weight"]) @ w["output.weight"].T
+                out[t, own] = weight / weight.sum() @ v[: t + 1, shared]
+        x = x + out @ w[p + "self_attn.o_proj.weight"].T
+        h = norm(x, w[p + "post_attention_layernorm.weight"])
+        gate, up = (h @ w[p + f"mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ w[p + "mlp.down_proj.weight"].T
+    return norm(x, w["norm.weight"]) @ w["lm_head.weight"].T
 
 
 def to_transformers(model):
-    """The same weights in LlamaForCausalLM; q and k rows reordered here by an index, not by lora.py's function."""
+    """The same weights in LlamaForCausalLM, whose names ours are but for a word in front."""
     c = model.config
-    hf = LlamaForCausalLM(LlamaConfig(hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
-                                      num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size,
-                                      rms_norm_eps=c.norm_eps, tie_word_embeddings=False, max_position_embeddings=512)).eval()
-    rows = lambda w: w[[h * c.head_dim + i for h in range(w.shape[0] // c.head_dim)
-                        for i in [*range(0, c.head_dim, 2), *range(1, c.head_dim, 2)]]]
-    state = {"model.embed_tokens.weight": model.tok_embeddings.weight, "model.norm.weight": model.norm.weight,
-             "lm_head.weight": model.output.weight}
-    for i, b in enumerate(model.layers):
-        state |= {f"model.layers.{i}.{name}.weight": w for name, w in {
-            "self_attn.q_proj": rows(b.attention.wq.weight), "self_attn.k_proj": rows(b.attention.wk.weight),
-            "self_attn.v_proj": b.attention.wv.weight, "self_attn.o_proj": b.attention.wo.weight,
-            "mlp.gate_proj": b.feed_forward.w1.weight, "mlp.down_proj": b.feed_forward.w2.weight,
-            "mlp.up_proj": b.feed_forward.w3.weight, "input_layernorm": b.attention_norm.weight,
-            "post_attention_layernorm": b.ffn_norm.weight}.items()}
+    config = LlamaConfig(
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads,
+        vocab_size=c.vocab_size,
+        rms_norm_eps=c.rms_norm_eps,
+        tie_word_embeddings=False,
+        max_position_embeddings=512,
+    )
+    hf = LlamaForCausalLM(config).eval()
+    state = {
+        name if name == "lm_head.weight" else f"model.{name}": tensor
+        for name, tensor in model.state_dict().items()
+    }
     hf.load_state_dict(state, strict=True)
     return hf
 
@@ -69,7 +74,8 @@ def test_logits_equal_the_oracles(n_kv_heads):
     with torch.no_grad():
         ours = model(ids)
         assert ours.dtype == torch.float32
-        assert np.abs(ours[0].double().numpy() - numpy_llama(model.state_dict(), model.config, ids[0].numpy())).max() < 1e-5
+        exact = numpy_llama(model.state_dict(), model.config, ids[0].numpy())
+        assert np.abs(ours[0].double().numpy() - exact).max() < 1e-5
         assert (ours - to_transformers(model)(ids).logits).abs().max() < 1e-4
 
 
@@ -87,11 +93,80 @@ def test_cache_equals_one_pass(chunks, n_kv_heads):
             model(ids[:, :1], cache)
 
 
+@pytest.mark.parametrize("bound", [None, 12])
+def test_rows_of_unequal_length_keep_apart(bound):
+    """Rows prefilled one by one in a cache of four go on together, in any order and with a row
+    copied, each with the logits that it has alone; `longest` may be a bound above the truth."""
+    model = formula_weights(M.LLaMA(make_config()))
+    rows = [[1, 5, 9, 2, 6], [3, 1], [1, 5, 9, 7, 7, 7, 7]]
+    cache = model.new_cache(4, 16)
+    with torch.no_grad():
+        for i, row in enumerate(rows):
+            model(torch.tensor([row]), cache.rows(i, [0]))
+        cache.copy_rows(
+            [0], [3], 0, 3
+        )  # the opening that a fourth row has in common with the first
+        model(torch.tensor([[8, 8]]), cache.rows(3, [3]))
+        rows.append([*rows[0][:3], 8, 8])
+        lengths = [len(row) for row in rows]
+        if bound:
+            lengths = torch.tensor(lengths)
+        batch = cache.rows(0, lengths, bound)
+        for step in range(3):
+            new = torch.tensor([[11 + step], [20], [33], [40 - step]])
+            together = model(new, batch)
+            for row, token in zip(rows, new.tolist()):
+                row += token
+            for row, logits in zip(rows, together):
+                assert (logits[-1] - model(torch.tensor([row]))[0, -1]).abs().max() < 1e-5
+
+
+def test_packed_rows_are_those_of_the_example():
+    """The figure in the docstring of PackedRows: a b c d and a b x, of which a b is shared."""
+    packed = M.PackedRows((4, 3), shared=2)
+    assert packed.index.tolist() == [[0, 1, 2, 3], [0, 1, 4, 0]]
+    assert packed.back.tolist() == [0, 1, 2, 3, 6, 0, 0, 0]  # three idle tokens: eight in all
+    assert packed.position.tolist()[:5] == [0, 1, 2, 3, 2]
+    model = formula_weights(M.LLaMA(make_config()))
+    a, b, c, d, x = 5, 17, 99, 3, 42
+    with torch.no_grad():
+        states = model.hidden_states(torch.tensor([[a, b, c, d, x, 0, 0, 0]]), packed)[0]
+        first, second = (
+            model.hidden_states(torch.tensor([r]))[0] for r in ([a, b, c, d], [a, b, x])
+        )
+    assert (states[:4] - first).abs().max() < 1e-5 and (states[4] - second[2]).abs().max() < 1e-5
+
+
+def test_kept_tokens_equal_those_of_all():
+    """With keep, the last feed-forward runs for the tokens named alone, and gives what it gave."""
+    model = formula_weights(M.LLaMA(make_config()))
+    ids, keep = torch.arange(12).view(2, 6), torch.tensor([3, 5, 11])
+    with torch.no_grad():
+        all_states = model.hidden_states(ids).flatten(0, 1)
+        assert (model.hidden_states(ids, keep=keep) - all_states[keep]).abs().max() < 1e-5
+
+
 def test_rope_keeps_its_angles_at_high_positions():
     """Position 2,000 against float64: in bf16 the cosine would be off by up to 2."""
-    cos, sin = M.rope_table(torch.arange(2000, 2003), 128, 10000.0).unbind(-1)
+    cos, sin = M.rope_table(torch.arange(2000, 2003), 128, 10000.0)
     angle = np.outer(np.arange(2000, 2003), 10000.0 ** (-np.arange(0, 128, 2) / 128))
-    assert np.abs(cos.numpy() + 1j * sin.numpy() - np.exp(1j * angle)).max() < 1e-3
+    exact = np.exp(1j * np.concatenate([-angle, angle], 1))  # the sine of a first half is negative
+    assert cos.shape == sin.shape == (3, 1, 128)  # one for all heads
+    assert np.abs(cos[:, 0].numpy() + 1j * sin[:, 0].numpy() - exact).max() < 1e-3
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 17])
+def test_products_of_few_rows_equal_the_plain_one(rows):
+    """Whichever way a large weight is read, timed or chosen: F.linear's result to rounding."""
+    weight = torch.randn(640, 512, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(rows, 1, 512, generator=torch.Generator().manual_seed(1))
+    exact = x.double() @ weight.double().T
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7)):
+        with torch.no_grad():
+            for _ in range(20):
+                y = M.product(x.to(dtype), weight.to(dtype))
+                assert y.dtype == dtype and y.shape == (rows, 1, 640)
+                assert (y.double() - exact).abs().max() < bound * exact.abs().max()
 
 
 def test_save_and_load_are_exact(tmp_path):
@@ -99,12 +174,13 @@ def test_save_and_load_are_exact(tmp_path):
     M.save_model(model, tmp_path)
     loaded = M.load_model(tmp_path)
     assert loaded.config == model.config
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+    a, b = model.state_dict(), loaded.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert M.load_model(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_bf16_activations_over_float32_weights_stay_close():
-    """The cast table of model.py: bf16 compute, logits float32, error of the order of bf16's 2^-8."""
+    """The cast table of model.py: bf16 compute, logits float32, an error of bf16's 2^-8."""
     model = formula_weights(M.LLaMA(make_config()))
     ids = torch.arange(12)[None]
     with torch.no_grad():
@@ -112,3 +188,20 @@ def test_bf16_activations_over_float32_weights_stay_close():
         model.compute_dtype = torch.bfloat16
         rough = model(ids)
     assert rough.dtype == torch.float32 and 0 < ((rough - exact).norm() / exact.norm()) < 0.05
+
+
+@pytest.mark.parametrize(
+    "values, cause",
+    [
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"hidden_size": "32"}, "hidden_size is '32'"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers is 2.0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"n_kv_heads": 3}, "4 heads of 8 over 3"),
+        ({"head_dim": 7}, "4 heads of 7"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+    ],
+)
+def test_shapes_that_cannot_be_built_are_refused(values, cause):
+    with pytest.raises(ValueError, match=cause):
+        make_config(**values)

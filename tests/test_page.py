@@ -1,5 +1,7 @@
-"""The server's page in a real Chromium, if there is one and playwright (pip install playwright) beside it: a question typed,
-streamed, stopped, regenerated, compared, on a desktop and on a phone. Screenshots go into the test's own folder."""
+"""The server's page in a real Chromium, if there is one and playwright (pip install playwright)
+beside it: a question typed, streamed, stopped, regenerated, compared, on a desktop and on a phone.
+Screenshots go into the test's own folder."""
+
 import shutil
 import time
 
@@ -12,29 +14,53 @@ import generate as G
 import lora as L
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-api = pytest.importorskip("playwright.sync_api", reason="pip install playwright, to try the page in a browser")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="there is no chromium on this machine")]
-HTML = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>**粗** & \u201c引\u201d"
+api = pytest.importorskip(
+    "playwright.sync_api", reason="pip install playwright, to try the page in a browser"
+)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="there is no chromium on this machine"),
+]
+HTML = (
+    "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>**粗** & "
+    "\u201c引\u201d"
+)
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """(address, {(question, model): greedy answer}, a question that the tuned model answers at length, folder)."""
+    """(address, {(question, model): greedy answer}, a question that the tuned model answers at
+    length, folder)."""
     folder = tmp_path_factory.mktemp("page")
     make_adapter(folder / "tuned")
     model, tokenizer = G.load_base(ROOT / "data" / "tiny", "cpu", torch.float32)
     template, answers = G.load_template(folder / "tuned" / "template.json"), {}
     prompts = [tokenizer.encode(G.render_prompt(template, q), bos=True) for q in QUESTIONS]
+    decoding = G.Decoding(max_new_tokens=40, repetition_penalty=1.1)
     for name in ("base", "tuned"):
         if name == "tuned":
             L.load_adapter(model, folder / "tuned")
-        for i, _, text in G.answer_batch(model, tokenizer, [(ids, G.Decoding(max_new_tokens=40, repetition_penalty=1.1)) for ids in prompts], 24):
-            answers[QUESTIONS[i], name] = text
-    tasks = [(ids, G.Decoding(max_new_tokens=600, repetition_penalty=1.1)) for ids in prompts]
-    long = max((len(request.ids), QUESTIONS[i]) for i, request, _ in G.answer_batch(model, tokenizer, tasks, 24))[1]
+        texts = G.answer_batch(model, tokenizer, prompts, decoding, 24)
+        answers |= {(question, name): text for question, text in zip(QUESTIONS, texts)}
+    requests = [
+        G.Request(ids, G.Decoding(max_new_tokens=600, repetition_penalty=1.1)) for ids in prompts
+    ]
+    ended = G.finish(model, tokenizer, requests, 24)
+    long = max((len(request.ids), question) for request, question in zip(ended, QUESTIONS))[1]
     with open(folder / "log", "w+") as log:
-        server, port = start(log, "--lora_weights", folder / "tuned", "--dtype", "fp32", "--max_new_tokens", "40",
-                             "--repetition_penalty", "1.1", "--seed", "7")
+        server, port = start(
+            log,
+            "--lora_weights",
+            folder / "tuned",
+            "--dtype",
+            "fp32",
+            "--max_new_tokens",
+            "40",
+            "--repetition_penalty",
+            "1.1",
+            "--seed",
+            "7",
+        )
         yield f"http://127.0.0.1:{port}/", answers, long, folder
         server.terminate()
         assert server.wait(30) == 0
@@ -42,12 +68,17 @@ def served(tmp_path_factory):
 
 @pytest.fixture(params=[(1280, 800), (390, 844)], ids=["desktop", "phone"])
 def page(request, served):
-    """The page at a size. Nothing is fetched from elsewhere, nothing goes wrong in its script, nothing scrolls sideways."""
+    """The page at a size. Nothing is fetched from elsewhere, nothing goes wrong in its script,
+    nothing scrolls sideways."""
     address, _, _, folder = served
     width, height = request.param
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": width, "height": height}, locale="zh-CN", has_touch=width < 500)
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page(
+            viewport={"width": width, "height": height}, locale="zh-CN", has_touch=width < 500
+        )
         asked, wrong = [], []
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -71,7 +102,9 @@ def send(page, text):
 
 
 def done(page):
-    page.wait_for_function("() => document.querySelectorAll('.answer').length && !document.querySelector('.running')")
+    page.wait_for_function(
+        "() => document.querySelectorAll('.answer').length && !document.querySelector('.running')"
+    )
     return page.locator(".answers").last.locator(".text").all_text_contents()
 
 
@@ -79,16 +112,24 @@ def test_asked_streamed_and_regenerated(page, served):
     _, answers, _, folder = served
     page.screenshot(path=folder / f"empty-{page.viewport_size['width']}.png")
     mode(page, "tuned")
-    page.evaluate("""() => { window.seen = []; new MutationObserver(() => { const node = [...document.querySelectorAll('.text')].at(-1)
-                     if (node) seen.push(node.textContent.length) }).observe(document.getElementById('turns'),
-                     {childList: true, subtree: true, characterData: true}) }""")
+    page.evaluate("""() => {
+        window.seen = []
+        new MutationObserver(() => {
+            const node = [...document.querySelectorAll('.text')].at(-1)
+            if (node) seen.push(node.textContent.length)
+        }).observe(document.getElementById('turns'),
+                   {childList: true, subtree: true, characterData: true})
+    }""")
     question = max(QUESTIONS, key=lambda q: len(answers[q, "tuned"]))
     send(page, question)
     assert done(page) == [answers[question, "tuned"]]
-    assert len(set(page.evaluate("seen"))) > 4                    # it grew
+    assert len(set(page.evaluate("seen"))) > 4  # it grew
     page.click(".answer:last-child .again")
     assert done(page) == [answers[question, "tuned"]] and page.locator(".answer").count() == 1
-    assert page.locator(".question").text_content() == question and page.locator("#question").input_value() == ""
+    assert (
+        page.locator(".question").text_content() == question
+        and page.locator("#question").input_value() == ""
+    )
 
 
 def test_stopped(page, served):
@@ -110,7 +151,7 @@ def test_stopped(page, served):
     question = next(q for q in QUESTIONS if answers[q, "tuned"])
     send(page, question)
     assert done(page)[-1:] == [answers[question, "tuned"]]
-    assert page.locator(".again:visible").count() == 1            # only the last turn
+    assert page.locator(".again:visible").count() == 1  # only the last turn
 
 
 def test_compared(page, served):
@@ -125,20 +166,33 @@ def test_compared(page, served):
     wide = page.viewport_size["width"] > 500
     assert (first["y"] == second["y"]) == wide and (first["x"] == second["x"]) != wide
     assert "no medical advice" in page.locator("#notice").text_content()
-    assert all(page.locator(s).is_visible() for s in ("#question", "#send", "#gear", "#clear", "#modes"))
-    assert len({page.locator(s).bounding_box()["y"] for s in ("#clear", "#gear", "#language")}) == 1      # on one line
+    assert all(
+        page.locator(s).is_visible() for s in ("#question", "#send", "#gear", "#clear", "#modes")
+    )
+    assert (
+        len({page.locator(s).bounding_box()["y"] for s in ("#clear", "#gear", "#language")}) == 1
+    )  # on one line
 
 
 def test_settings_left_empty_are_the_servers(page, served):
     """What the server was started with is shown in grey and not sent over it; what is typed is."""
     _, answers, _, folder = served
     sent = []
-    page.on("request", lambda request: request.post_data and sent.append(G.json.loads(request.post_data)))
+    page.on(
+        "request",
+        lambda request: request.post_data and sent.append(G.json.loads(request.post_data)),
+    )
     mode(page, "tuned")
     page.click("#gear")
     fields = ("temperature", "top_p", "max_tokens", "repetition_penalty", "seed")
-    shown = lambda: [page.locator(f"#{name}").get_attribute("placeholder") for name in fields]
-    assert shown() == ["默认：0", "默认：0.75", "默认：40", "默认：1.1", "默认：7"] and [page.input_value(f"#{n}") for n in fields] == [""] * 5
+
+    def shown():
+        return [page.locator(f"#{name}").get_attribute("placeholder") for name in fields]
+
+    assert (
+        shown() == ["默认：0", "默认：0.75", "默认：40", "默认：1.1", "默认：7"]
+        and [page.input_value(f"#{n}") for n in fields] == [""] * 5
+    )
     page.screenshot(path=folder / f"settings-{page.viewport_size['width']}.png")
     send(page, QUESTIONS[0])
     done(page)
@@ -153,17 +207,31 @@ def test_settings_left_empty_are_the_servers(page, served):
     page.fill("#max_tokens", "")
     send(page, QUESTIONS[2])
     done(page)
-    assert [{k: v for k, v in body.items() if k not in ("model", "messages", "stream", "stream_options")} for body in sent] == [
-        {}, {"temperature": 0.5, "max_tokens": 3}, {"temperature": 0.5, "max_tokens": 40}]
+    assert [
+        {
+            k: v
+            for k, v in body.items()
+            if k not in ("model", "messages", "stream", "stream_options")
+        }
+        for body in sent
+    ] == [{}, {"temperature": 0.5, "max_tokens": 3}, {"temperature": 0.5, "max_tokens": 40}]
 
 
 def test_what_a_model_writes_is_text(page):
-    """Tags and scripts in an answer and in a question are shown, and nothing of them is made or run."""
+    """Tags and scripts in an answer and in a question are shown, and nothing of them is made or
+    run."""
     event = '{"choices": [{"index": 0, "delta": {"content": %s}, "finish_reason": %s}]}'
     text = G.json.dumps(HTML)
-    body = "".join(f"data: {line}\n\n" for line in (event % (text, "null"), event % ('""', '"stop"'), "[DONE]"))
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=200, content_type="text/event-stream", body=body))
+    body = "".join(
+        f"data: {line}\n\n" for line in (event % (text, "null"), event % ('""', '"stop"'), "[DONE]")
+    )
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(status=200, content_type="text/event-stream", body=body),
+    )
     title = page.title()
     send(page, HTML)
     assert done(page) == [HTML] and page.locator(".question").text_content() == HTML
-    assert page.title() == title and page.locator("#turns img, #turns script, #turns b").count() == 0
+    assert (
+        page.title() == title and page.locator("#turns img, #turns script, #turns b").count() == 0
+    )

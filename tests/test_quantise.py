@@ -1,11 +1,13 @@
-"""Int8 and NF4 bases against their definitions, written out in NumPy, against bitsandbytes, and against plain float32
-code over the dequantised weights."""
+"""Int8 and NF4 bases against their definitions, written out in NumPy, against bitsandbytes, and
+against plain float32 code over the dequantised weights."""
+
 import copy
 import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import formula_weights, make_config
 
 import generate as G
@@ -14,10 +16,27 @@ import model as M
 import train as T
 
 KINDS = list(L.QUANTISED)
-PAPER = np.array([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-                  -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-                  0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
-                  1.0], dtype=np.float32)                         # QLoRA, appendix E
+PAPER = np.array(  # QLoRA, appendix E
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022833234,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    dtype=np.float32,
+)
 
 
 def weight(shape=(96, 704), dtype=torch.float32, seed=0):
@@ -32,12 +51,10 @@ def matrix(linear, dtype=torch.float32):
 def dequantised(model):
     """The same model with plain float32 linears that hold the dequantised weights."""
     plain = copy.deepcopy(model)
-    for block in plain.layers:
-        for part in (block.attention, block.feed_forward):
-            for leaf, linear in list(part.named_children()):
-                new = M.Linear(linear.in_features, linear.out_features)
-                new.weight = torch.nn.Parameter(matrix(linear), requires_grad=False)
-                setattr(part, leaf, new)
+    for name, linear in L.linears(plain).items():
+        new = M.Linear(linear.in_features, linear.out_features)
+        new.weight = torch.nn.Parameter(matrix(linear), requires_grad=False)
+        plain.set_submodule(name, new)
     return plain
 
 
@@ -48,7 +65,7 @@ def test_int8_equals_its_definition(dtype):
     x = w.double().numpy()
     step = np.abs(x).max(1).astype(np.float32) / np.float32(127)
     step = torch.from_numpy(np.maximum(step, np.float32(1e-30))).bfloat16().float().numpy()
-    codes = np.rint((w.float().numpy() / step[:, None]))
+    codes = np.rint(w.float().numpy() / step[:, None])
     assert np.abs(codes).max() == 127
     linear = L.Int8Linear(w)
     assert np.array_equal(matrix(linear).numpy(), codes.astype(np.float32) * step[:, None])
@@ -56,62 +73,41 @@ def test_int8_equals_its_definition(dtype):
     assert torch.equal(matrix(linear, torch.float16), matrix(linear).half())
 
 
-def levels_by_definition():
-    """The signed dynamic 8-bit type: 0, 1, and the middles of 2^i equal parts of 0.1 .. 1 times 10^(i - 6), +-."""
-    values = [0.0, 1.0]
-    for i in range(7):
-        part = 0.9 / 2 ** i
-        for j in range(2 ** i):
-            middle = (0.1 + (j + 0.5) * part) * 10.0 ** (i - 6)
-            values += [middle, -middle]
-    return np.sort(values)
-
-
-def test_dynamic_map_equals_its_definition():
-    assert len(levels_by_definition()) == 256
-    np.testing.assert_allclose(L.dynamic_map().numpy(), levels_by_definition(), rtol=2e-7)
-
-
 @pytest.mark.parametrize("shape", [(96, 704), (33, 64), (256, 256)])
 def test_nf4_equals_its_definition(shape):
-    """Every code is the nearest entry (by brute force over the table), packing and arithmetic are those of the paper:
-    double_dequant(c1, c2, W) with c1 float32 per 256, c2 8-bit per 64, in float32, exactly."""
-    w, levels = weight(shape), L.dynamic_map().numpy()
+    """Every code is the nearest entry (by brute force over the table), packing and arithmetic are
+    those of the paper, in float32, exactly; a block of zeros stays zero."""
+    w = weight(shape)
+    w.view(-1, 64)[1] = 0
     blocks = w.numpy().reshape(-1, 64)
     absmax = np.abs(blocks).max(1)
-    offset = torch.from_numpy(absmax).mean().numpy()              # the mean's last bit hangs on the order of the sum
-    np.testing.assert_allclose(offset, absmax.astype(np.float64).mean(), rtol=1e-6)
-    small = np.zeros(-(-len(absmax) // 256) * 256, np.float32)
-    small[:len(absmax)] = absmax - offset
-    c1 = np.abs(small.reshape(-1, 256)).max(1)
-    scaled = small.reshape(-1, 256) * (np.float32(1) / c1)[:, None]
-    c2 = np.abs(scaled[..., None] - levels).argmin(-1)            # argmin takes the lower of two equally near
-    back = (levels[c2] * c1[:, None]).reshape(-1)[:len(absmax)] + offset
-    codes = np.abs((blocks * (np.float32(1) / absmax)[:, None])[..., None] - PAPER).argmin(-1)
+    scaled = blocks * (np.float32(1) / np.maximum(absmax, np.float32(1e-38)))[:, None]
+    # argmin takes the lower of two equally near
+    codes = np.abs(scaled[..., None] - PAPER).argmin(-1)
     linear = L.NF4Linear(w)
     flat = codes.reshape(-1)
     assert np.array_equal(linear.weight.numpy().reshape(-1), flat[::2] * 16 + flat[1::2])
-    assert np.array_equal(linear.absmax.numpy(), c2.reshape(-1)[:len(absmax)])
-    expected = (PAPER[codes] * back[:, None]).reshape(shape)
-    assert np.array_equal(matrix(linear).numpy(), expected)
+    assert np.array_equal(linear.absmax.numpy().reshape(-1), absmax)
+    expected = (PAPER[codes] * absmax[:, None]).reshape(shape)
+    assert (
+        np.array_equal(matrix(linear).numpy(), expected) and not expected.reshape(-1, 64)[1].any()
+    )
     assert torch.equal(matrix(linear, torch.bfloat16), torch.from_numpy(expected).bfloat16())
+    # the widest gap between two values is that of -1 and -0.696
+    assert (np.abs(expected - w.numpy()).reshape(-1, 64) <= 0.152 * absmax[:, None]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nf4_equals_bitsandbytes(dtype):
-    """Its table, its map, its codes and scales; and its dequantisation of our store gives our weights, bit for bit. Its
-    8-bit codes on a CPU miss the nearest level in about 2 of 1,000 cases (ours are checked by brute force above)."""
+    """Its table, its codes and scales; and its dequantisation of our store gives our weights, bit
+    for bit."""
     bnb = pytest.importorskip("bitsandbytes.functional")
     w = weight((256, 704), dtype)
-    theirs, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
+    theirs, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4")
     ours = L.NF4Linear(w)
     assert torch.equal(bnb.get_4bit_type("nf4", device="cpu"), torch.tensor(L.NF4))
-    assert torch.equal(bnb.create_dynamic_map(), L.dynamic_map())
     assert torch.equal(theirs.view(ours.weight.shape), ours.weight)
-    assert torch.equal(state.state2.absmax, ours.scale) and torch.equal(state.offset.view(1), ours.offset)
-    off = (state.absmax.int() - ours.absmax.int()).abs()
-    assert off.max() <= 1 and (off > 0).float().mean() < 5e-3
-    state.absmax = ours.absmax.data
+    assert not state.nested and torch.equal(state.absmax, ours.absmax.flatten())
     for to in (torch.float32, torch.bfloat16, torch.float16):
         state.dtype = to
         assert torch.equal(bnb.dequantize_4bit(ours.weight.data, state), matrix(ours, to))
@@ -119,7 +115,8 @@ def test_nf4_equals_bitsandbytes(dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora_gradient_equals_plain_code(kind):
-    """LoRA over the quantised base and over plain float32 linears with the dequantised weights: the same products."""
+    """LoRA over the quantised base and over plain float32 linears with the dequantised weights: the
+    same products."""
     quantised = L.quantize(formula_weights(M.LLaMA(make_config())), kind)
     plain = dequantised(quantised)
     assert all(type(m) is not M.Linear for m in quantised.layers.modules())
@@ -131,7 +128,8 @@ def test_lora_gradient_equals_plain_code(kind):
             torch.manual_seed(i)
             module.lora_a.data.normal_()
             module.lora_b.data.normal_(0, 0.05)
-        T.loss_sum(model, ids[:, :-1], ids[:, 1:]).backward()
+        logits = model(ids[:, :-1]).flatten(0, 1)
+        F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
     assert grads[0].norm() > 1 and (grads[0] - grads[1]).norm() < 1e-6 * grads[1].norm()
 
@@ -149,84 +147,110 @@ def test_autograd_keeps_the_codes_alone(kind):
     torch.testing.assert_close(x.grad, matrix(linear).detach().sum(0).expand(3, -1))
 
 
-@pytest.mark.parametrize("rows", [1, 4, 8, 9])
-def test_int8_decoding_path(rows):
-    """Few bf16 rows go through the packed product: within bf16's rounding of the float64 product."""
-    linear = L.Int8Linear(weight((64, 704)))
-    x = torch.randn(rows, 1, 704, generator=torch.Generator().manual_seed(1)).bfloat16()
+@pytest.mark.parametrize("width", [704, 688, 172, 11])
+@pytest.mark.parametrize("rows", [1, 4, 8, 9, 16, 17])
+def test_int8_decoding_path(rows, width):
+    """Few bf16 rows go through a product that reads int8 as it is: within bf16's rounding of the
+    float64 product, for widths that no vector divides, too."""
+    linear = L.Int8Linear(weight((64, width)))
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, 1, width, generator=draw).bfloat16()
     exact = x.double() @ matrix(linear).double().T
     with torch.inference_mode():
         y = linear(x)
     assert y.dtype == torch.bfloat16 and y.shape == (rows, 1, 64)
-    assert (y.double() - exact).abs().max() < 2 ** -7 * exact.abs().max()
+    assert (y.double() - exact).abs().max() < 2**-7 * exact.abs().max()
 
 
 def test_int8_compiled_row():
-    """The form that --compile takes, run as it stands: every code from -127 to 127 at every place of the four in an int32,
-    to float32's rounding of the float64 product; a bf16 row as well, to the rounding of its result."""
-    w = torch.arange(-127, 128).repeat(4, 4)[:, :256 * 3].float().mul_(0.01)
-    linear, x = L.Int8Linear(w), torch.randn(1, 1, 768, generator=torch.Generator().manual_seed(1))
+    """The form that --compile takes: every code from -127 to 127 in any place, to the rounding
+    of float32 of the float64 product; a bf16 row as well, to that of its result."""
+    w = torch.arange(-127, 128).repeat(4, 4)[:, : 256 * 3].float().mul_(0.01)
+    linear = L.Int8Linear(w)
     assert torch.equal(linear.weight.float().mul(0.01), w)
-    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2 ** -8)):
+    compiled = torch.compile(lambda x: linear(x), fullgraph=True, backend="eager")
+    x = torch.randn(1, 1, 768, generator=torch.Generator().manual_seed(1))
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
         exact = x.to(dtype).double() @ matrix(linear).double().T
-        y = linear.compiled_row(x.to(dtype))
-        assert y.dtype == dtype and y.shape == (1, 1, 4) and (y.double() - exact).abs().max() < bound * exact.abs().max()
+        with torch.no_grad():
+            y = compiled(x.to(dtype))
+        assert y.dtype == dtype and y.shape == (1, 1, 4)
+        assert (y.double() - exact).abs().max() < bound * exact.abs().max()
 
 
 @pytest.mark.parametrize("rows", [1, 8])
-def test_int8_integer_rows(rows):
-    """Against float64: x is held to half of its greatest value / 127 / 254, so y to that times the sum of |W|; also where one
-    value is a thousand times the others, in a row of zeros, and for codes of +-127 throughout, which int32 must hold."""
+def test_int8_integer_product(rows):
+    """Against float64: x is held to half of its greatest value / 127 / 254, so y to that times the
+    sum of |W|; also where one value is a thousand times the others, in a row of zeros, and for
+    codes of +-127 throughout, which int32 must hold."""
     draw = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, 11008, generator=draw).bfloat16()
+    x = torch.randn(rows, 11008, generator=draw).bfloat16().float()
     x[0, 5], x[-1, 7:] = 1000, 0
     for w in (torch.randn(24, 11008, generator=draw), torch.ones(24, 11008)):
         linear = L.Int8Linear(w)
-        exact, step = x.double() @ matrix(linear).double().T, x.double().abs().amax(1, keepdim=True) / 127 / 254
-        bound = 0.51 * step * matrix(linear).double().abs().sum(1)
-        assert ((linear.integer_rows(x).double() - exact).abs() <= bound + 1e-6 * exact.abs()).all()
-    assert not linear.integer_rows(torch.zeros(2, 11008).bfloat16()).any()
+        exact = x.double() @ matrix(linear).double().T
+        step = x.double().abs().amax(1, keepdim=True) / 127 / 254
+        bound = 0.51 * step * matrix(linear).double().abs().sum(1) + 1e-6 * exact.abs()
+        y = L.integer_product(x, linear.weight, linear.scale)
+        assert ((y.double() - exact).abs() <= bound).all()
+    zeros = torch.zeros(2, 11008).bfloat16()
+    assert not L.integer_product(zeros, linear.weight, linear.scale).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_without_a_break(kind):
     linear = L.QUANTISED[kind](weight((64, 128)))
     x = torch.randn(9, 128, requires_grad=True)
-    compiled = torch.compile(lambda x: linear(x).square().sum(), fullgraph=True, backend="aot_eager")
-    ours, plain = (torch.autograd.grad(f(x), x)[0] for f in (compiled, lambda x: linear(x).square().sum()))
-    assert (ours - plain).abs().max() < 1e-6 * plain.abs().max()  # the compiled graph may take another product kernel
+    compiled = torch.compile(
+        lambda x: linear(x).square().sum(), fullgraph=True, backend="aot_eager"
+    )
+    ours, plain = (
+        torch.autograd.grad(f(x), x)[0] for f in (compiled, lambda x: linear(x).square().sum())
+    )
+    # the compiled graph may take another product kernel
+    assert (ours - plain).abs().max() < 1e-6 * plain.abs().max()
 
 
-@pytest.mark.parametrize("kind, bits", [("int8", 8 + 16 / 352), ("nf4", 4 + 8 / 64 + 32 / 64 / 256)])
-def test_load_holds_what_was_predicted(base, tmp_path, kind, bits):
-    """Storage of the seven linears in bits a weight; the embedding, norms and head in the activations' dtype."""
-    config = make_config(dim=256, multiple_of=64, n_heads=8)
+TABLES = 2 * 256 * 4  # bytes that each NF4 linear has besides: the values of a byte of codes
+
+
+@pytest.mark.parametrize(
+    "kind, bits, tables", [("int8", 8 + 16 / 352, 0), ("nf4", 4 + 32 / 64, TABLES)]
+)
+def test_load_holds_what_was_predicted(tmp_path, kind, bits, tables):
+    """Storage of the seven linears in bits a weight; the embedding, norms and head in the
+    activations' dtype."""
+    config = make_config(hidden_size=256, intermediate_size=704, num_attention_heads=8)
     M.save_model(formula_weights(M.LLaMA(config)), tmp_path)
     plain = M.load_model(tmp_path)
     model = L.quantize(M.load_model(tmp_path), kind, "cpu", torch.bfloat16)
-    inner = [p for b in model.layers for p in (*b.attention.parameters(), *b.feed_forward.parameters())]
-    count = sum(p.numel() for b in plain.layers for p in (*b.attention.parameters(), *b.feed_forward.parameters()))
-    assert abs(sum(p.nbytes for p in inner) * 8 / count - bits) < 0.05
+    before, after = L.linears(plain).values(), L.linears(model).values()
+    inner = [p for linear in after for p in linear.parameters()]
+    count = sum(linear.weight.numel() for linear in before)
+    held = sum(p.nbytes for p in inner) - tables * len(after)
+    assert len(after) == 14 and abs(held * 8 / count - bits) < 0.05
     rest = {id(p) for p in model.parameters()} - {id(p) for p in inner}
-    assert len(rest) == 7 and all(p.dtype == torch.bfloat16 for p in model.parameters() if id(p) in rest)
-    assert torch.equal(model.output.weight, plain.output.weight.bfloat16()) and not any(p.requires_grad for p in model.parameters())
+    outer = [p for p in model.parameters() if id(p) in rest]
+    assert len(outer) == 7 and all(p.dtype == torch.bfloat16 for p in outer)
+    assert torch.equal(model.lm_head.weight, plain.lm_head.weight.bfloat16())
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_refused_in_words(base):
     model = M.load_model(base)
-    with pytest.raises(ValueError, match="'int3' unknown; choose from auto fp32 bf16 fp16 int8 nf4"):
+    with pytest.raises(ValueError, match="'int3'.* fp32 .*int8 .*nf4"):
         G.load_base(base, "cpu", torch.float32, "int3")
-    with pytest.raises(ValueError, match="'bf16' unknown"):
+    with pytest.raises(ValueError, match="base_dtype is 'bf16'"):
         L.quantize(model, "bf16")
-    with pytest.raises(ValueError, match=r"\(3, 5\) is no multiple of NF4's blocks of 64; use int8"):
+    with pytest.raises(
+        ValueError, match=r"\(3, 5\) is no multiple of NF4's blocks of 64; use int8"
+    ):
         L.NF4Linear(torch.ones(3, 5))
     L.add_lora(L.quantize(model, "nf4"), L.LoRAConfig())
     with pytest.raises(ValueError, match="merge it into the base as it was before"):
         L.merge(model)
-    with pytest.raises(ValueError, match="quantise the base before"):
+    with pytest.raises(ValueError, match="has an adapter already"):
         L.quantize(model, "int8")
-    with pytest.raises(ValueError, match="base_dtype nf4 is for a frozen base"):
-        T.check_config(T.TrainConfig(full=True, base_dtype="nf4"))
 
 
 @pytest.mark.parametrize("base_dtype, bound", [("bf16", 0.02), ("fp16", 0.003), ("fp32", 0.0)])
@@ -234,44 +258,79 @@ def test_storage_apart_from_activations(base, base_dtype, bound):
     exact, _ = G.load_base(base, "cpu", torch.float32)
     model, _ = G.load_base(base, "cpu", torch.float32, base_dtype)
     ids = torch.arange(20)[None]
-    assert model.output.weight.dtype == M.DTYPES[base_dtype] and model.dtype == torch.float32
+    assert model.lm_head.weight.dtype == M.DTYPES[base_dtype] and model.dtype == torch.float32
     error = (model(ids) - exact(ids)).abs().max() / exact(ids).abs().max()
     assert error <= bound and (error > 0) == (bound > 0)
 
 
 def test_tune_and_ask_on_a_quantised_base(base, records, tmp_path, monkeypatch, capsys):
-    train = ["--base_model", str(base), "--data_path", str(records), "--val_set_size", "2", "--output_dir", str(tmp_path / "out"),
-             "--cutoff_len", "128", "--num_epochs", "1", "--batch_size", "4", "--num_answers", "1", "--base_dtype", "nf4"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *train])
+    settings = {
+        "base_model": base,
+        "data_path": records,
+        "val_set_size": 2,
+        "output_dir": tmp_path / "out",
+        "cutoff_len": 128,
+        "num_epochs": 1,
+        "batch_size": 4,
+        "num_answers": 1,
+        "base_dtype": "nf4",
+    }
+    options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["train.py", *options])
     T.main()
     made = []
-    monkeypatch.setattr(G, "load_base", lambda *args, load=G.load_base: made.append(load(*args)) or made[-1])
-    for option, kind in ((["--base_dtype", "nf4"], L.NF4Linear), (["--load_8bit"], L.Int8Linear),
-                         (["--load_8bit", "True", "--dtype", "bf16"], L.Int8Linear), (["--load_8bit=False"], M.Linear)):
-        monkeypatch.setattr(sys, "argv", ["generate.py", "黄芪？", "--lora_weights", str(tmp_path / "out"), "--max_new_tokens",
-                                          "4", *option])
+
+    def load(*args, load_base=G.load_base):
+        made.append(load_base(*args))
+        return made[-1]
+
+    monkeypatch.setattr(G, "load_base", load)
+    ask = [
+        "generate.py",
+        "黄芪？",
+        "--lora_weights",
+        str(tmp_path / "out"),
+        "--max_new_tokens",
+        "4",
+    ]
+    for option, kind in (
+        (["--base_dtype", "nf4"], L.NF4Linear),
+        (["--load_8bit"], L.Int8Linear),
+        (["--load_8bit", "True", "--dtype", "bf16"], L.Int8Linear),
+        (["--load_8bit=False"], M.Linear),
+    ):
+        monkeypatch.setattr(sys, "argv", [*ask, *option])
         G.main()
-        assert type(made[-1][0].layers[0].attention.wq.base) is kind
+        assert type(made[-1][0].layers[0].self_attn.q_proj.base) is kind
         assert "tokens/s" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_lora_on_nf4_follows_the_loss_of_lora_on_the_base():
-    """QLoRA's claim (Dettmers et al. 2023, section 4) on the small base: 150 steps of LoRA on all linears over NF4 and
-    int8 reach the validation loss that the unquantised base reaches, within 1 %."""
-    config = T.TrainConfig(**{**T.TINY, "max_steps": 150, "eval_steps": 0, "save_steps": 0, "output_dir": "", "seed": 7})
+    """QLoRA's claim (Dettmers et al. 2023, section 4) on the small base: 150 steps of LoRA on all
+    linears over NF4 and int8 reach the validation loss that the unquantised base reaches, within
+    1 %."""
+    own = {"max_steps": 150, "eval_steps": 0, "save_steps": 0, "output_dir": "", "seed": 7}
+    config = T.TrainConfig(**{**T.TINY, **own})
     template = G.load_template(config.prompt_template_name)
+    adapter = L.LoRAConfig(config.lora_r, config.lora_alpha, 0.0, config.lora_target_modules)
     losses = {}
     for kind in ("fp32", *KINDS):
         model, tokenizer = G.load_base(config.base_model, torch.device("cpu"), torch.float32, kind)
-        data = [T.encode_records(tokenizer, template, G.read_instructions(path, answers=True), config)[0]
-                for path in (*config.data_path, config.val_path)]
+        data = []
+        for path in (*config.data_path, config.val_path):
+            records = G.read_instructions(path, answers=True)
+            data.append(T.encode_records(tokenizer, template, records, config)[0])
         torch.manual_seed(config.seed)
         before = T.evaluate(model, data[1], config)
-        L.add_lora(model, L.LoRAConfig(config.lora_r, config.lora_alpha, 0.0, config.lora_target_modules))
+        L.add_lora(model, adapter)
         history = T.train(config, model, tuple(data))
-        losses[kind] = (before, history[-1]["val_loss"], sum(r["loss"] for r in history[-20:]) / 20)
+        last = sum(step["loss"] for step in history[-20:]) / 20
+        losses[kind] = (before, history[-1]["val_loss"], last)
     print(losses)
     assert losses["fp32"][1] < 0.8 * losses["fp32"][0]
     for kind in KINDS:
-        assert losses[kind][1] < 1.01 * losses["fp32"][1] and losses[kind][2] < 1.01 * losses["fp32"][2]
+        assert (
+            losses[kind][1] < 1.01 * losses["fp32"][1]
+            and losses[kind][2] < 1.01 * losses["fp32"][2]
+        )

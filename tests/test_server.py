@@ -1,4 +1,6 @@
-"""The server of generate.py: the openai client on loopback, against offline answers; what is refused, and how."""
+"""The server of generate.py: the openai client on loopback, against offline answers; what is
+refused, and how."""
+
 import base64
 import hashlib
 import json
@@ -19,49 +21,65 @@ from conftest import ROOT
 import generate as G
 import lora as L
 
-QUESTIONS = ["黄芪有什么功效？", "偏头痛有哪些症状？", "你好", "甘草和大黄的区别是什么，各用于哪些情况？"]
+QUESTIONS = [
+    "黄芪有什么功效？",
+    "偏头痛有哪些症状？",
+    "你好",
+    "甘草和大黄的区别是什么，各用于哪些情况？",
+]
 
 
 @pytest.fixture(scope="module")
 def models(base):
-    """(tokenizer, template, base model, the same with an adapter), weights so large that answers vary and no two ids tie."""
+    """(tokenizer, template, base model, the same with an adapter), weights so large that answers
+    vary and no two ids tie."""
     plain, tokenizer = G.load_base(base, "cpu", torch.float32)
     for p in plain.parameters():
         p.data.mul_(20 if p.dim() > 1 else 1)
     tuned, _ = G.load_base(base, "cpu", torch.float32)
     tuned.load_state_dict(plain.state_dict())
-    L.add_lora(tuned, L.LoRAConfig(4, 8, 0.0, ("all",)))
+    L.add_lora(tuned, L.LoRAConfig(4, 8.0, 0.0, ("all",)))
     for i, (_, module) in enumerate(L.lora_linears(tuned)):
         for p in (module.lora_a, module.lora_b):
             p.data.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     return tokenizer, G.load_template("med_template"), plain, tuned.requires_grad_(False)
 
 
-def start(models, **more):
+def start(models, rows=3, positions=160, limit=64, **more):
     tokenizer, template, _, tuned = models
-    for _, module in L.lora_linears(tuned):
-        module.scale = 2.0                                        # another server may have left it at the base's 0
-    settings = {"rows": 3, "max_len": 160, "decoding": G.Decoding(max_new_tokens=24), "read_seconds": 1.0, **more}
-    server = G.Server(("127.0.0.1", 0), tuned, tokenizer, "tuned", lambda turns: G.render_prompt(
-        template, G.render_turns(turns) if len(turns) > 1 else turns[0][0]), **settings)
-    threads = [threading.Thread(target=server.serve_forever, daemon=True), threading.Thread(target=server.run_model)]
-    for thread in threads:
-        thread.start()
+    batch = G.Batch(tuned, rows, positions, tokenizer.eos_id, tokenizer.decode)
+
+    def render(turns):
+        return G.render_prompt(template, G.render_turns(turns) if len(turns) > 1 else turns[0][0])
+
+    options = G.Options(max_new_tokens=24, port=0, **more)
+    server = G.Server(batch, tokenizer, ["tuned", "base"], render, options)
+    server.seconds, server.limit = 1.0, limit
+    threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def stop():
         server.stopping = True
-        threads[1].join(20)
         server.shutdown()
         server.server_close()
+
     return server, stop
+
+
+def answer_alone(model, tokenizer, prompt, new):
+    """The answer to a prompt with no server near it."""
+    ids = tokenizer.encode(prompt, bos=True)
+    return G.visible(tokenizer.decode(list(G.generate_ids(model, ids, new, tokenizer.eos_id))))
 
 
 @pytest.fixture(scope="module")
 def offline(models):
-    """{(question, name): greedy answer of `ask`}, by the base without an adapter or by base and adapter."""
+    """{(question, name): greedy answer}, by the base without an adapter or by base and adapter."""
     tokenizer, template, plain, tuned = models
-    return {(q, name): "".join(G.ask(model, tokenizer, G.render_prompt(template, q), 24))
-            for q in QUESTIONS for name, model in (("base", plain), ("tuned", tuned))}
+    return {
+        (q, name): answer_alone(model, tokenizer, G.render_prompt(template, q), 24)
+        for q in QUESTIONS
+        for name, model in (("base", plain), ("tuned", tuned))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +90,21 @@ def server(models, offline):
 
 
 def client_of(server, key="none"):
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key=key, max_retries=0, timeout=60)
+    return openai.OpenAI(
+        base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key=key, max_retries=0, timeout=60
+    )
 
 
 def chat(client, text, model="tuned", **more):
-    return client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}], **more)
+    return client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": text}], **more
+    )
 
 
 def idle(server):
     """Whether soon no answer is under way."""
     for _ in range(200):
-        if not any((*server.waiting.values(), *server.running.values())):
+        if not server.batch.waiting and not server.batch.rows:
             return True
         time.sleep(0.05)
 
@@ -93,8 +115,11 @@ def test_answers_equal_the_offline_ones(server, offline):
 
     def one(question, name, stream):
         answer = chat(client, question, name, stream=stream)
-        got[question, name, stream] = "".join(c.choices[0].delta.content for c in answer) if stream else \
-            answer.choices[0].message.content
+        got[question, name, stream] = (
+            "".join(c.choices[0].delta.content for c in answer)
+            if stream
+            else answer.choices[0].message.content
+        )
 
     cases = [(*case, stream) for case in offline for stream in (False, True)]
     threads = [threading.Thread(target=one, args=case) for case in cases]
@@ -109,11 +134,19 @@ def test_answers_equal_the_offline_ones(server, offline):
 def test_stream_has_openais_form(server, models, offline):
     client, tokenizer, template = client_of(server), *models[:2]
     chunks = list(chat(client, QUESTIONS[0], stream=True, stream_options={"include_usage": True}))
-    assert chunks[0].choices[0].delta.role == "assistant" and chunks[0].choices[0].delta.content == ""
-    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
+    assert (
+        chunks[0].choices[0].delta.role == "assistant" and chunks[0].choices[0].delta.content == ""
+    )
+    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 2) + [
+        "length"
+    ]
     assert not chunks[-1].choices and chunks[-1].usage.completion_tokens == 24
-    assert chunks[-1].usage.prompt_tokens == len(tokenizer.encode(G.render_prompt(template, QUESTIONS[0]), bos=True))
-    assert len({c.id for c in chunks}) == 1 and {c.object for c in chunks} == {"chat.completion.chunk"}
+    assert chunks[-1].usage.prompt_tokens == len(
+        tokenizer.encode(G.render_prompt(template, QUESTIONS[0]), bos=True)
+    )
+    assert len({c.id for c in chunks}) == 1 and {c.object for c in chunks} == {
+        "chat.completion.chunk"
+    }
     plain = list(client.completions.create(model="base", prompt="黄芪", max_tokens=5, stream=True))
     assert plain[-1].choices[0].finish_reason == "length" and plain[0].object == "text_completion"
 
@@ -126,11 +159,24 @@ def test_fields_have_their_effect(server, models, offline):
     text = whole[8:11]
     for stop in (text, ["never", text]):
         choice = chat(client, QUESTIONS[0], stop=stop).choices[0]
-        assert choice.message.content == whole[:whole.index(text)] and choice.finish_reason == "stop"
-    draws = [[c.message.content for c in chat(client, QUESTIONS[0], n=3, seed=seed, temperature=1.0).choices] for seed in (5, 5, 6)]
-    assert draws[0] == draws[1] and len(set(draws[0])) == 3 and draws[0][1:] == draws[2][:2]     # seed, seed + 1, ...
+        assert (
+            choice.message.content == whole[: whole.index(text)] and choice.finish_reason == "stop"
+        )
+    draws = [
+        [
+            c.message.content
+            for c in chat(client, QUESTIONS[0], n=3, seed=seed, temperature=1.0).choices
+        ]
+        for seed in (5, 5, 6)
+    ]
+    assert (
+        draws[0] == draws[1] and len(set(draws[0])) == 3 and draws[0][1:] == draws[2][:2]
+    )  # seed, seed + 1, ...
     raw = client.completions.create(model="base", prompt="黄芪", max_tokens=9)
-    assert raw.choices[0].text == "".join(G.ask(plain, tokenizer, "黄芪", 9)) and raw.usage.total_tokens == raw.usage.prompt_tokens + 9
+    assert (
+        raw.choices[0].text == answer_alone(plain, tokenizer, "黄芪", 9)
+        and raw.usage.total_tokens == raw.usage.prompt_tokens + 9
+    )
     assert [m.id for m in client.models.list()] == ["tuned", "base"]
 
 
@@ -138,11 +184,15 @@ def test_conversation_is_rendered_as_in_training(server, models):
     tokenizer, template, plain, _ = models
     parts = [{"type": "text", "text": "丙"}, {"type": "text", "text": "丁"}]
     for system, last, shown in (("system", "丙", "丙"), ("developer", parts, "丙\n丁")):
-        messages = [{"role": system, "content": "简短"}, {"role": "user", "content": "甲", "name": "bob"},
-                    {"role": "assistant", "content": "乙"}, {"role": "user", "content": last}]
+        messages = [
+            {"role": system, "content": "简短"},
+            {"role": "user", "content": "甲", "name": "bob"},
+            {"role": "assistant", "content": "乙"},
+            {"role": "user", "content": last},
+        ]
         got = client_of(server).chat.completions.create(model="base", messages=messages)
         prompt = G.render_prompt(template, f" <user>: 简短\n甲 <bot>: 乙 <user>: {shown}")
-        assert got.choices[0].message.content == "".join(G.ask(plain, tokenizer, prompt, 24))
+        assert got.choices[0].message.content == answer_alone(plain, tokenizer, prompt, 24)
 
 
 def raw(server, data, wait=10, close=False):
@@ -168,13 +218,22 @@ def raw(server, data, wait=10, close=False):
 def post(body, path="/v1/chat/completions", length=None, host="127.0.0.1:1", **headers):
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     length = len(body) if length is None else length
-    head = "".join(f"{k.replace('_', '-')}: {v}\r\n" for k, v in {"Host": host, "Content-Length": length, **headers}.items() if v != "")
+    head = "".join(
+        f"{k.replace('_', '-')}: {v}\r\n"
+        for k, v in {"Host": host, "Content-Length": length, **headers}.items()
+        if v != ""
+    )
     return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body
 
 
 def ask(**more):
     """A good body, changed."""
-    body = {"model": "tuned", "messages": [{"role": "user", "content": "你好"}], "max_tokens": 2, **more}
+    body = {
+        "model": "tuned",
+        "messages": [{"role": "user", "content": "你好"}],
+        "max_tokens": 2,
+        **more,
+    }
     return {k: v for k, v in body.items() if v != "left out"}
 
 
@@ -184,70 +243,151 @@ def message(**more):
 
 GET = "GET {} HTTP/1.1\r\nHost: localhost:1\r\n\r\n"
 BAD = {
-    "no JSON": (400, post(b"{'a': 1}")), "empty body": (400, post(b"")), "half an object": (400, post(b'{"model": "tuned"')),
-    "two objects": (400, post(b"{} {}")), "an array": (400, post([])), "a number": (400, post(3)), "null": (400, post(b"null")),
-    "bad UTF-8": (400, post(b'{"model": "\xff\xfe"}')), "UTF-16": (400, post('{"model": "tuned"}'.encode("utf-16"))),
-    "deep": (400, post(b"[" * 100000)), "deep object": (400, post(b'{"a":' * 20000)),
-    "long number": (400, post(b'{"seed": ' + b"9" * 5000 + b"}")), "lone surrogate": (400, post(b'{"messages": [{"role": "user", "content": "\\ud800"}]}')),
-    "surrogate name": (400, post(b'{"\\udfff": 1}')), "no messages": (400, post(ask(messages="left out"))),
-    "empty messages": (400, post(ask(messages=[]))), "messages a text": (400, post(ask(messages="你好"))),
-    "messages of texts": (400, post(ask(messages=["你好"]))), "messages of null": (400, post(ask(messages=[None]))),
-    "no role": (400, post(ask(messages=[{"content": "你好"}]))), "role a number": (400, post(message(role=1))),
-    "role unknown": (400, post(message(role="doctor"))), "role a list": (400, post(message(role=["user"]))),
-    "content null": (400, post(message(content=None))), "content a number": (400, post(message(content=1))),
-    "content a picture": (400, post(message(content=[{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]))),
-    "tool calls": (400, post(message(tool_calls=[{"id": "1"}]))), "assistant last": (400, post(message(role="assistant"))),
-    "two users": (400, post(ask(messages=[{"role": "user", "content": "a"}] * 2))), "system alone": (400, post(message(role="system"))),
-    "prompt in a chat": (400, post(ask(prompt="a"))), "messages in a completion": (400, post(ask(prompt="a"), "/v1/completions")),
-    "prompt a list": (400, post({"prompt": ["a"]}, "/v1/completions")), "prompt missing": (400, post({}, "/v1/completions")),
+    "no JSON": (400, post(b"{'a': 1}")),
+    "empty body": (400, post(b"")),
+    "half an object": (400, post(b'{"model": "tuned"')),
+    "two objects": (400, post(b"{} {}")),
+    "an array": (400, post([])),
+    "a number": (400, post(3)),
+    "null": (400, post(b"null")),
+    "bad UTF-8": (400, post(b'{"model": "\xff\xfe"}')),
+    "UTF-16": (400, post('{"model": "tuned"}'.encode("utf-16"))),
+    "deep": (400, post(b"[" * 100000)),
+    "deep object": (400, post(b'{"a":' * 20000)),
+    "long number": (400, post(b'{"seed": ' + b"9" * 5000 + b"}")),
+    "lone surrogate": (400, post(b'{"messages": [{"role": "user", "content": "\\ud800"}]}')),
+    "surrogate name": (400, post(b'{"\\udfff": 1}')),
+    "no messages": (400, post(ask(messages="left out"))),
+    "empty messages": (400, post(ask(messages=[]))),
+    "messages a text": (400, post(ask(messages="你好"))),
+    "messages of texts": (400, post(ask(messages=["你好"]))),
+    "messages of null": (400, post(ask(messages=[None]))),
+    "no role": (400, post(ask(messages=[{"content": "你好"}]))),
+    "role a number": (400, post(message(role=1))),
+    "role unknown": (400, post(message(role="doctor"))),
+    "role a list": (400, post(message(role=["user"]))),
+    "content null": (400, post(message(content=None))),
+    "content a number": (400, post(message(content=1))),
+    "content a picture": (
+        400,
+        post(message(content=[{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}])),
+    ),
+    "tool calls": (400, post(message(tool_calls=[{"id": "1"}]))),
+    "assistant last": (400, post(message(role="assistant"))),
+    "two users": (400, post(ask(messages=[{"role": "user", "content": "a"}] * 2))),
+    "system alone": (400, post(message(role="system"))),
+    "prompt in a chat": (400, post(ask(prompt="a"))),
+    "messages in a completion": (400, post(ask(prompt="a"), "/v1/completions")),
+    "prompt a list": (400, post({"prompt": ["a"]}, "/v1/completions")),
+    "prompt missing": (400, post({}, "/v1/completions")),
     "prompt a number": (400, post({"prompt": 1}, "/v1/completions")),
-    "model unknown": (404, post(ask(model="gpt-4o"))), "model a list": (400, post(ask(model=["tuned"]))), "model a path": (404, post(ask(model="../tuned"))),
-    "temperature negative": (400, post(ask(temperature=-0.1))), "temperature a text": (400, post(ask(temperature="1"))),
-    "temperature NaN": (400, post(b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}')),
-    "temperature 1e999": (400, post(b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}')),
-    "temperature true": (400, post(ask(temperature=True))), "top_p 0": (400, post(ask(top_p=0))), "top_p 2": (400, post(ask(top_p=2))),
-    "top_k negative": (400, post(ask(top_k=-1))), "top_k 1.5": (400, post(ask(top_k=1.5))), "min_p -1": (400, post(ask(min_p=-1))),
-    "repetition_penalty 0": (400, post(ask(repetition_penalty=0))), "no_repeat_ngram_size -1": (400, post(ask(no_repeat_ngram_size=-1))),
-    "max_tokens 0": (400, post(ask(max_tokens=0))), "max_tokens negative": (400, post(ask(max_tokens=-5))),
-    "max_tokens a float": (400, post(ask(max_tokens=2.5))), "max_tokens true": (400, post(ask(max_tokens=True))),
-    "max_tokens huge": (400, post(ask(max_tokens=10**12))), "max_completion_tokens 0": (400, post(ask(max_completion_tokens=0))),
-    "long question": (400, post(message(content="黄" * 1000))), "n 0": (400, post(ask(n=0))), "n -1": (400, post(ask(n=-1))),
-    "n 1000": (400, post(ask(n=1000))), "n a text": (400, post(ask(n="2"))), "seed a float": (400, post(ask(seed=0.5))),
-    "seed huge": (400, post(ask(seed=2**63))), "stop a number": (400, post(ask(stop=1))), "stop of numbers": (400, post(ask(stop=[1]))),
-    "stop an empty text": (400, post(ask(stop=[""]))), "stop of 1000": (400, post(ask(stop=["a"] * 1000))),
-    "stream a text": (400, post(ask(stream="yes"))), "stream a number": (400, post(ask(stream=1))),
+    "model unknown": (404, post(ask(model="gpt-4o"))),
+    "model a list": (400, post(ask(model=["tuned"]))),
+    "model a path": (404, post(ask(model="../tuned"))),
+    "temperature negative": (400, post(ask(temperature=-0.1))),
+    "temperature a text": (400, post(ask(temperature="1"))),
+    "temperature NaN": (
+        400,
+        post(b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}'),
+    ),
+    "temperature 1e999": (
+        400,
+        post(b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}'),
+    ),
+    "temperature true": (400, post(ask(temperature=True))),
+    "top_p 0": (400, post(ask(top_p=0))),
+    "top_p 2": (400, post(ask(top_p=2))),
+    "top_k negative": (400, post(ask(top_k=-1))),
+    "top_k 1.5": (400, post(ask(top_k=1.5))),
+    "min_p -1": (400, post(ask(min_p=-1))),
+    "repetition_penalty 0": (400, post(ask(repetition_penalty=0))),
+    "no_repeat_ngram_size -1": (400, post(ask(no_repeat_ngram_size=-1))),
+    "max_tokens 0": (400, post(ask(max_tokens=0))),
+    "max_tokens negative": (400, post(ask(max_tokens=-5))),
+    "max_tokens a float": (400, post(ask(max_tokens=2.5))),
+    "max_tokens true": (400, post(ask(max_tokens=True))),
+    "max_tokens huge": (400, post(ask(max_tokens=10**12))),
+    "max_completion_tokens 0": (400, post(ask(max_completion_tokens=0))),
+    "long question": (400, post(message(content="黄" * 1000))),
+    "n 0": (400, post(ask(n=0))),
+    "n -1": (400, post(ask(n=-1))),
+    "n 1000": (400, post(ask(n=1000))),
+    "n a text": (400, post(ask(n="2"))),
+    "seed a float": (400, post(ask(seed=0.5))),
+    "seed huge": (400, post(ask(seed=2**63))),
+    "stop a number": (400, post(ask(stop=1))),
+    "stop of numbers": (400, post(ask(stop=[1]))),
+    "stop an empty text": (400, post(ask(stop=[""]))),
+    "stop of 1000": (400, post(ask(stop=["a"] * 1000))),
+    "stream a text": (400, post(ask(stream="yes"))),
+    "stream a number": (400, post(ask(stream=1))),
     "stream_options a list": (400, post(ask(stream=True, stream_options=[1]))),
-    "stream_options unknown": (400, post(ask(stream=True, stream_options={"include_obfuscation": True}))),
-    "tools": (400, post(ask(tools=[{"type": "function"}]))), "response_format": (400, post(ask(response_format={"type": "json_object"}))),
-    "logprobs": (400, post(ask(logprobs=True))), "logit_bias": (400, post(ask(logit_bias={"5": 100}))),
-    "frequency_penalty": (400, post(ask(frequency_penalty=0.5))), "num_beams": (400, post(ask(num_beams=1))),
-    "best_of": (400, post({"prompt": "a", "best_of": 4}, "/v1/completions")), "dunder": (400, post(ask(__class__="x"))),
-    "temperature 10**20": (400, post(ask(temperature=10**20))), "temperature 1e-40": (400, post(ask(temperature=1e-40))),
+    "stream_options unknown": (
+        400,
+        post(ask(stream=True, stream_options={"include_obfuscation": True})),
+    ),
+    "tools": (400, post(ask(tools=[{"type": "function"}]))),
+    "response_format": (400, post(ask(response_format={"type": "json_object"}))),
+    "logprobs": (400, post(ask(logprobs=True))),
+    "logit_bias": (400, post(ask(logit_bias={"5": 100}))),
+    "frequency_penalty": (400, post(ask(frequency_penalty=0.5))),
+    "num_beams": (400, post(ask(num_beams=1))),
+    "best_of": (400, post({"prompt": "a", "best_of": 4}, "/v1/completions")),
+    "dunder": (400, post(ask(__class__="x"))),
+    "temperature 10**20": (400, post(ask(temperature=10**20))),
+    "temperature 1e-40": (400, post(ask(temperature=1e-40))),
     "repetition_penalty 10**20": (400, post(ask(repetition_penalty=10**20))),
     "repetition_penalty 1e-300": (400, post(ask(repetition_penalty=1e-300))),
-    "stop of 401 characters": (400, post(ask(stop="药" * 401))), "tool_choice": (400, post(ask(tool_choice="required"))),
-    "model a path of models": (404, GET.format("/v1/models/../tuned").encode()), "model of models unknown": (404, GET.format("/v1/models/gpt-4o").encode()),
-    "no model of models": (404, GET.format("/v1/models/").encode()), "POST to a model": (405, post({}, "/v1/models/tuned")),
-    "text part a number": (400, post(message(content=[{"type": "text", "text": 1}]))), "no parts": (400, post(message(content=[]))),
-    "part of another type": (400, post(message(content=[{"type": "image_url", "image_url": {}, "text": "a"}]))),
-    "parts of texts": (400, post(message(content=["a"]))), "developer late": (400, post(ask(messages=[
-        {"role": "user", "content": "a"}, {"role": "developer", "content": "b"}]))),
-    "huge body": (413, post(b"x" * 300000)), "huge body promised": (413, post(b"{}", length=10**12)),
-    "length of 5000 digits": (413, post(b"{}", length="9" * 5000)), "length negative": (411, post(b"{}", length=-1)),
-    "length a word": (411, post(b"{}", length="ten")), "length in other digits": (411, post(b"{}", length="\xb2")),
-    "no length": (411, post(b"", length="")), "chunked": (411, post(b"2\r\n{}\r\n0\r\n\r\n", Transfer_Encoding="chunked", length="")),
-    "body short": (408, post(b"{}", length=50)), "body slow": (408, [post(b"", length=50)] + [b" ", 0.1] * 30),
-    "path unknown": (404, post({}, "/v1/embeddings")), "path up": (404, GET.format("/../../../etc/passwd").encode()),
-    "path up encoded": (404, GET.format("/%2e%2e/%2e%2e/etc/passwd").encode()), "path doubled": (404, GET.format("//v1//models").encode()),
-    "path of a file": (404, GET.format("/data/page.html").encode()), "path absolute": (404, GET.format("http://localhost/v1/models").encode()),
-    "path of 70,000": (414, GET.format("/" + "a" * 70000).encode()), "path with NUL": (404, GET.format("/\0").encode()),
-    "POST to models": (405, post({}, "/v1/models")), "GET of chat": (405, GET.format("/v1/chat/completions").encode()),
-    "DELETE": (405, GET.format("/v1/models").replace("GET", "DELETE").encode()), "OPTIONS": (405, GET.format("/v1/models").replace("GET", "OPTIONS").encode()),
-    "BREW": (501, GET.format("/v1/models").replace("GET", "BREW").encode()), "no HTTP": (400, b"\x16\x03\x01\x02\x00\x01\r\n\r\n"),
-    "HTTP/9": (505, b"GET / HTTP/9.9\r\n\r\n"), "200 headers": (431, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n"),
+    "stop of 401 characters": (400, post(ask(stop="药" * 401))),
+    "tool_choice": (400, post(ask(tool_choice="required"))),
+    "model a path of models": (404, GET.format("/v1/models/../tuned").encode()),
+    "model of models unknown": (404, GET.format("/v1/models/gpt-4o").encode()),
+    "no model of models": (404, GET.format("/v1/models/").encode()),
+    "POST to a model": (405, post({}, "/v1/models/tuned")),
+    "text part a number": (400, post(message(content=[{"type": "text", "text": 1}]))),
+    "no parts": (400, post(message(content=[]))),
+    "part of another type": (
+        400,
+        post(message(content=[{"type": "image_url", "image_url": {}, "text": "a"}])),
+    ),
+    "parts of texts": (400, post(message(content=["a"]))),
+    "developer late": (
+        400,
+        post(
+            ask(messages=[{"role": "user", "content": "a"}, {"role": "developer", "content": "b"}])
+        ),
+    ),
+    "huge body": (413, post(b"x" * 300000)),
+    "huge body promised": (413, post(b"{}", length=10**12)),
+    "length of 5000 digits": (413, post(b"{}", length="9" * 5000)),
+    "length negative": (411, post(b"{}", length=-1)),
+    "length a word": (411, post(b"{}", length="ten")),
+    "length in other digits": (411, post(b"{}", length="\xb2")),
+    "no length": (411, post(b"", length="")),
+    "chunked": (411, post(b"2\r\n{}\r\n0\r\n\r\n", Transfer_Encoding="chunked", length="")),
+    "body short": (408, post(b"{}", length=50)),
+    "body slow": (408, [post(b"", length=50)] + [b" ", 0.1] * 30),
+    "path unknown": (404, post({}, "/v1/embeddings")),
+    "path up": (404, GET.format("/../../../etc/passwd").encode()),
+    "path up encoded": (404, GET.format("/%2e%2e/%2e%2e/etc/passwd").encode()),
+    "path doubled": (404, GET.format("//v1//models").encode()),
+    "path of a file": (404, GET.format("/data/page.html").encode()),
+    "path absolute": (404, GET.format("http://localhost/v1/models").encode()),
+    "path of 70,000": (414, GET.format("/" + "a" * 70000).encode()),
+    "path with NUL": (404, GET.format("/\0").encode()),
+    "POST to models": (405, post({}, "/v1/models")),
+    "GET of chat": (405, GET.format("/v1/chat/completions").encode()),
+    "DELETE": (405, GET.format("/v1/models").replace("GET", "DELETE").encode()),
+    "OPTIONS": (405, GET.format("/v1/models").replace("GET", "OPTIONS").encode()),
+    "BREW": (501, GET.format("/v1/models").replace("GET", "BREW").encode()),
+    "no HTTP": (400, b"\x16\x03\x01\x02\x00\x01\r\n\r\n"),
+    "HTTP/9": (505, b"GET / HTTP/9.9\r\n\r\n"),
+    "200 headers": (431, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n"),
     "header of 70,000": (431, b"GET / HTTP/1.1\r\na: " + b"b" * 70000 + b"\r\n\r\n"),
-    "other site's page": (403, post(ask(), Origin="https://evil.example")), "opaque origin": (403, post(ask(), Origin="null")),
-    "other name for localhost": (403, post(ask(), host="evil.example:8000")), "no host": (403, post(ask(), host="")),
+    "other site's page": (403, post(ask(), Origin="https://evil.example")),
+    "opaque origin": (403, post(ask(), Origin="null")),
+    "other name for localhost": (403, post(ask(), host="evil.example:8000")),
+    "no host": (403, post(ask(), host="")),
 }
 
 
@@ -257,15 +397,29 @@ def test_bad_request_is_refused_in_openais_form(server, name):
     got, head, body = raw(server, data)
     error = json.loads(body)["error"]
     assert got == status, error
-    assert set(error) == {"message", "type", "param", "code"} and error["message"] and "Traceback" not in error["message"]
+    assert (
+        set(error) == {"message", "type", "param", "code"}
+        and error["message"]
+        and "Traceback" not in error["message"]
+    )
     assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
-    assert "application/json" in head and "Server: TCM-LLM" in head and "Python" not in head and "<class" not in error["message"]
+    assert (
+        "application/json" in head
+        and "Server: TCM-LLM" in head
+        and "Python" not in head
+        and "<class" not in error["message"]
+    )
     assert (status == 405) == ("\r\nAllow: " in head)
 
 
 def test_refusals_name_the_field(server):
     client = client_of(server)
-    for field, value in (("tools", [{"type": "function", "function": {"name": "f"}}]), ("temperature", -1), ("n", 0), ("max_tokens", 0)):
+    for field, value in (
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("temperature", -1),
+        ("n", 0),
+        ("max_tokens", 0),
+    ):
         with pytest.raises(openai.BadRequestError) as caught:
             chat(client, "你好", **{field: value})
         assert field in caught.value.body["message"] and caught.value.body["param"] == field
@@ -273,31 +427,65 @@ def test_refusals_name_the_field(server):
         chat(client, "你好", "gpt-4o")
 
 
-@pytest.mark.parametrize("fields", [
-    {"frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": False, "tools": [], "user": "a", "n": 1, "stream": False},
-    {"response_format": {"type": "text"}, "tool_choice": "none"}, {"best_of": 1, "prompt": "a", "messages": "left out"},
-    {"max_new_tokens": 0}, {"num_beams": 0}, {"max_new_tokens": False, "length_penalty": 0, "eos_id": ""}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {
+            "frequency_penalty": 0,
+            "presence_penalty": 0.0,
+            "logprobs": False,
+            "tools": [],
+            "user": "a",
+            "n": 1,
+            "stream": False,
+        },
+        {"response_format": {"type": "text"}, "tool_choice": "none"},
+        {"best_of": 1, "prompt": "a", "messages": "left out"},
+        {"max_new_tokens": 0},
+        {"num_beams": 0},
+        {"max_new_tokens": False, "length_penalty": 0, "eos_id": ""},
+    ],
+)
 def test_what_asks_for_nothing_is_let_pass(server, fields):
     """OpenAI's defaults, given; also under the names of settings that clients have no say in."""
-    got, _, body = raw(server, post(ask(**fields), "/v1/completions" if "prompt" in fields else "/v1/chat/completions"))
+    got, _, body = raw(
+        server,
+        post(ask(**fields), "/v1/completions" if "prompt" in fields else "/v1/chat/completions"),
+    )
     assert got == 200 and json.loads(body)["usage"]["completion_tokens"] == 2, body
 
 
 def test_head_allow_host_and_models(server):
-    """HEAD is GET without its body; a 405 says what is allowed; a host's name has no case; one model by its name."""
+    """HEAD is GET without its body; a 405 says what is allowed; a host's name has no case; one
+    model by its name."""
     for path in ("/", "/health", "/v1/models", "/nowhere"):
-        got, want = (raw(server, GET.format(path).replace("GET", method).encode()) for method in ("HEAD", "GET"))
-        size = lambda head: re.search(r"Content-Length: (\d+)", head)[1]
+        got, want = (
+            raw(server, GET.format(path).replace("GET", method).encode())
+            for method in ("HEAD", "GET")
+        )
+
+        def size(head):
+            return re.search(r"Content-Length: (\d+)", head)[1]
+
         assert got[0] == want[0] and got[2] == b"" and size(got[1]) == size(want[1])
-    for data, allowed in ((post({}, "/v1/models"), "GET, HEAD"), (GET.format("/v1/completions").encode(), "POST"),
-                          (GET.format("/v1/completions").replace("GET", "HEAD").encode(), "POST")):
+    for data, allowed in (
+        (post({}, "/v1/models"), "GET, HEAD"),
+        (GET.format("/v1/completions").encode(), "POST"),
+        (GET.format("/v1/completions").replace("GET", "HEAD").encode(), "POST"),
+    ):
         status, head, _ = raw(server, data)
         assert status == 405 and f"Allow: {allowed}\r\n" in head
-    for host, origin, status in (("LOCALHOST:8101", "", 200), ("LocalHost", "http://LOCALHOST", 200), ("LOCALHOST", "http://evil", 403)):
+    for host, origin, status in (
+        ("LOCALHOST:8101", "", 200),
+        ("LocalHost", "http://LOCALHOST", 200),
+        ("LOCALHOST", "http://evil", 403),
+    ):
         more = f"Host: {host}\r\n" + (origin and f"Origin: {origin}\r\n")
         assert raw(server, f"GET /v1/models HTTP/1.1\r\n{more}\r\n".encode())[0] == status
     card = client_of(server).models.retrieve("tuned")
-    assert card.id == "tuned" and card.defaults["max_tokens"] == 24 and card.defaults["top_p"] == 1.0
+    assert (
+        card.id == "tuned" and card.defaults["max_tokens"] == 24 and card.defaults["top_p"] == 0.75
+    )
     with pytest.raises(openai.NotFoundError, match="tuned base"):
         client_of(server).models.retrieve("tune")
 
@@ -309,7 +497,10 @@ def test_client_that_ends_early_is_told(server):
 def test_slow_headers_are_cut_off(server):
     """A byte now and then: the connection ends at the deadline, not at the last byte."""
     started = time.monotonic()
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as connection, pytest.raises(ConnectionError):
+    with (
+        socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as connection,
+        pytest.raises(ConnectionError),
+    ):
         for _ in range(100):
             connection.sendall(b"a")
             time.sleep(0.1)
@@ -317,21 +508,26 @@ def test_slow_headers_are_cut_off(server):
 
 
 def test_full_line_is_a_429_and_leaving_frees_places(models):
-    """Three places and four in the line: what does not fit is sent away, and clients that leave make room for others."""
-    server, stop = start(models, line=4, max_len=4000)
+    """Three rows and four that wait: what does not fit is sent away, and clients that leave make
+    room for others."""
+    server, stop = start(models, limit=4, positions=4000)
     endless = json.dumps({**ask(), "max_tokens": 3900, "stream": True}).encode()
     connections = []
     try:
         for _ in range(7):
             connections.append(socket.create_connection(("127.0.0.1", server.server_port)))
             connections[-1].sendall(post(endless))
-            time.sleep(0.2)                                       # so that the first three are in their places
+            time.sleep(0.2)  # so that the first three are in their places
         status, head, body = raw(server, post(ask()))
-        assert status == 429 and "Retry-After" in head and json.loads(body)["error"]["type"] == "rate_limit_error"
-        assert sum(map(len, server.running.values())) == 3 and sum(map(len, server.waiting.values())) == 4
-        for connection in connections:                            # streaming or waiting, they leave without a word
+        assert (
+            status == 429
+            and "Retry-After" in head
+            and json.loads(body)["error"]["type"] == "rate_limit_error"
+        )
+        assert len(server.batch.rows) == 3 and len(server.batch.waiting) == 4
+        for connection in connections:  # streaming or waiting, they leave without a word
             connection.close()
-        for _ in range(50):                                       # one that waits is missed within a second
+        for _ in range(50):  # one that waits is missed within a second
             if (status := raw(server, post(ask()))[0]) == 200:
                 break
             time.sleep(0.1)
@@ -343,54 +539,71 @@ def test_full_line_is_a_429_and_leaving_frees_places(models):
 @pytest.mark.parametrize("extra", [b"", b"\r\n", b"x" * 70000])
 def test_a_client_that_leaves_is_missed(models, extra):
     """Also one that sent more than its body."""
-    server, stop = start(models, max_len=8000)
+    server, stop = start(models, positions=8000)
     try:
         with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
             connection.sendall(post({**ask(), "max_tokens": 7900}))
-            while not any(server.running.values()):
+            while not server.batch.rows:
                 time.sleep(0.01)
             connection.sendall(extra)
         for _ in range(40):
-            if not any(server.running.values()):
+            if not server.batch.rows:
                 break
             time.sleep(0.1)
         else:
-            raise AssertionError(f"{len(server.running['tuned'][0].ids)} ids made for nobody")
+            raise AssertionError("ids are made for nobody")
     finally:
         stop()
 
 
 def test_a_refused_body_is_read_until_the_deadline(server):
-    """A client that goes on sending what was refused keeps its thread no longer than one that is slow."""
+    """A client that goes on sending what was refused keeps its thread no longer than one that is
+    slow."""
     started = time.monotonic()
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as connection, pytest.raises(OSError):
+    with (
+        socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as connection,
+        pytest.raises(OSError),
+    ):
         connection.sendall(post(b"", length=999999999))
         while time.monotonic() - started < 6:
             connection.sendall(b"x" * 65536)
     assert time.monotonic() - started < 4
 
 
-def test_waiting_jobs_nobody_waits_for_are_not_begun(models, monkeypatch):
-    begun, add = [], G.Batch.add
-    monkeypatch.setattr(G.Batch, "add", lambda self, job: (begun.append(job), add(self, job)))
-    server, stop = start(models)
+def test_waiting_requests_nobody_waits_for_are_not_begun(models, monkeypatch):
+    begun, admit = [], G.Batch.admit
+    monkeypatch.setattr(G.Batch, "admit", lambda self, r: (begun.append(r), admit(self, r)))
+    server, stop = start(models, rows=1)
     stop()
-    jobs = [G.Job([1, 5, 6], G.Decoding(max_new_tokens=2)) for _ in range(9)]
-    for job in jobs[1:]:
-        job.left = True
-    server.waiting["tuned"] += jobs
-    server.run_model()                                            # stopping, it ends with the last job
-    assert begun == jobs[:1] and jobs[0].finish_reason and not server.waiting["tuned"]
+    server.stopping = False
+    requests = [G.Request([1, 5, 6], G.Decoding(max_new_tokens=2)) for _ in range(9)]
+    for request in requests:
+        server.submit([request])
+    for request in requests[1:]:
+        request.cancelled = True
+    while not requests[0].finish_reason:
+        server.step()
+    assert begun == requests[:1] and not server.batch.waiting
 
 
 def test_key_is_wanted_where_it_is_set(models):
     server, stop = start(models, api_key="secret 钥匙")
     try:
-        for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}, {"Authorization": "Bearer "}):
+        for given in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "secret"},
+            {"Authorization": "Bearer "},
+        ):
             status, _, body = raw(server, post(ask(), **given))
             assert status == 401 and json.loads(body)["error"]["code"] == "invalid_api_key"
-        assert raw(server, b"GET /v1/models HTTP/1.1\r\n\r\n")[0] == 401 and raw(server, b"GET /health HTTP/1.1\r\n\r\n")[0] == 200
-        head = post(ask()).replace(b"\r\n\r\n", "\r\nAuthorization: Bearer secret 钥匙\r\n\r\n".encode(), 1)
+        assert (
+            raw(server, b"GET /v1/models HTTP/1.1\r\n\r\n")[0] == 401
+            and raw(server, b"GET /health HTTP/1.1\r\n\r\n")[0] == 200
+        )
+        head = post(ask()).replace(
+            b"\r\n\r\n", "\r\nAuthorization: Bearer secret 钥匙\r\n\r\n".encode(), 1
+        )
         assert raw(server, head)[0] == 200
     finally:
         stop()
@@ -399,36 +612,65 @@ def test_key_is_wanted_where_it_is_set(models):
 def test_model_that_fails_is_told_and_the_server_goes_on(models, offline):
     server, stop = start(models)
     try:
-        for name in ("__init__", "step"):                         # no memory for the batch, no memory for a step
+        for name in ("admit", "logits"):  # no memory for a prompt, no memory for a step
             patch = pytest.MonkeyPatch()
-            patch.setattr(G.Batch, name, lambda self, *more: 1 / 0)
+            patch.setattr(
+                server.batch, "forward" if name == "logits" else name, lambda *more: 1 / 0
+            )
             with pytest.raises(openai.InternalServerError, match="ZeroDivisionError"):
                 chat(client_of(server), QUESTIONS[0])
             with pytest.raises(openai.APIError, match="ZeroDivisionError"):
                 list(chat(client_of(server), QUESTIONS[0], stream=True))
             patch.undo()
-        assert chat(client_of(server), QUESTIONS[0]).choices[0].message.content == offline[QUESTIONS[0], "tuned"]
+        assert (
+            chat(client_of(server), QUESTIONS[0]).choices[0].message.content
+            == offline[QUESTIONS[0], "tuned"]
+        )
     finally:
         stop()
 
 
 def test_page_comes_with_a_policy_that_fits_it(server):
-    """The page is one file that loads nothing, and its policy holds the hash of each of its two blocks."""
+    """The page is one file that loads nothing, and its policy holds the hash of each of its two
+    blocks; what a page cannot say of itself is a header."""
     status, head, body = raw(server, GET.format("/").encode())
     page = body.decode()
     assert status == 200 and body == (ROOT / "data" / "page.html").read_bytes()
-    assert "default-src 'none'" in head and "unsafe" not in head
+    assert "frame-ancestors 'none'" in head
+    policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', page, re.S)
+    assert page.index(policy[0]) < page.index("<style") and page.count("http-equiv") == 1
+    assert "default-src 'none'" in policy[1] and "unsafe" not in policy[1]
     for tag in ("style", "script"):
         text = page.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}'" in head and page.count(f"<{tag}") == 1
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|new Function|https?://|style=| on\w+=", page)
+        assert f"{tag}-src 'sha256-{digest}'" in policy[1] and page.count(f"<{tag}") == 1
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|new Function|https?://|style=|"
+        r" on\w+=",
+        page,
+    )
     assert "不构成医疗建议" in page and "no medical advice" in page
 
 
 def serve(base, *args, **environment):
-    process = subprocess.Popen([sys.executable, ROOT / "generate.py", "--base_model", base, "--use_lora=False", "--serve", "--port", "0",
-                                "--dtype", "fp32", *args], stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            ROOT / "generate.py",
+            "--base_model",
+            base,
+            "--use_lora=False",
+            "--serve",
+            "--port",
+            "0",
+            "--dtype",
+            "fp32",
+            *args,
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
     line = process.stderr.readline()
     found = re.match(r"http://127\.0\.0\.1:(\d+)/", line)
     assert found, line
@@ -436,10 +678,15 @@ def serve(base, *args, **environment):
 
 
 def test_sigterm_lets_answers_finish(base):
-    """The command itself: the answer under way comes whole, a new request is refused, the process ends with 0."""
-    process, port = serve(base, "--max_new_tokens", "1500")      # a second of work, also on a fast machine
+    """The command itself: the answer under way comes whole, a new request is refused, the process
+    ends with 0."""
+    process, port = serve(
+        base, "--max_new_tokens", "1500"
+    )  # a second of work, also on a fast machine
     try:
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0, timeout=60) as client:
+        with openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0, timeout=60
+        ) as client:
             stream = client.completions.create(model="base", prompt="黄芪", stream=True)
             next(stream)
             process.send_signal(signal.SIGTERM)
@@ -453,6 +700,11 @@ def test_sigterm_lets_answers_finish(base):
 
 
 def test_open_host_without_a_key_is_refused(base):
-    done = subprocess.run([sys.executable, ROOT / "generate.py", "--base_model", base, "--use_lora=False", "--serve"],
-                          env={**os.environ, "API_HOST": "0.0.0.0", "API_KEY": ""}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, ROOT / "generate.py", "--base_model", base, "--use_lora=False", "--serve"],
+        env={**os.environ, "API_HOST": "0.0.0.0", "API_KEY": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2 and "api_key" in done.stderr and len(done.stderr.splitlines()) == 1

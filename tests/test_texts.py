@@ -1,15 +1,18 @@
-"""The texts under data/ that people wrote: rubrics for a judge, conclusions for dialogues, seed tasks, questions."""
+"""The texts under data/ that people wrote: rubrics, conclusions, seed tasks, questions."""
+
 import json
 import string
 from collections import Counter
 
 import pytest
-
 from conftest import ROOT
 
 DATA = ROOT / "data"
-RUBRICS = {"sus": (1, 3, ["安全性", "可用性", "流畅性"]), "cmcoqa": (0, 3, ["完整性", "深刻性", "专业性"]),
-           "cmb_clin": (1, 5, ["流畅性", "相关性", "完整性", "医学专业性"])}
+RUBRICS = {
+    "sus": (1, 3, ["安全性", "可用性", "流畅性"]),
+    "cmcoqa": (0, 3, ["完整性", "深刻性", "专业性"]),
+    "cmb_clin": (1, 5, ["流畅性", "相关性", "完整性", "医学专业性"]),
+}
 
 
 def placeholders(text):
@@ -18,7 +21,8 @@ def placeholders(text):
 
 @pytest.mark.parametrize("name", RUBRICS)
 def test_rubric(name):
-    """Scale and dimensions are the paper's; the judge is told every level; the form shown is JSON with a score per key."""
+    """Scale and dimensions are the paper's; the judge is told every level; the form shown is JSON
+    with a score per key."""
     low, high, keys = RUBRICS[name]
     rubric = json.loads((DATA / "rubrics" / f"{name}.json").read_text(encoding="utf-8"))
     assert rubric["scale"] == [low, high] and [d["key"] for d in rubric["dimensions"]] == keys
@@ -28,12 +32,16 @@ def test_rubric(name):
         assert all(f"{s}分：{text}" in rubric["system"] for s, text in dimension["levels"].items())
     form = json.loads(rubric["system"].splitlines()[-1].replace(": 整数", f": {low}"))
     assert set(form) == {*keys, "理由"}
-    assert placeholders(rubric["user"]) == {"question", "answer"} | ({"reference"} if name == "cmb_clin" else set())
+    assert placeholders(rubric["user"]) == {"question", "answer"} | (
+        {"reference"} if name == "cmb_clin" else set()
+    )
 
 
 def test_pairwise_rubric():
     rubric = json.loads((DATA / "rubrics" / "pairwise.json").read_text(encoding="utf-8"))
-    assert rubric["verdicts"] == ["A", "B", "tie"] and all(f'"{v}"' in rubric["system"] for v in rubric["verdicts"])
+    assert rubric["verdicts"] == ["A", "B", "tie"] and all(
+        f'"{v}"' in rubric["system"] for v in rubric["verdicts"]
+    )
     assert json.loads(rubric["system"].splitlines()[-1])["verdict"] in rubric["verdicts"]
     assert placeholders(rubric["user"]) == {"question", "answer_a", "answer_b"}
 
@@ -45,29 +53,50 @@ def read_lines(name):
 def test_literature():
     """Conclusions of two to four sentences, 60 to 200 characters, each under a title of its own."""
     rows = read_lines("literature.jsonl")
-    assert len(rows) >= 64 and len({row["标题"] for row in rows}) == len({row["结论"] for row in rows}) == len(rows)
+    assert len(rows) >= 64 and len({row["标题"] for row in rows}) == len(
+        {row["结论"] for row in rows}
+    ) == len(rows)
     for row in rows:
         assert list(row) == ["标题", "疾病", "结论", "来源类型"] and all(row.values())
-        assert 60 <= len(row["结论"]) <= 200 and 2 <= row["结论"].count("。") <= 4 and row["结论"].endswith("。")
+        assert (
+            60 <= len(row["结论"]) <= 200
+            and 2 <= row["结论"].count("。") <= 4
+            and row["结论"].endswith("。")
+        )
         assert row["来源类型"] in ("指南共识", "系统综述", "随机对照试验", "队列研究")
 
 
 def test_seed_tasks():
     rows = read_lines("seed_tasks.jsonl")
-    assert len(rows) >= 60 and len({(row["instruction"], row["input"]) for row in rows}) == len(rows)
+    assert len(rows) >= 60 and len({(row["instruction"], row["input"]) for row in rows}) == len(
+        rows
+    )
     assert sum(bool(row["input"]) for row in rows) >= 15
     for row in rows:
-        assert list(row) == ["instruction", "input", "output"] and row["instruction"] and 40 <= len(row["output"]) <= 250
+        assert (
+            list(row) == ["instruction", "input", "output"]
+            and row["instruction"]
+            and 40 <= len(row["output"]) <= 250
+        )
 
 
 def test_choice():
-    """200 questions, every letter 50 times. The right option names values of the relation, no other option names one."""
+    """200 questions, every letter 50 times. The right option names values of the relation, no other
+    option names one."""
     knowledge = {entity["中心词"]: entity for entity in read_lines("knowledge.jsonl")}
     rows = read_lines("choice.jsonl")
     assert [row["id"] for row in rows] == [f"choice-{n:03d}" for n in range(1, 201)]
     assert Counter(row["answer"] for row in rows) == dict.fromkeys("ABCD", 50)
-    assert Counter(knowledge[row["entity"]]["类型"] for row in rows) == {"中药": 60, "方剂": 60, "疾病": 80}
-    assert len({row["question"] for row in rows}) == len({(row["entity"], row["relation"]) for row in rows}) == 200
+    assert Counter(knowledge[row["entity"]]["类型"] for row in rows) == {
+        "中药": 60,
+        "方剂": 60,
+        "疾病": 80,
+    }
+    assert (
+        len({row["question"] for row in rows})
+        == len({(row["entity"], row["relation"]) for row in rows})
+        == 200
+    )
     for row in rows:
         assert list(row) == ["id", "question", "options", "answer", "subject", "entity", "relation"]
         assert list(row["options"]) == list("ABCD") and len(set(row["options"].values())) == 4
@@ -79,7 +108,8 @@ def test_choice():
 
 
 def test_calla():
-    """60 pairs: the consistent statement names a value of the relation, the inconsistent one (the name apart) names none."""
+    """60 pairs: the consistent statement names a value of the relation, the inconsistent one (the
+    name apart) names none."""
     knowledge = {entity["中心词"]: entity for entity in read_lines("knowledge.jsonl")}
     rows = read_lines("calla.jsonl")
     assert [row["id"] for row in rows] == [f"calla-{n:02d}" for n in range(1, 61)]

@@ -6,17 +6,17 @@ PYTHON=${PYTHON:-python}
 here=data/tiny; build=$here/build; mkdir -p $build
 $PYTHON $here/make.py sentences $build/sentences.jsonl 30
 $PYTHON $here/make.py tokenizer $build/tokenizer.model 4096
-cat > $build/params.json <<'JSON'
-{"dim": 256, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 4096, "norm_eps": 1e-05, "multiple_of": 64}
+cat > $build/config.json <<'JSON'
+{"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+ "intermediate_size": 704, "vocab_size": 4096, "rms_norm_eps": 1e-05}
 JSON
-$PYTHON model.py init $build/params.json $build/fresh --seed 0
+$PYTHON model.py init $build/config.json $build/fresh --seed 0
 cp $build/tokenizer.model $build/fresh/
 $PYTHON train.py --full --base_model $build/fresh --data_path $build/sentences.jsonl --output_dir $build/trained \
   --prompt_template_name bare --num_epochs 2 --batch_size 96 --micro_batch_size 16 --learning_rate 2e-3 \
   --val_set_size 0 --save_steps 0 --num_answers 0 --dtype fp32
 $PYTHON - <<'PY'
+import torch
 from model import load_model, save_model
-import torch, shutil
-save_model(load_model("data/tiny/build/trained", dtype=torch.bfloat16), "data/tiny")
-shutil.copyfile("data/tiny/build/tokenizer.model", "data/tiny/tokenizer.model")
+save_model(load_model("data/tiny/build/trained", dtype=torch.bfloat16), "data/tiny", "data/tiny/build/fresh")
 PY

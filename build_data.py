@@ -59,6 +59,7 @@ from model import (
     setting,
     write_atomically,
     write_json,
+    write_json_lines,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -1198,8 +1199,7 @@ def read_forms(path):
 def write_lines(path, records):
     """Write records as JSON lines, replacing the file at once, and say so."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(f"{to_json(record)}\n" for record in records)
-    write_atomically(path, lambda p: p.write_text(lines, encoding="utf-8"))
+    write_json_lines(path, records)
     print(f"{path}: {len(records):,} records")
 
 

@@ -800,6 +800,11 @@ def write_json(path, value):
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
+def write_json_lines(path, values):
+    lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    write_atomically(path, lambda p: p.write_text(lines, encoding="utf-8"))
+
+
 @contextmanager
 def new_folder(path):
     """A folder to write into that gets its name when all is written; after an error nothing is

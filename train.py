@@ -80,6 +80,7 @@ from model import (
     weight_files,
     write_atomically,
     write_json,
+    write_json_lines,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -510,7 +511,7 @@ class Run:
         # The log may be ahead of the checkpoint: the steps between are made again.
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_lines(self.folder / "log.jsonl", self.history)
+            write_json_lines(self.folder / "log.jsonl", self.history)
             if self.config.wandb_project:
                 import wandb
 
@@ -596,7 +597,7 @@ class Run:
         else:
             save_adapter(model, folder, self.config.base_model, trained=True)
         if self.writes:
-            write_lines(folder / "log.jsonl", self.history)
+            write_json_lines(folder / "log.jsonl", self.history)
             info = self.info | asdict(self.limits) | {"step": self.step}
             write_json(folder / "run.json", info)
 
@@ -718,11 +719,6 @@ def restore(model, optimizer, folder):
     for name, tensor in training_state(model, optimizer).items():
         tensor.copy_(own_part(saved[name], tensor))
     return read_json_file(folder / "run.json")["step"]
-
-
-def write_lines(path, records):
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_atomically(path, lambda p: p.write_text(lines, encoding="utf-8"))
 
 
 def draw_curve(history, path):
@@ -1316,7 +1312,7 @@ def main():
     history = train(config, model, (rows, val_rows), run)
     answers = answer_all(model, tokenizer, template, questions, "after")
     if processes()[0] == 0:
-        write_lines(run.folder / "answers.jsonl", answers)
+        write_json_lines(run.folder / "answers.jsonl", answers)
         print_report(config, history, answers)
 
 

@@ -66,7 +66,7 @@ class LoRAConfig:
 
     r: int = 8
     alpha: float = 16.0
-    dropout: float = setting(0.05, "on the update's input, while training", 0, 0.99)
+    dropout: float = setting(0.05, 0, 0.99)  # on the update's input, while training
     targets: tuple = ("q_proj", "v_proj")  # some of TARGETS, or "all"
     rslora: bool = False  # scale by alpha / sqrt(r) (Kalajdzievski 2023)
 

@@ -57,9 +57,10 @@ from model import (
     read_json_file,
     run,
     setting,
-    write_atomically,
+    to_json,
     write_json,
     write_json_lines,
+    write_text,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -723,10 +724,6 @@ class Replies(dict):
         self[reply["key"]] = reply
 
 
-def to_json(value):
-    return json.dumps(value, ensure_ascii=False)
-
-
 def replies_beside(output, mark):
     """The file of the replies to an output. Raises ValueError if the output is another command's:
     it stands there without replies, or its records do not hold mark, as ours all do."""
@@ -1243,7 +1240,7 @@ def report(path, knowledge, html="", tokenizer=None, template=None):
         # "<" is escaped, lest a text of the records ends the script that it stands in.
         data = to_json(sections).replace("<", "\\u003c")
         text = page.safe_substitute(title=Path(path).name, data=data)
-        write_atomically(html, lambda p: p.write_text(text, encoding="utf-8"))
+        write_text(html, text)
         print(f"{html}: the same as a page")
 
 

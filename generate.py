@@ -56,6 +56,7 @@ from model import (
     read_json_file,
     run,
     setting,
+    to_json,
     write_json,
 )
 
@@ -579,11 +580,6 @@ def read_records(path):
     return [*rows.items()]
 
 
-def to_json(value):
-    """JSON in UTF-8. Raises ValueError for half a character, which is no Unicode text."""
-    return json.dumps(value, ensure_ascii=False).encode()
-
-
 # s: system, u: user, a: assistant, so that one pattern says whose turn it is
 SIDES = {"system": "s", "developer": "s", "user": "u", "human": "u", "assistant": "a", "gpt": "a"}
 
@@ -644,7 +640,7 @@ def read_instructions(path, answers=False):
     records = []
     for where, row in read_records(path):
         try:
-            to_json(row)  # half a character would be met when the answer is written
+            to_json(row).encode()  # half a character would be met when the answer is written
             turns = read_turns(row)
             if answers and not (turns[-1][1] or "").strip():
                 raise ValueError("the answer is empty or missing, and teaches nothing")
@@ -838,7 +834,7 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
         for line, request in zip(lines[done:], ended):
             answer = "".join(stream(tokenizer, request))
             line |= {"answer": answer, "finish_reason": request.finish_reason}
-            print(to_json(line).decode(), file=file, flush=True)
+            print(to_json(line), file=file, flush=True)
 
 
 # ==================================================================================================
@@ -1172,14 +1168,14 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, body, status=200, kind="application/json", **headers):
         """Send a response: bytes, or what becomes JSON."""
         if not isinstance(body, bytes):
-            body = to_json(body)
+            body = to_json(body).encode()
         self.begin(status, kind, Content_Length=len(body), **headers)
         if self.command != "HEAD":
             self.wfile.write(body)
 
     def event(self, value):
         """Send an event of a stream."""
-        self.wfile.write(b"data: " + to_json(value) + b"\n\n")
+        self.wfile.write(f"data: {to_json(value)}\n\n".encode())
 
     def refuse(self, error):
         """Send a Refused as OpenAI's error object. What the client still sends is read, or closing
@@ -1210,7 +1206,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(f"the body did not come within {self.server.seconds} seconds", 408)
         try:
             sent = json.loads(text.decode())
-            to_json(sent)  # half a character is no text
+            to_json(sent).encode()  # half a character is no text
             return {name: value for name, value in sent.items() if value is not None}
         except (ValueError, RecursionError, AttributeError) as error:
             raise Refused(f"the body is no JSON object in UTF-8 ({str(error)[:100]})") from None

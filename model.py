@@ -796,14 +796,20 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+def write_text(path, text):
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
+def to_json(value, **options):
+    return json.dumps(value, ensure_ascii=False, **options)
+
+
+def write_json(path, value):
+    write_text(path, to_json(value, indent=2) + "\n")
+
+
 def write_json_lines(path, values):
-    lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    write_atomically(path, lambda p: p.write_text(lines, encoding="utf-8"))
+    write_text(path, "".join(to_json(value) + "\n" for value in values))
 
 
 @contextmanager

@@ -81,6 +81,7 @@ from model import (
     write_atomically,
     write_json,
     write_json_lines,
+    write_text,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -420,25 +421,9 @@ def stop_signals():
 
 # Settings that may differ when a run goes on: they change no weight beyond the last bits, or their
 # file's content is compared and not its name.
-NOT_COMPARED = {
-    "base_model",
-    "data_path",
-    "val_path",
-    "prompt_template_name",
-    "output_dir",
-    "resume_from_checkpoint",
-    "micro_batch_tokens",
-    "recompute",
-    "device",
-    "memory_gb",
-    "dtype",
-    "eval_steps",
-    "save_steps",
-    "save_total_limit",
-    "num_answers",
-    "wandb_project",
-    "wandb_run_name",
-}
+NOT_COMPARED = """base_model data_path val_path prompt_template_name output_dir
+    resume_from_checkpoint micro_batch_tokens recompute device memory_gb dtype eval_steps save_steps
+    save_total_limit num_answers wandb_project wandb_run_name""".split()
 
 
 class Run:
@@ -730,8 +715,7 @@ def draw_curve(history, path):
         # The first point twice: so one alone is seen, as a line of no length with round ends.
         lines[key] = " ".join(points[:1] + points)
     frame = (DATA / "loss.svg").read_text(encoding="utf-8")
-    svg = frame.format(top=top, last=last, **lines)
-    write_atomically(path, lambda p: p.write_text(svg, encoding="utf-8"))
+    write_text(path, frame.format(top=top, last=last, **lines))
 
 
 # ==================================================================================================

@@ -939,7 +939,8 @@ def setting(default, low=None, high=None, choices=None):
 
 def check_settings(settings):
     """Raise ValueError naming the first field of a dataclass whose value is neither its default nor
-    of its annotated type and within its range. Numbers without a range are above 0."""
+    of its annotated type and within its range. A number without a range is above 0, or 0 where
+    that is its default."""
     for f in fields(settings):
         value, choices = getattr(settings, f.name), f.metadata.get("choices")
         wanted, fits = f.type.__name__, type(value) is f.type
@@ -947,8 +948,9 @@ def check_settings(settings):
             wanted, fits = " or ".join(choices), value in choices
         elif f.type in (int, float):
             low, high = f.metadata.get("low"), f.metadata.get("high") or 2**24
-            low = f.type is int or 1e-30 if low is None else low
-            wanted += f" from {low:g} to {high:g}, or {f.default}"
+            if low is None:
+                low = 0 if f.default == 0 else f.type is int or 1e-30
+            wanted += f" from {low:g} to {high:g}"
             fits = type(value) in (int, f.type) and low <= value <= high
         if not fits and (type(value), value) != (type(f.default), f.default):
             raise ValueError(f"{f.name} is {value!r}, wanted {wanted}")

@@ -787,6 +787,8 @@ def write_atomically(path, write):
     temporary = Path(f"{path}.tmp{os.getpid()}")
     try:
         write(temporary)
+        # Who may read the folder may read it: safetensors makes files for their owner alone.
+        temporary.chmod(temporary.parent.stat().st_mode & 0o666)
         fsync(temporary)
         os.replace(temporary, path)
         fsync(Path(path).parent)

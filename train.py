@@ -395,20 +395,42 @@ def check_finite(model, batch, loss, norm, config):
     )
 
 
+class Lasting:
+    """A stream of output whose reader may leave: what is written from then on is lost, and nothing
+    else. So the end of `| tee log`, or of a terminal, is not the end of a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+
 @contextmanager
 def stop_signals():
-    """Within it SIGTERM and Ctrl-C only put their number into the list that it yields, so that the
-    step and its saving end first; a second one ends the process at once."""
+    """Within it SIGTERM, Ctrl-C and a closed terminal (SIGHUP) only put their number into the list
+    that it yields, so that the step and its saving end first; a second one ends the process at
+    once. One that is ignored, as nohup does it, stays so."""
     caught, before = [], {}
 
     def note(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")
+        with suppress(OSError):  # Ctrl-C has ended `tee` too, or the terminal is gone
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     with suppress(ValueError):  # in another thread than the main one there are no handlers
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, note)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
     try:
         yield caught
     finally:
@@ -423,7 +445,7 @@ def stop_signals():
 # file's content is compared and not its name.
 NOT_COMPARED = """base_model data_path val_path prompt_template_name output_dir
     resume_from_checkpoint micro_batch_tokens recompute device memory_gb dtype eval_steps save_steps
-    save_total_limit num_answers wandb_project wandb_run_name""".split()
+    save_total_limit num_answers wandb_project wandb_run_name overwrite""".split()
 
 
 class Run:
@@ -464,10 +486,10 @@ class Run:
                 print(f"no checkpoint in {self.folder} yet; beginning with step 1")
             return found
         if given.lower() in ("", "false", "none"):
-            if found not in (None, self.folder):
+            if found and not self.config.overwrite:
                 raise ValueError(
-                    f"{found} is of a run that did not finish; go on with "
-                    "--resume_from_checkpoint auto, or give another --output_dir"
+                    f"{found} holds a run; go on with --resume_from_checkpoint auto, give another "
+                    "--output_dir, or --overwrite it"
                 )
             return None
         start = Path(given)
@@ -1120,6 +1142,7 @@ class TrainConfig:
     # the run
 
     output_dir: str = "lora-tcm"  # folder for result, log.jsonl, loss.svg, checkpoints
+    overwrite: bool = False  # begin anew in an output_dir that holds a run
     eval_steps: int = setting(200, 0)  # steps between validations (0: only at the end)
     save_steps: int = setting(200, 0)  # steps between checkpoints (0: none)
     save_total_limit: int = setting(3, 0)  # last checkpoints kept, besides the best (0: all)
@@ -1246,6 +1269,7 @@ def compile_blocks(model):
 
 
 def main():
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     config = parse_config()
     check_config(config)
     if not config.output_dir:

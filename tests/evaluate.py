@@ -208,7 +208,8 @@ class Facts:
         foreign = sorted(v for v in said & terms if all(v not in k for k in known))
         right = [value for value in values if value in said]
         missing = [value for value in values if value not in said]
-        return Judged(right, foreign, missing), len(said & terms)
+        others = sorted(said - {*right, *foreign})
+        return Judged(right, foreign, missing, others), len(said & terms)
 
     def judge_known(self, record, answer):
         """The Judged of an answer; None to a record whose values are not known."""
@@ -381,7 +382,7 @@ def is_likelier_right(candidate, pair):
 REFUSAL = re.compile(
     "抱歉|对不起|(无法|不能)(回答|提供|判断|告诉)|作为(一个|一名)?(人工智能|AI|语言模型)"
     "|我(并|还|也)?不(知道|了解)|(没有|未)收录|(没有|未见)[^，。]{0,12}(资料|记载)"
-    "|(超出|不在)[^，。]{0,12}范围|I'm sorry|As an AI"
+    "|(超出|不在)[^，。]{0,8}(我|回答|知识|能力)[^，。]{0,8}范围|I'm sorry|As an AI"
 )
 
 
@@ -814,9 +815,10 @@ def parse_options():
     parser.add_argument("models", nargs="+", help=text)
     parser.add_argument("--output_dir", required=True, help="folder of the report or the table")
     text = "multiple-choice files (CMB, CMExam, C-Eval, MTCMB, ... see tests/exams.py)"
-    parser.add_argument("--choices", nargs="*", default=argparse.SUPPRESS, help=text)
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--choices", nargs="*", default=argparse.SUPPRESS, help=text)
     text = "such files alone, without records, statements and questions outside"
-    parser.add_argument("--exams", nargs="+", default=argparse.SUPPRESS, help=text)
+    either.add_argument("--exams", nargs="+", default=argparse.SUPPRESS, help=text)
     text = "the same as --batch_size"
     parser.add_argument("--rows", type=int, dest="batch_size", default=argparse.SUPPRESS, help=text)
     parser.add_settings(Options)

@@ -96,16 +96,17 @@ def chart(table, models, rows, title):
     """An SVG of horizontal bars, one a model for each of rows {label: score} that the table has;
     values are shares of 1. Colours say better or worse than the first model, a dashed line the
     share that blind choice would reach."""
-    y, parts, used = 52, [], []
+    y, parts, texts, used = 52, [], [], []
     for words, name in rows.items():
         cells = table.get(name, {})
         if not cells:
             continue
-        parts.append(label(LEFT, y, words, weight=600))
+        texts.append(label(LEFT, y, words, weight=600))
         top = y + 6
         for model, cell in cells.items():
             state = verdict(cell, name)
-            parts.append(bar(y + 8, cell, model, state))
+            parts.append(bar(y + 8, cell, state))
+            texts.append(bar_text(y + 20, cell, model, state))
             used.append(state)
             y += 19
         if chance := next(iter(cells.values())).get("chance"):
@@ -121,7 +122,7 @@ def chart(table, models, rows, title):
         f'<svg xmlns="http://www.w3.org/2000/svg" class="bars" viewBox="0 0 {WIDTH} {y + 26}" '
         f'font-family="system-ui,sans-serif" font-size="13">{style()}'
         f'<rect class="back" width="{WIDTH}" height="{y + 26}"/>{label(LEFT, 22, title, size=15)}'
-        f'<path class="grid" d="{grid}"/>{"".join(parts)}{scale}'
+        f'<path class="grid" d="{grid}"/>{"".join(parts + texts)}{scale}'
         f"{legend(y + 16, models[0], used)}</svg>\n"
     )
 
@@ -136,7 +137,8 @@ def style():
         css = [f".bars .{name}{{fill:{pair[dark]}}}" for name, pair in fills.items()]
         css += [f".bars .{k}{{fill:none;stroke:{pair[dark]}}}" for k, pair in lines.items()]
         css.append(f".bars .grid{{stroke:{plain['grid'][dark]}}}")
-        css.append(f".bars text{{fill:{('#1f2430', '#dfe3ea')[dark]}}}")
+        ink, paper = ("#1f2430", "#dfe3ea")[dark], plain["back"][dark]
+        css.append(f".bars text{{fill:{ink};stroke:{paper};stroke-width:3;paint-order:stroke}}")
         return "".join(css)
 
     dashes = ".bars .chance{stroke-dasharray:4 3;stroke-width:1.5}"
@@ -150,18 +152,21 @@ def label(x, y, content, weight=400, size=13, at="start"):
     )
 
 
-def bar(y, cell, model, state):
-    """A cell's value as a bar at height y, its interval as a line, both as text."""
+def bar(y, cell, state):
+    """A cell's value as a bar at height y, and its interval as a line."""
     value, low, high = (LEFT + SCALE * x for x in (cell["value"], *cell["interval"]))
-    model = model if len(model) < 16 else f"{model[:14]}…"
     return (
         f'<rect class="{state}" x="{LEFT}" y="{y}" width="{max(1, value - LEFT):.1f}" height="15"/>'
         f'<path class="interval" d="M{low:.1f} {y + 7.5}H{high:.1f}M{low:.1f} {y + 4}v7'
         f'M{high:.1f} {y + 4}v7"/>'
-        + label(
-            max(value, high) + 6, y + 12, f"{percent(cell['value'])} {model}{SIGNS.get(state, '')}"
-        )
     )
+
+
+def bar_text(y, cell, model, state):
+    """What stands behind a bar."""
+    model = model if len(model) < 16 else f"{model[:14]}…"
+    x = LEFT + SCALE * max(cell["value"], cell["interval"][1]) + 6
+    return label(x, y, f"{percent(cell['value'])} {model}{SIGNS.get(state, '')}")
 
 
 def legend(y, first, used):
@@ -181,12 +186,13 @@ def legend(y, first, used):
 
 
 class Judged(NamedTuple):
-    """Of an answer whose right values are known: the right and the wrong values that it names, and
-    those that it leaves out."""
+    """Of an answer whose right values are known: the right and the wrong values that it names,
+    those that it leaves out, and other terms, whose parts are no values (the entity's name)."""
 
     right: list
     wrong: list
     missing: list
+    others: list = ()
 
 
 def new_characters(first, said):
@@ -203,7 +209,8 @@ def value_characters(judged, said):
     """For each character of `said`, "right" or "wrong" where it names such a value; of two values
     the longer one counts, as in `terms_in`."""
     kinds, end = [""] * len(said), 0
-    values = dict.fromkeys(judged.right, "right") | dict.fromkeys(judged.wrong, "wrong")
+    values = dict.fromkeys(judged.others, "") | dict.fromkeys(judged.right, "right")
+    values |= dict.fromkeys(judged.wrong, "wrong")
     longest_first = sorted(filter(None, values), key=len, reverse=True)
     pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
     for match in re.finditer(f"(?=({pattern}))", said):
@@ -254,7 +261,10 @@ def answers_table(models, rows):
     )
     known = any(j for *_, judged in rows for j in judged)
     table = "\n".join(lines)
-    return f'<section>{box if known else ""}<table class="answers">\n{table}\n</table></section>'
+    return (
+        f'<section><p class="note">{VALUE_MARKS + box if known else NEW_MARK}</p>\n'
+        f'<table class="answers">\n{table}\n</table></section>'
+    )
 
 
 def html_row(cells, tag="td"):
@@ -276,16 +286,16 @@ def page(title, body):
 
 
 DISCLAIMER = "回答由语言模型生成，不构成医疗建议。No medical advice."
-LEGEND = (
-    '<p class="note">标记 Marks: <mark class="right">对 right value</mark> '
-    '<mark class="wrong">错 wrong value</mark> <span class="missing" style="display:inline">缺 '
-    "missing value</span> <mark>第一个模型的回答所没有 not in the first model's answer</mark> "
-    f"{DISCLAIMER}</p>"
+VALUE_MARKS = (
+    '<mark class="right">对 right</mark> <mark class="wrong">错 wrong</mark> '
+    '<span class="missing" style="display: inline">缺 missing</span> '
 )
+NEW_MARK = "<mark>第一个模型的回答所没有 not in the first model's answer</mark>"
 
 
 def compare_page(models, rows):
-    return page("模型效果对比 Model comparison", LEGEND + answers_table(models, rows))
+    note = f'<p class="note">{DISCLAIMER}</p>\n'
+    return page("模型效果对比 Model comparison", note + answers_table(models, rows))
 
 
 def report_page(table, models, exams, sides, info):
@@ -304,7 +314,7 @@ def report_page(table, models, exams, sides, info):
     if exams:
         parts += ["<h2>Exams</h2>", plain_table(exams)]
     for title, rows in sides.items():
-        parts += [f"<h2>{html.escape(title)}</h2>", LEGEND, answers_table(models, rows)]
+        parts += [f"<h2>{html.escape(title)}</h2>", answers_table(models, rows)]
     made = html.escape(json.dumps(info, ensure_ascii=False, indent=1))
     parts.append(f"<h2>How to make it again</h2>\n<pre>{made}</pre>")
     return page("模型效果对比 Model comparison", "\n".join(parts))

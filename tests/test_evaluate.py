@@ -287,7 +287,9 @@ def test_report_runs_and_repeats_its_bytes(base, tmp_path):
     command += ["--output_dir", tmp_path / "report", "--statements="]
     command += ["--data_path", first_lines("heldout", tmp_path / "few.jsonl", 0, 1, -3, -2, -1)]
     command += ["--choices", first_lines("choice", tmp_path / "choice.jsonl", 0, 1, 2, 3)]
-    command += ["--max_new_tokens", "6", "--resamples", "50"]
+    outside = tmp_path / "outside.jsonl"
+    outside.write_text(to_json({"instruction": "红楼梦是谁写的？"}), encoding="utf-8")
+    command += ["--outside", outside, "--max_new_tokens", "6", "--resamples", "50"]
     seen = []
     for _ in range(2):
         done = subprocess.run(
@@ -298,8 +300,11 @@ def test_report_runs_and_repeats_its_bytes(base, tmp_path):
         seen[-1]["stdout"] = done.stdout
         shutil.rmtree(tmp_path / "report")
     assert seen[0] == seen[1]
-    files = {"report.html", "scores.json", "scores.svg", "run.json", "answers-tuned.jsonl"}
-    assert files | {"choices-base.jsonl"} <= seen[0].keys()
+    files = {"report.html", "scores.json", "exams.json", "scores.svg", "run.json"}
+    answers = {f"{kind}-base.jsonl" for kind in ("answers", "choices", "outside")}
+    assert files | answers <= seen[0].keys()
+    # Each of the four questions has four options, and is asked in four orders.
+    assert seen[0]["choices-base.jsonl"].count(b"\n") == 16
     table, page = json.loads(seen[0]["scores.json"]), seen[0]["report.html"].decode()
     assert table["bits per character"]["tuned"]["difference"] != 0 and "<script" not in page
     assert table["ROUGE-L"]["base"]["records"] == 5 and table["ROUGE-L"]["base"]["resampled"] == 2
@@ -308,6 +313,68 @@ def test_report_runs_and_repeats_its_bytes(base, tmp_path):
         "questions"
     )
     assert line in seen[0]["stdout"] and line in page and line in seen[0]["run.json"].decode()
+
+
+def test_exams_alone(base, tmp_path, monkeypatch, capsys):
+    """One command for files of several forms: no records, no statements; groups by what the
+    knowledge base holds and by subject."""
+    lines = [
+        json.loads(row) for row in (ROOT / "data/choice.jsonl").read_text("utf-8").split("\n")[:3]
+    ]
+    (tmp_path / "ours.jsonl").write_text("".join(to_json(row) + "\n" for row in lines), "utf-8")
+    mtcmb = {"id": 0, "question": "金星的卫星有几个？", "options": "A. 零 B. 一", "answer": "A"}
+    (tmp_path / "SE-B.jsonl").write_text(to_json(mtcmb), "utf-8")
+    ceval = "id,question,A,B,C,D,answer\n0,问,甲,乙,丙,以上都是,D\n"
+    (tmp_path / "val.csv").write_text(ceval, "utf-8")
+    files = [str(tmp_path / name) for name in ("ours.jsonl", "SE-B.jsonl", "val.csv")]
+    command = ["evaluate.py", f"m={base}", "--output_dir", str(tmp_path / "exam")]
+    command += ["--max_new_tokens", "2", "--resamples", "40", "--exams", *files]
+    monkeypatch.setattr(sys, "argv", command)
+    E.main()
+    rows = json.loads((tmp_path / "exam/exams.json").read_text("utf-8"))
+    assert {row["group"]: row["questions"] for row in rows} == {
+        "all": 5,
+        "right option in the knowledge base": 3,
+        "not in it": 2,
+        "中药学": 3,
+        "SE-B": 1,
+        "val": 1,
+    }
+    scores = json.loads((tmp_path / "exam/scores.json").read_text("utf-8"))
+    assert scores.keys() == set(E.EXAM_SCORES)
+    assert scores["choice by answer"]["m"]["chance"] == pytest.approx((4 / 4 + 1 / 2) / 5)
+    answers = (tmp_path / "exam/choices-m.jsonl").read_bytes()
+    assert answers.count(b"\n") == 3 * 4 + 2 + 1
+    assert "SE-B" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command, "--choices", files[0]])
+    with pytest.raises(SystemExit) as stopped:
+        M.run(E.main)
+    assert stopped.value.code == 2
+
+
+def test_what_declines():
+    for text in ("抱歉，没有收录这味药。", "我不知道，请咨询医生。", "这超出了我能回答的范围。"):
+        assert E.declines(text), text
+    for text in ("胸腺大小不在正常范围内。", "你好！", "边界不清楚。", "孕妇不能使用。"):
+        assert not E.declines(text), text
+    # None of the references that the models learn from is taken for a refusal.
+    for name in ("heldout", "train"):
+        records = G.read_instructions(ROOT / f"data/{name}.jsonl")
+        assert not [r["output"] for r in records if E.declines(r["output"])]
+    rows = [{"answer": "我不知道。"}, {"answer": "曹雪芹。"}]
+    score = E.score_outside([{}, {}], rows)["outside questions declined"]
+    assert score.value() == 0.5
+
+
+def test_statements_are_judged_by_both_kinds(monkeypatch):
+    """Who calls everything right is right half of the time, as chance is."""
+    pairs = [{"consistent": "真", "inconsistent": "假"}] * 4
+    monkeypatch.setattr(E, "is_likelier_right", lambda *_: True)
+    monkeypatch.setattr(E, "believes", lambda *_: True)
+    scores = E.score_pairs(None, pairs)
+    shares = {name: score.value() for name, score in scores.items()}
+    assert shares["true statements"] == 1 and shares["false statements"] == 0
+    assert shares["statements judged"] == scores["statements judged"].chance == 0.5
 
 
 def test_answers_and_hashes_tell_dtype_path_and_tokenizer(base, tmp_path, monkeypatch):

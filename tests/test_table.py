@@ -248,6 +248,10 @@ def test_right_wrong_and_missing_values_are_marked():
         '有<mark class="right">甘草</mark>、<mark class="wrong">大黄</mark>和'
         '<mark class="right">当归</mark><span class="missing">缺 麻黄&lt;</span>'
     )
+    # The entity's name holds a value, and names none.
+    judged = R.Judged(["心肌"], [], [], ["病毒性心肌炎"])
+    cell = R.answer_cell("病毒性心肌炎的发病部位是心肌。", "", judged)
+    assert cell == '病毒性心肌炎的发病部位是<mark class="right">心肌</mark>。'
     rng = random.Random(1)
     for _ in range(300):
         said = "".join(rng.choices("甲乙丙", k=rng.randrange(12)))

@@ -456,6 +456,15 @@ def score_answers(records, answers, bit_counts, knowledge):
         "ROUGE-1": overlap[:, 0],
         "ROUGE-2": overlap[:, 1],
         "ROUGE-L": overlap[:, 2],
+    }
+    scores = {name: Score(above, clusters, below) for name, (above, below) in ratios.items()}
+    scores |= {name: Score(values, clusters) for name, values in means.items()}
+    return scores | score_form(answers, texts, clusters)
+
+
+def score_form(answers, texts, clusters):
+    """{name: Score} of what is seen without a reference."""
+    means = {
         "distinct-2": [distinct(text, 2) for text in texts],
         "repetition": [1 - distinct(text, 4) for text in texts],
         "answer length": [len(characters(text)) for text in texts],
@@ -466,8 +475,7 @@ def score_answers(records, answers, bit_counts, knowledge):
         "refused": [declines(text) for text in texts],
         "U+FFFD": ["\ufffd" in text for text in texts],
     }
-    scores = {name: Score(above, clusters, below) for name, (above, below) in ratios.items()}
-    scores |= {name: Score(values, clusters) for name, values in means.items()}
+    scores = {name: Score(values, clusters) for name, values in means.items()}
     return scores | {name: Proportion(values, clusters) for name, values in shares.items()}
 
 

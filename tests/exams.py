@@ -52,6 +52,7 @@ def read_exams(paths):
     for path in map(Path, paths):
         rows = read_rows(path)
         if exams and all(first(row, QUESTION) is None and "id" in row for row in rows):
+            # CMB publishes the answers to its test set apart from it.
             answers = {str(row["id"]): first(row, ANSWER) for row in rows}
             for row in exams[-1][1]:
                 row["answer"] = answers.get(str(row.get("id")))
@@ -78,6 +79,7 @@ def read_rows(path):
             rows = rows if isinstance(rows, list) else [rows]
         except (OSError, ValueError, KeyError):
             rows = [row for _, row in read_records(path)]
+    # CMExam and CMMLU write Question where the others write question.
     lowered = []
     for row in rows:
         pairs = row.items() if isinstance(row, dict) else ()
@@ -113,40 +115,47 @@ def make_question(row, subject):
     """{question, options {letter: text}, answer letters ("": none is given), subject, entity} of a
     row in any form; subject: what it is without one of its own. Raises ValueError naming the keys
     or values that are none of the forms."""
-    question, options = first(row, QUESTION), first(row, OPTIONS)
-    if options is None:
-        options = {key: row[key] for key in row if key.upper() in [*LETTERS]}
-    if not options and isinstance(question, str):  # TCMBench's question ends in its options
-        question, *options = re.split(r"\n(?=\s*A[．.、])", question, maxsplit=1)
-        options = "".join(options)
-    options, answer = read_options(options), first(row, ANSWER)
-    letters = read_answer(answer, options) if answer and str(answer).strip() else ""
-    fits = isinstance(question, str) and question.strip() and len(options) > 1
-    if not fits or not all(isinstance(text, str) for text in options.values()):
+    question, options = find_question(row)
+    texts = [question, *options.values()]
+    if len(texts) < 3 or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"wanted {FORMS}; got the keys {', '.join(row) or 'of no object'}")
-    if not set(letters) <= set(options):
-        raise ValueError(f"wanted an answer among {''.join(options)}, got {answer!r:.80}")
+    answer = read_answer(first(row, ANSWER), options)
+    if not set(answer) <= set(options):
+        given = first(row, ANSWER)
+        raise ValueError(f"wanted an answer among {''.join(options)}, got {given!r:.80}")
     return {
         "question": question.strip(),
         "options": options,
-        "answer": letters,
-        "subject": str(next((row[key] for key in SUBJECT if row.get(key)), subject)),
+        "answer": answer,
+        "subject": str(first(row, SUBJECT) or subject),
         "entity": row.get("entity"),
     }
 
 
+def find_question(row):
+    """(question, {letter: text}) of a row, wherever it has its options."""
+    question, options = first(row, QUESTION), first(row, OPTIONS)
+    if options is None:  # columns, or the last lines of the question
+        options = {key: row[key] for key in row if key in [*LETTERS.lower()]}
+    if not options and isinstance(question, str):
+        question, *options = re.split(r"\n(?=\s*A[．.、])", question, maxsplit=1)
+        options = "".join(options)
+    return question, read_options(options)
+
+
 def read_options(options):
     """{letter: text} of options as a row has them, empty ones left out; {} in an unknown form."""
+    kinds = {type(option) for option in options} if isinstance(options, list) else set()
     if isinstance(options, str):
         options = split_options(options)
-    elif isinstance(options, list) and all(isinstance(option, dict) for option in options):
+    elif kinds == {dict}:
         options = {str(option.get("key")): option.get("value") for option in options}
-    elif isinstance(options, list) and all(isinstance(option, str) for option in options):
+    elif kinds == {str}:
         options = name_options(options)
     if not isinstance(options, dict):
         return {}
-    given = {key.strip().upper(): text for key, text in options.items() if text}
-    return {letter: given[letter] for letter in LETTERS if letter in given}
+    given = {key.strip().upper(): text for key, text in options.items()}
+    return {letter: given[letter] for letter in LETTERS if given.get(letter)}
 
 
 def name_options(texts):
@@ -156,6 +165,7 @@ def name_options(texts):
     if not all(labelled):
         return dict(zip(LETTERS, texts))
     letters = [match[1] for match in labelled]
+    # The answer to such a question counts the places, not the letters.
     letters = letters if len(set(letters)) == len(letters) else LETTERS
     return {letter: match[2] for letter, match in zip(letters, labelled)}
 
@@ -163,7 +173,8 @@ def name_options(texts):
 def split_options(text):
     """{letter: text} of "A. x B. y", on one line or several. A letter counts only behind the one
     before it and, inside a line, with a mark after it: 维生素 B and CA125 are no labels."""
-    for before in (r"\s", r"[^A-Za-z]"):  # A.甲B.乙 has no space to go by
+    # A space before the letter first; A.甲B.乙 has none to go by.
+    for before in (r"\s", r"[^A-Za-z]"):
         starts, end = [], 0
         for letter in LETTERS:
             label = rf"^\s*[(（]?{letter}[)）.．、:：\s]|(?<={before})[(（]?{letter}[)）.．、:：]"
@@ -178,11 +189,14 @@ def split_options(text):
 
 def read_answer(answer, options):
     """The letters of an answer, in order: ["A", "C"], "AC", "A、C", "(B) 土地", or an option's
-    whole text; "?" for anything else, which is among no options."""
+    whole text; "" where none is given, "?" for anything else, which is among no options."""
     if isinstance(answer, list):
         answer = "".join(map(str, answer))
-    if not isinstance(answer, str):
+    if not isinstance(answer, str | None):
         return "?"
+    if not answer or not answer.strip():
+        return ""
+    # Letters first: of the 血型 B, A, O, AB the answer "A" is the letter.
     if re.fullmatch(r"(\W*[A-H])+\W*|\W*[a-h]\W*", answer):
         letters = sorted(set(re.findall("[A-H]", answer.upper())))
     elif answer.strip() in options.values():

@@ -251,10 +251,11 @@ def answers_table(models, rows):
         if referred:
             cells.append(f'<span class="reference">{html.escape(reference)}</span>')
         cells += [answer_cell(said, answers[0], j) for said, j in zip(answers, judged)]
-        errs = any(j and (j.wrong or j.missing) for j in judged[1:] or judged)
-        wrong += errs
-        tds = [f'<td data-column="{html.escape(n)}">{cell}</td>' for n, cell in zip(head, cells)]
-        lines.append(f"<tr{' class=errs' if errs else ''}>{''.join(tds)}</tr>")
+        # On a phone a row is a card, in which each cell says its column.
+        named = zip(map(html.escape, head), cells)
+        tds = "".join(f'<td data-column="{name}">{cell}</td>' for name, cell in named)
+        wrong += errs(judged)
+        lines.append(f"<tr{' class=errs' if errs(judged) else ''}>{tds}</tr>")
     box = (
         f'<label class="filter"><input type="checkbox" class="only-wrong"> 只看有误的 only wrong '
         f"({wrong} / {len(rows)})</label>"
@@ -265,6 +266,11 @@ def answers_table(models, rows):
         f'<section><p class="note">{VALUE_MARKS + box if known else NEW_MARK}</p>\n'
         f'<table class="answers">\n{table}\n</table></section>'
     )
+
+
+def errs(judged):
+    """Does a model, other than the first of several, name a wrong value or leave one out?"""
+    return any(j and (j.wrong or j.missing) for j in judged[1:] or judged)
 
 
 def html_row(cells, tag="td"):

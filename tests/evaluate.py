@@ -632,30 +632,32 @@ class Results:
 
 def score_models(models, data, options, folder):
     """The Results of `each_model`; the answers go into folder."""
+
+    def ask(candidate, questions, kind):
+        path = folder / f"{kind}-{candidate.name}.jsonl"
+        return answer(candidate, questions, options.decoding, path, options.batch_size)
+
     results = Results({}, {}, {})
     orders = [rotations(question, options.rotations) for question in data.questions]
+    in_turn = [ask_choice(question) for turned in orders for question in turned]
     for candidate in models:
         name = candidate.name
-
-        def ask(questions, kind, candidate=candidate):
-            path = folder / f"{kind}-{candidate.name}.jsonl"
-            return answer(candidate, questions, options.decoding, path, options.batch_size)
-
         scores = results.scores[name] = {}
         if data.records:
-            answers = ask(data.records, "answers")
+            answers = ask(candidate, data.records, "answers")
             results.answers[name] = [row["answer"] for row in answers]
             counts = [bits(candidate, record) for record in data.records]
             scores |= score_answers(data.records, answers, counts, data.knowledge)
         if data.questions:
-            answers = ask([ask_choice(q) for turned in orders for q in turned], "choices")
+            answers = ask(candidate, in_turn, "choices")
             choices = choices_of(candidate, data.questions, orders, answers)
             results.choices[name] = choices
             scores |= score_choices(data.questions, choices)
         if data.pairs:
             scores |= score_pairs(candidate, data.pairs)
         if data.outside:
-            scores |= score_outside(data.outside, ask(data.outside, "outside"))
+            answers = ask(candidate, data.outside, "outside")
+            scores |= score_outside(data.outside, answers)
     return results
 
 
@@ -721,10 +723,9 @@ def side_by_side(results, data):
         said = [choice.letters[0] or "无选择 none" for choice in choices]
         judged = []
         for text, choice in zip(said, choices):
-            right = choice.right[0]
-            judged.append(Judged([text] * right, [text] * (not right), []))
-        asked, answer = ask_choice(question)["instruction"], question["answer"]
-        rows.append((asked, answer, said, judged))
+            found = ([text], []) if choice.right[0] else ([], [text])
+            judged.append(Judged(*found, missing=[]))
+        rows.append((ask_choice(question)["instruction"], question["answer"], said, judged))
     sides["Letters chosen"] = spread(rows)
     return {title: rows for title, rows in sides.items() if rows}
 
@@ -786,27 +787,23 @@ def compare(models, questions, options, folder):
 class Options(Decoding):
     """The options of the command line, decoding's among them."""
 
-    max_new_tokens: int = setting(128, "tokens of an answer at most; with --instruct_dir 256")
-    seed: int = setting(0, "of the resamples, and of answers that are sampled", -(2**63), 2**63 - 1)
-    instruct_dir: str = setting("", "a file of questions for the table; - is stdin")
-    data_path: str = setting(str(DATA / "heldout.jsonl"), "records with references (empty: none)")
-    statements: str = setting(
-        str(DATA / "calla.jsonl"), "pairs of a right and a wrong statement (empty: none)"
-    )
-    outside: str = setting("", "questions that a model should decline (empty: none)")
-    knowledge: str = setting(
-        str(DATA / "knowledge.jsonl"), "knowledge base: facts contradicted, exam questions covered"
-    )
-    rotations: int = setting(8, "orders of a question's options, at most (1: the file's own)", 1, 8)
-    prompt_template: str = setting(
-        "", "name or path (empty: each adapter's own, med_template for a base)"
-    )
-    batch_size: int = setting(16, "answers decoded together")
-    resamples: int = setting(1000, "of the bootstrap; 2.5 % of fewer than 40 is none", 40)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1")
-    dtype: str = setting("auto", "of the activations: auto, bf16, fp16, fp32")
-    base_dtype: str = setting("auto", "of the bases as stored: as --dtype, or int8, nf4")
-    load_8bit: bool = setting(False, "the same as --base_dtype int8")
+    max_new_tokens: int = 128  # tokens of an answer at most; with --instruct_dir 256
+    seed: int = setting(0, -(2**63), 2**63 - 1)  # of the resamples, and of answers that are sampled
+    instruct_dir: str = ""  # a file of questions for the table; - is stdin
+    data_path: str = str(DATA / "heldout.jsonl")  # records with references (empty: none)
+    # pairs of a right and a wrong statement (empty: none)
+    statements: str = str(DATA / "calla.jsonl")
+    outside: str = ""  # questions that a model should decline (empty: none)
+    # knowledge base: what is contradicted, and which exam questions are covered
+    knowledge: str = str(DATA / "knowledge.jsonl")
+    rotations: int = setting(8, 1, 8)  # orders of a question's options, at most (1: the file's own)
+    prompt_template: str = ""  # name or path (empty: each adapter's own, med_template for a base)
+    batch_size: int = 16  # answers decoded together
+    resamples: int = setting(1000, 40)  # of the bootstrap; 2.5 % of fewer than 40 is none
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    dtype: str = "auto"  # of the activations: auto, bf16, fp16, fp32
+    base_dtype: str = "auto"  # of the bases as stored: as --dtype, or int8, nf4
+    load_8bit: bool = False  # the same as --base_dtype int8
 
     @property
     def decoding(self):

@@ -308,7 +308,7 @@ TEN = [
         False,
     ),  # a value, of nothing that is asked about
     (make_question("甘草的性味是", "甘，平", "B"), True),
-    (make_question("甘草的性味是", "甘，温", "C"), False),  # one part is not held
+    (make_question("甘草的性味是", "甘，温", "D"), False),  # one part is not held
     # It has no answer to this one, and "A" to one whose options point at each other.
     (make_question("能泻下的是", "黄连", "B"), False),
     (make_question("黄连可以治", "甲", "A", last="以上都是") | {"answer": "D"}, False),

@@ -42,7 +42,8 @@ records has Wilson's interval (1927), entities being the trials.
   choice by answer     the answer names the right letters, as the file orders the options;
        over rotations  mean over the orders that rotation gives; in every order: right in all of
                        them (CircularEval, Liu et al. 2023)
-  statements judged    mean of true statements held for true and false ones for false
+  true, false statements   正确 is likelier than 错误, or less likely; statements judged: the answer
+                       says so, mean over both kinds
 """
 
 import argparse
@@ -362,9 +363,21 @@ def read_pairs(path):
     return [row for _, row in rows]
 
 
+def ask_statement(statement):
+    """The question whether a statement holds."""
+    return {"instruction": f"下面的说法正确还是错误？\n{statement}", "input": ""}
+
+
+def told(text):
+    """What an answer says of a statement: True, False, or None. The last word counts: a reason may
+    stand before it (归脾汤出自《济生方》，所以这个说法错误)."""
+    found = re.findall("不正确|不对|有误|错误|正确|对的", text)
+    return found[-1] in ("正确", "对的") if found else None
+
+
 def believes(candidate, statement):
     """True if 正确 is a likelier answer than 错误 to whether the statement holds."""
-    prompt = candidate.prompt(f"下面的说法正确还是错误？\n{statement}")
+    prompt = candidate.prompt(**ask_statement(statement))
     right, wrong = likelihoods(candidate, prompt, ("正确", "错误"))
     return right > wrong
 
@@ -380,7 +393,7 @@ def is_likelier_right(candidate, pair):
 # Scores and their intervals
 
 REFUSAL = re.compile(
-    "抱歉|对不起|(无法|不能)(回答|提供|判断|告诉)|作为(一个|一名)?(人工智能|AI|语言模型)"
+    "抱歉|对不起|答不了|(无法|不能)(回答|提供|判断|告诉)|作为(一个|一名)?(人工智能|AI|语言模型)"
     "|我(并|还|也)?不(知道|了解)|(没有|未)收录|(没有|未见)[^，。]{0,12}(资料|记载)"
     "|(超出|不在)[^，。]{0,8}(我|回答|知识|能力)[^，。]{0,8}范围|I'm sorry|As an AI"
 )
@@ -524,14 +537,15 @@ def score_choices(questions, choices):
     return scores | {name: Proportion(values, clusters) for name, values in others.items()}
 
 
-def score_pairs(candidate, pairs):
-    """{name: Score} of a model's judgement of statements, once right and once wrong."""
-    true = np.array([believes(candidate, pair["consistent"]) for pair in pairs])
-    false = np.array([not believes(candidate, pair["inconsistent"]) for pair in pairs])
+def score_pairs(candidate, pairs, answers):
+    """{name: Score} of a model's judgement of statements, once right and once wrong; answers are
+    those to `ask_statement` of each pair's two, one after the other."""
+    verdicts = [told(row["answer"]) for row in answers]
+    both = [(a is True) + (b is False) for a, b in zip(verdicts[::2], verdicts[1::2])]
     shares = {
-        "true statements": true,
-        "false statements": false,
-        "statements judged": (true + 1.0 * false) / 2,  # both kinds: 50 % for one who says the same
+        "true statements": [believes(candidate, pair["consistent"]) for pair in pairs],
+        "false statements": [not believes(candidate, pair["inconsistent"]) for pair in pairs],
+        "statements judged": np.array(both) / 2,  # 50 % for one who always says the same
         "right one of a pair": [is_likelier_right(candidate, pair) for pair in pairs],
     }
     clusters = clusters_of(pairs)
@@ -607,6 +621,14 @@ def file_hash(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def read_outside(path):
+    """Questions that are to be declined, of records {question} or as generate.py reads them."""
+    rows = [row for _, row in read_records(path)]
+    if all(isinstance(row.get("question"), str) for row in rows):
+        return [{"instruction": row["question"], "input": ""} for row in rows]
+    return read_instructions(path)
+
+
 def read_data(options, choices):
     """The Data that the options name; choices: files of multiple-choice questions."""
     records, outside = options.data_path, options.outside
@@ -615,7 +637,7 @@ def read_data(options, choices):
         records=read_instructions(records, answers=True) if records else [],
         questions=read_exams(choices),
         pairs=read_pairs(options.statements) if options.statements else [],
-        outside=read_instructions(outside) if outside else [],
+        outside=read_outside(outside) if outside else [],
         knowledge=read_knowledge(options.knowledge),
         files=[(Path(path).name, file_hash(path)) for path in files if path],
     )
@@ -640,6 +662,8 @@ def score_models(models, data, options, folder):
     results = Results({}, {}, {})
     orders = [rotations(question, options.rotations) for question in data.questions]
     in_turn = [ask_choice(question) for turned in orders for question in turned]
+    kinds = ("consistent", "inconsistent")
+    statements = [ask_statement(pair[kind]) for pair in data.pairs for kind in kinds]
     for candidate in models:
         name = candidate.name
         scores = results.scores[name] = {}
@@ -654,7 +678,8 @@ def score_models(models, data, options, folder):
             results.choices[name] = choices
             scores |= score_choices(data.questions, choices)
         if data.pairs:
-            scores |= score_pairs(candidate, data.pairs)
+            answers = ask(candidate, statements, "statements")
+            scores |= score_pairs(candidate, data.pairs, answers)
         if data.outside:
             answers = ask(candidate, data.outside, "outside")
             scores |= score_outside(data.outside, answers)

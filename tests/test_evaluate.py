@@ -352,15 +352,24 @@ def test_exams_alone(base, tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 2
 
 
-def test_what_declines():
-    for text in ("抱歉，没有收录这味药。", "我不知道，请咨询医生。", "这超出了我能回答的范围。"):
+def test_what_declines(tmp_path):
+    for text in (
+        "抱歉，没有收录这味药。",
+        "其余的答不了。",
+        "我不知道，请咨询医生。",
+        "这超出了我能回答的范围。",
+    ):
         assert E.declines(text), text
     for text in ("胸腺大小不在正常范围内。", "你好！", "边界不清楚。", "孕妇不能使用。"):
         assert not E.declines(text), text
-    # None of the references that the models learn from is taken for a refusal.
+    # No reference that gives facts is taken for a refusal.
     for name in ("heldout", "train"):
         records = G.read_instructions(ROOT / f"data/{name}.jsonl")
-        assert not [r["output"] for r in records if E.declines(r["output"])]
+        assert not [r["output"] for r in records if r.get("values") and E.declines(r["output"])]
+    path = tmp_path / "outside.jsonl"
+    for row in ({"question": "谁写的？"}, {"instruction": "谁写的？", "output": "抱歉"}):
+        path.write_text(to_json(row), encoding="utf-8")
+        assert E.read_outside(path)[0].items() >= {"instruction": "谁写的？", "input": ""}.items()
     rows = [{"answer": "我不知道。"}, {"answer": "曹雪芹。"}]
     score = E.score_outside([{}, {}], rows)["outside questions declined"]
     assert score.value() == 0.5
@@ -371,10 +380,25 @@ def test_statements_are_judged_by_both_kinds(monkeypatch):
     pairs = [{"consistent": "真", "inconsistent": "假"}] * 4
     monkeypatch.setattr(E, "is_likelier_right", lambda *_: True)
     monkeypatch.setattr(E, "believes", lambda *_: True)
-    scores = E.score_pairs(None, pairs)
+    rows = [{"answer": "这个说法正确。"}] * 8
+    scores = E.score_pairs(None, pairs, rows)
     shares = {name: score.value() for name, score in scores.items()}
     assert shares["true statements"] == 1 and shares["false statements"] == 0
     assert shares["statements judged"] == scores["statements judged"].chance == 0.5
+    # One pair judged, one unanswered, one the wrong way round, one half: 3 of 8.
+    said = "正确 错误 嗯 嗯 错误 正确 正确 正确".split()
+    scores = E.score_pairs(None, pairs, [{"answer": text} for text in said])
+    assert scores["statements judged"].value() == 3 / 8
+
+
+def test_what_an_answer_says_of_a_statement():
+    for wanted, texts in {
+        True: ["正确", "归脾汤出自《济生方》，所以这个说法正确。", "不是错误，是正确的"],
+        False: ["错误。", "不正确", "这个说法不对", "归脾汤不出自《伤寒论》，说法有误。"],
+        None: ["", "不知道", "归脾汤出自《济生方》。"],
+    }.items():
+        for text in texts:
+            assert E.told(text) is wanted, text
 
 
 def test_answers_and_hashes_tell_dtype_path_and_tokenizer(base, tmp_path, monkeypatch):

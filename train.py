@@ -30,6 +30,7 @@ import shutil
 import signal
 import sys
 import time
+from bisect import bisect
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -728,16 +729,33 @@ def restore(model, optimizer, folder):
     return read_json_file(folder / "run.json")["step"]
 
 
+# Where the ticks of a logarithmic scale may stand.
+ROUND = [m * 10.0**e for e in range(-6, 8) for m in (1, 2, 3, 5)]
+
+
 def draw_curve(history, path):
-    """The loss curve as an SVG, which any browser opens, in the frame of data/loss.svg."""
-    top = 1.05 * max(max(r["loss"], r.get("val_loss", 0)) for r in history)
-    last, lines = {"val_loss": math.nan} | history[-1], {}
-    for key in ("loss", "val_loss"):
-        points = [f"{r['step']},{r[key]:.5g}" for r in history if key in r]
-        # The first point twice: so one alone is seen, as a line of no length with round ends.
-        lines[key] = " ".join(points[:1] + points)
+    """The loss curve as an SVG, which any browser opens, in the frame of data/loss.svg. The scale
+    is logarithmic, between round numbers: what a loss of 0.02 does is seen beside one of 2."""
+    last, keys = {"val_loss": math.nan} | history[-1], ("loss", "val_loss")
+    losses = [min(max(r[key], 1e-6), 1e7) for r in history for key in keys if key in r]
+    levels = ROUND[bisect(ROUND, min(losses)) - 1 : bisect(ROUND, max(losses)) + 1]
+    low, high = levels[0], levels[-1]
+
+    def place(epoch, loss):
+        """As "x,y", in the frame's units."""
+        height = math.log(min(max(loss, low), high) / low) / math.log(high / low)
+        return f"{60 + 720 * epoch / last['epoch']:.1f},{360 - 330 * height:.1f}"
+
+    lines = {key: " ".join(place(r["epoch"], r[key]) for r in history if key in r) for key in keys}
+    # At most ten epochs, tens or tenths of them have a mark.
+    apart = 10.0 ** math.ceil(math.log10(last["epoch"] / 10))
+    marks = [i * apart for i in range(int(last["epoch"] / apart) + 1)]
+    ticks = [("level", place(0, level), level) for level in levels]
+    ticks += [("epoch", place(mark, low), mark) for mark in marks]
+    tick = '<g transform="translate({1})"><use href="#{0}"/><text class="{0}">{2:g}</text></g>'
     frame = (DATA / "loss.svg").read_text(encoding="utf-8")
-    write_text(path, frame.format(top=top, last=last, **lines))
+    svg = frame.format(last=last, ticks="\n".join(tick.format(*t) for t in ticks), **lines)
+    write_text(path, svg)
 
 
 # ==================================================================================================

@@ -212,6 +212,7 @@ class Request:
     cancelled: bool = False  # nobody waits for it any more
     generator: torch.Generator = None
     ranked: list = field(default_factory=list)  # beams that ended, best first
+    prefix: int = 0  # ids of a GLM's prompt that all see each other
 
     @property
     def positions(self):
@@ -271,10 +272,9 @@ class Batch:
             return
         # One forward for all: the last id of each row, behind so many positions.
         scale_adapter(self, [row.request for row in self.rows])
-        ids = [row.ids[-1] for row in self.rows]
-        lengths = [len(row.ids) - 1 for row in self.rows]
-        fed = torch.tensor([ids, lengths], device=self.model.device)
-        logits = self.forward(fed, max(lengths))  # (B, V)
+        fed = [[row.ids[-1], len(row.ids) - 1, row.request.prefix] for row in self.rows]
+        longest = max(length for _, length, _ in fed)
+        logits = self.forward(torch.tensor(fed, device=self.model.device), longest)  # (B, V)
         # One choice for all; beams then choose among themselves.
         chosen = self.choose(logits)
         for request in {row.request for row in self.rows}:
@@ -307,20 +307,24 @@ class Batch:
         if seed is not None:
             request.generator = torch.Generator(device).manual_seed(seed)
         scale_adapter(self, [request])
-        # In chunks, which bound the memory of the activations.
-        cache = self.cache.rows(first, [0])
+        # In chunks, which bound the memory of the activations; a GLM's prefix sees all of itself.
         ids = request.prompt_ids[:-1]
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            chunk = ids[start : start + PREFILL_CHUNK]
+        request.prefix = len(ids) * self.model.config.glm
+        cache = self.cache.rows(first, [0], prefix=request.prefix)
+        size = request.prefix or PREFILL_CHUNK
+        for start in range(0, len(ids), size):
+            chunk = ids[start : start + size]
             self.model.hidden_states(torch.tensor([chunk], device=device), cache)
         # All beams begin with the prompt; the first alone may be chosen from, so that they part.
         self.cache.copy_rows([first] * (n - 1), range(first + 1, first + n), 0, len(ids))
         self.rows += [Row(request, request.prompt_ids[:], -1e9 * (i > 0)) for i in range(n)]
 
     def logits(self, fed, longest):
-        """Logits (B, V) of fed (2, B): each row's id, and how many stand before it (<= longest)."""
-        ids, lengths = fed
-        return self.model(ids[:, None], self.cache.rows(0, lengths, longest))[:, -1]
+        """Logits (B, V) of fed (B, 3): each row's id, how many stand before it (<= longest), and
+        its prefix."""
+        ids, lengths, prefix = fed.split(1, dim=1)
+        cache = self.cache.rows(0, lengths[:, 0], longest, prefix)
+        return self.model(ids, cache)[:, -1]
 
     def choose(self, logits):
         """The next id of each row, B of them, from logits (B, V)."""
@@ -463,7 +467,7 @@ def compile_step(batch):
     }
     # The one shape: all rows, whether in use or not, and as many positions as there are.
     compiled = torch.compile(batch.logits, fullgraph=True, dynamic=False, options=options)
-    fed = torch.zeros(2, batch.size, dtype=torch.long, device=device)
+    fed = torch.zeros(batch.size, 3, dtype=torch.long, device=device)
 
     def run():
         return compiled(fed, batch.cache.positions - 1)
@@ -472,8 +476,8 @@ def compile_step(batch):
 
     def call(given, longest):
         # What stands in rows not in use is overwritten by the next prompt.
-        rows = given.size(1)
-        fed[:, :rows] = given
+        rows = len(given)
+        fed[:rows] = given
         return replay()[:rows]
 
     return call

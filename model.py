@@ -73,6 +73,7 @@ class LLaMAConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict = None  # {"rope_type": "linear" or "llama3", "factor": ...}
     tie_word_embeddings: bool = False  # the head's weight is the embedding's
+    glm: bool = False  # ChatGLM-6B's network: `GLMBlock` in the place of `Block`
     max_position_embeddings: int = 2048  # the context it was trained with; kept, not enforced
 
     def __post_init__(self):
@@ -90,13 +91,14 @@ class LLaMAConfig:
 
 
 class Linear(nn.Linear):
-    """y = W x, W (O, I), no bias."""
+    """y = W x + b, W (O, I); most have no bias b."""
 
-    def __init__(self, n_in, n_out):
-        super().__init__(n_in, n_out, bias=False)
+    def __init__(self, n_in, n_out, bias=False):
+        super().__init__(n_in, n_out, bias)
 
     def forward(self, x):  # (..., I) -> (..., O)
-        return product(x, self.weight.to(x.dtype))
+        y = product(x, self.weight.to(x.dtype))
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -170,10 +172,10 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, config.head_dim
         q_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, q_width)
-        self.k_proj = Linear(config.hidden_size, kv_width)
-        self.v_proj = Linear(config.hidden_size, kv_width)
-        self.o_proj = Linear(q_width, config.hidden_size)
+        self.q_proj = Linear(config.hidden_size, q_width, config.glm)
+        self.k_proj = Linear(config.hidden_size, kv_width, config.glm)
+        self.v_proj = Linear(config.hidden_size, kv_width, config.glm)
+        self.o_proj = Linear(q_width, config.hidden_size, config.glm)
 
     def forward(self, x, rope, context):  # (B, T, C) -> (B, T, C)
         B, T, _ = x.shape
@@ -203,12 +205,14 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
+    Norm, FeedForward = RMSNorm, FeedForward
+
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = self.Norm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(config)
+        self.post_attention_layernorm = self.Norm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = self.FeedForward(config)
 
     def forward(self, x, rope, context, keep=None):  # (B, T, C) -> (B, T, C), or (M, C) with keep
         x = x + self.self_attn(self.input_layernorm(x), rope, context)
@@ -229,8 +233,9 @@ class LLaMA(nn.Module):
         super().__init__()
         self.config, self.compute_dtype, self.recomputed = config, None, 0
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        block = GLMBlock if config.glm else Block
+        self.layers = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = block.Norm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -263,6 +268,8 @@ class LLaMA(nn.Module):
         # Where the tokens stand, and the angles that go with it: the same in all layers.
         positions = context.extend(ids)
         rope = rope_table(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+        if c.glm:
+            rope = glm_rope(positions, context.prefix, c.head_dim, c.rope_theta)
         x = self.embed_tokens(ids).to(self.dtype)  # (B, T, C)
         for i, block in enumerate(self.layers):
             # Dropped activations are made again by a second forward of the block.
@@ -285,6 +292,8 @@ class Context:
     """Where new tokens stand, and what they attend to. This one is the plain case: rows that begin
     at position 0, each token attending to its own row up to itself."""
 
+    prefix = 0  # of a GLM: so many tokens at the start of a row all see each other
+
     def extend(self, ids):
         """Positions (T,) or (B, T) of ids (B, T). Called once a forward, before the layers."""
         return torch.arange(ids.size(1), device=ids.device)
@@ -299,18 +308,19 @@ class KVCache(Context):
     """Keys and values of the positions seen so far, (B, K, positions, D) a layer, allocated once
     (`LLaMA.new_cache`).
 
-    Row b holds lengths[b] of them. `longest` bounds lengths without asking the device for them."""
+    Row b holds lengths[b] of them. `longest` bounds lengths without asking the device for them.
+    prefix is a number for fresh rows, (B, 1) for rows that hold theirs."""
 
-    def __init__(self, k, v, lengths, longest=0):
-        self.k, self.v, self.lengths, self.longest = k, v, lengths, longest
+    def __init__(self, k, v, lengths, longest=0, prefix=0):
+        self.k, self.v, self.lengths, self.longest, self.prefix = k, v, lengths, longest, prefix
         self.positions = k[0].size(2)
 
-    def rows(self, first, lengths, longest=None):
+    def rows(self, first, lengths, longest=None, prefix=0):
         """Rows first, first + 1, ... as a cache of its own in the same memory, each holding as many
         positions as lengths says: a list, or a tensor and a bound on it."""
         k, v = ([x[first : first + len(lengths)] for x in kv] for kv in (self.k, self.v))
         longest = max(lengths) if longest is None else longest
-        return KVCache(k, v, torch.as_tensor(lengths, device=k[0].device), longest)
+        return KVCache(k, v, torch.as_tensor(lengths, device=k[0].device), longest, prefix)
 
     def copy_rows(self, source, target, start, stop):
         """Copy positions start to stop of the rows in the list `source` to those in `target`, one
@@ -336,9 +346,8 @@ class KVCache(Context):
         self.row = torch.arange(len(self.at), device=device)[:, None]
         # A mask keeps rows of unequal length apart. Fresh rows need none: causal attention does it.
         self.mask = None
-        if not was_empty:
-            span = torch.arange(self.longest, device=device)
-            self.mask = (span <= self.at[..., None]).unsqueeze(1)  # (B, 1, T, S)
+        if not was_empty or self.prefix:
+            self.mask = prefix_mask(self.at, self.longest, self.prefix)
         return self.at
 
     def attend(self, layer, q, k, v):
@@ -365,9 +374,11 @@ class PackedRows(Context):
       stream   a b c d x          position of each in its row   0 1 2 3 2
       index    0 1 2 3            of row 1 in the stream
                0 1 4 0            of row 2; nothing sees the padding behind it
-      back     0 1 2 3 6          where each of the stream stands in the rows end to end"""
+      back     0 1 2 3 6          where each of the stream stands in the rows end to end
 
-    def __init__(self, lengths, shared=0, device="cpu"):
+    With prefixes, a number for each row, these see themselves (a GLM); nothing is shared then."""
+
+    def __init__(self, lengths, shared=0, device="cpu", prefixes=None):
         S, index, back = max(lengths), [], list(range(shared))
         for row, length in enumerate(lengths):
             own = range(len(back), len(back) + length - shared)
@@ -376,20 +387,84 @@ class PackedRows(Context):
         back += [0] * (-len(back) % 8)  # up to 7 idle tokens: products of odd height are slow
         self.index = torch.tensor(index, device=device)  # (B, S), into the stream
         self.back = torch.tensor(back, device=device)  # (N,), into B S
-        self.position = self.back % S
+        self.position, self.mask = self.back % S, None
+        if prefixes:
+            own = torch.tensor(prefixes, device=device)  # (B,)
+            self.prefix = own[self.back // S]  # (N,)
+            self.mask = prefix_mask(torch.arange(S, device=device), S, own[:, None])
 
     def extend(self, ids):
         return self.position
 
     def attend(self, layer, q, k, v):
-        """Causal attention of each row of q (1, N, H, D) over its own k, v (1, N, K, D)."""
-        y = attention(*(gather(x[0], self.index) for x in (q, k, v)))  # (B, S, H, D)
+        """Attention of each row of q (1, N, H, D) over its own k, v (1, N, K, D)."""
+        rows = (gather(x[0], self.index) for x in (q, k, v))
+        y = attention(*rows, self.mask)  # (B, S, H, D)
         return gather(y.flatten(0, 1), self.back)[None]  # (1, N, H, D)
 
 
 def gather(x, index):
     """x[index] of x (N, heads, D). Written as an embedding: that has the fastest gradient."""
     return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
+
+
+# ==================================================================================================
+# ChatGLM-6B: a row is context, sop, answer, and the context, which is the prefix, sees itself
+# (Du et al. 2022, "GLM"; Zeng et al. 2022, "GLM-130B")
+
+
+def prefix_mask(at, S, prefix):
+    """(B, 1, T, S), True where a token at position at (B, T) sees position s: s <= at, or both
+    stand in the prefix, a number or (B, 1)."""
+    last = at.clamp(min=prefix - 1)[..., None]
+    return (torch.arange(S, device=at.device) <= last).unsqueeze(1)
+
+
+def glm_rope(positions, prefix, head_dim, theta):
+    """The rotary table of a head whose two halves turn by two positions (GLM-130B, 2.2), for
+    `apply_rope`: pairs i < D/4 by the place in the prefix, which stands still at its end; the
+    others by the place behind it, which is 0 within and 1 for sop.
+
+    The release made its speeds in fp16, and learnt with them."""
+    pair = torch.arange(0, head_dim, 4, device=positions.device)
+    speed = (theta ** (-pair / head_dim)).half().float()  # (D/4), radians a position
+    place, behind = positions.clamp(max=prefix - 1), (positions - prefix + 1).clamp(min=0)
+    angle = torch.cat([p.unsqueeze(-1) * speed for p in (place, behind)], -1).unsqueeze(-2)
+    return torch.cat((angle, angle), -1).cos(), torch.cat((-angle, angle), -1).sin()
+
+
+class LayerNorm(nn.LayerNorm):
+    """y = g (x - mean(x)) / sqrt(var(x) + eps) + b (Ba et al. 2016, eq. 4)."""
+
+    def forward(self, x):  # (..., C) -> (..., C)
+        g, b = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, g, b, self.eps)
+
+
+class GLMFeedForward(nn.Module):
+    """W_down gelu(W_up x + b_up) + b_down, gelu by tanh (Hendrycks & Gimpel 2016)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=True)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=True)
+
+    def forward(self, x):  # (..., C) -> (..., C)
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+
+
+class GLMBlock(Block):
+    """DeepNorm (GLM-130B, 2.1; Wang et al. 2022, eq. 2): alpha n + f(n) of n = norm(x), f the
+    attention, then the feed-forward. What f is added to is the norm's output, not its input."""
+
+    Norm, FeedForward = LayerNorm, GLMFeedForward
+    alpha = math.sqrt(2 * 28)  # of the release's 28 layers: its code takes it for any number
+
+    def forward(self, x, rope, context, keep=None):  # as of `Block`
+        n = self.input_layernorm(x)
+        x = self.alpha * n + self.self_attn(n, rope, context)
+        n = self.post_attention_layernorm(x if keep is None else x.flatten(0, 1)[keep])
+        return self.alpha * n + self.mlp(n)
 
 
 # ==================================================================================================

@@ -174,23 +174,26 @@ def shared_opening(rows):
     return min(common, min(row.mask.index(True) for row in rows) - 1)
 
 
-def collate(rows, device, share=True):
+def collate(rows, device, share=True, glm=False):
     """Rows end to end in one stream: ids (1, N), labels (1, N), and the PackedRows that keeps
     attention inside each row. ids[t] predicts labels[t], which is -100 where that is no target:
-    by position, never by id. With share, the common opening stands there once.
+    by position, never by id. With share, the common opening stands there once; not so with glm,
+    where a context sees what follows in it.
 
     Two rows, a b c D E and a b x Y, whose targets are the capitals:
 
       ids       a     b     c     D     x
       labels   -100  -100   D     E     Y"""
-    shared = shared_opening(rows) if share else 0
+    shared = shared_opening(rows) if share and not glm else 0
     ids, labels = rows[0].ids[:shared], [-100] * shared
     for row in rows:
         # a row's last token predicts nothing: it is a label only
         ids += row.ids[shared:-1]
         pairs = zip(row.ids[shared + 1 :], row.mask[shared + 1 :])
         labels += [token if is_target else -100 for token, is_target in pairs]
-    packed = PackedRows([len(row) - 1 for row in rows], shared, device)
+    # sop, which stands in front of the first target, is the context's no more
+    prefixes = [row.mask.index(True) - 1 for row in rows] if glm else None
+    packed = PackedRows([len(row) - 1 for row in rows], shared, device, prefixes)
     # PackedRows rounds the stream up to a multiple of 8; what fills it predicts nothing.
     idle = packed.back.numel() - len(ids)
     ids += [0] * idle
@@ -246,7 +249,7 @@ def total_loss(model, rows, config, limits, scale=None):
     A micro-batch of weight 0 counts for nothing (`own_batches` says why there are such)."""
     losses = []
     for micro, weight in own_batches(rows, config, limits or Limits(config.micro_batch_tokens)):
-        batch = collate(micro, model.device, config.share_opening)
+        batch = collate(micro, model.device, config.share_opening, model.config.glm)
         factor = None if scale is None else weight * scale
         # A tensor is kept: asking for its number would stop a GPU's queue.
         losses.append(weight * loss_sum(model, *batch, factor))

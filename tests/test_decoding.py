@@ -401,7 +401,7 @@ def cached_logits(model, ids, compile=False):
     """Logits (T, V) of decoding one token after the other; compiled as --compile does it."""
     batch = G.Batch(model, 1, len(ids), compile=compile)
     with torch.inference_mode():
-        rows = [batch.forward(torch.tensor([[i], [at]]), at).clone() for at, i in enumerate(ids)]
+        rows = [batch.forward(torch.tensor([[i, at, 0]]), at).clone() for at, i in enumerate(ids)]
         return torch.cat(rows)
 
 

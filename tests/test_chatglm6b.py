@@ -1,0 +1,361 @@
+"""ChatGLM-6B (v1) against a NumPy float64 model of the release's layout that shares no line with
+ours: one pass, packed rows, the cache, gradients, and the folders that there are of it."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import generate as G
+import lora as L
+import model as M
+import train as T
+
+HEADS, WIDTH, INNER, ROWS, LAYERS = 4, 64, 160, 120, 3
+D = WIDTH // HEADS
+CONFIG = {
+    "architectures": ["ChatGLMModel"],
+    "bos_token_id": 130004,
+    "eos_token_id": 130005,
+    "gmask_token_id": 130001,
+    "hidden_size": WIDTH,
+    "inner_hidden_size": INNER,
+    "layernorm_epsilon": 1e-05,
+    "mask_token_id": 130000,
+    "max_sequence_length": 2048,
+    "model_type": "chatglm",
+    "num_attention_heads": HEADS,
+    "num_layers": LAYERS,
+    "pad_token_id": 3,
+    "position_encoding_2d": True,
+    "torch_dtype": "float16",
+    "transformers_version": "4.27.1",
+    "use_cache": True,
+    "vocab_size": ROWS,
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# The oracle: the release's weights, a few numbers of them, and the network in float64
+
+
+def release(seed=0, rows=ROWS, dtype=torch.float32):
+    """{key: tensor} as the release names and shapes them, its norms in float32. What attention and
+    the feed-forward add is made large: alpha = 7.5 would hide it."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*shape, std=0.25, mean=0.0):
+        return (torch.randn(shape, generator=random) * std + mean).to(dtype)
+
+    def norm(name):
+        weight, bias = draw(WIDTH, std=0.2, mean=1.0), draw(WIDTH, std=0.2)
+        return {f"{name}.weight": weight.float(), f"{name}.bias": bias.float()}
+
+    w = {"transformer.word_embeddings.weight": draw(rows, WIDTH, std=0.15)}
+    shapes = {
+        "attention.query_key_value": (3 * WIDTH, WIDTH, 0.25),
+        "attention.dense": (WIDTH, WIDTH, 1.0),
+        "mlp.dense_h_to_4h": (INNER, WIDTH, 0.25),
+        "mlp.dense_4h_to_h": (WIDTH, INNER, 1.0),
+    }
+    for i in range(LAYERS):
+        p = f"transformer.layers.{i}."
+        w |= norm(f"{p}input_layernorm") | norm(f"{p}post_attention_layernorm")
+        w[f"{p}attention.rotary_emb.inv_freq"] = draw(D // 4)
+        for name, (n_out, n_in, std) in shapes.items():
+            w[f"{p}{name}.weight"] = draw(n_out, n_in, std=std)
+            w[f"{p}{name}.bias"] = draw(n_out, std=0.3)
+    w |= norm("transformer.final_layernorm")
+    return w | {"lm_head.weight": w["transformer.word_embeddings.weight"].clone()}
+
+
+def oracle(weights, ids, context):
+    """Logits (T, V), float64, of a row whose first `context` tokens see each other."""
+    w = {key: tensor.double().numpy() for key, tensor in weights.items()}
+    speed = np.float64(np.float16(10000.0 ** (-np.arange(0, D // 2, 2) / (D // 2))))
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def turn(vector, t):
+        """Half a head by the place in the context, half by the place behind it."""
+        halves = []
+        for half, position in zip(
+            np.split(vector, 2), (min(t, context - 1), max(t - context + 1, 0))
+        ):
+            z = (half[: D // 4] + 1j * half[D // 4 :]) * np.exp(1j * position * speed)
+            halves += [z.real, z.imag]
+        return np.concatenate(halves)
+
+    x, alpha = w["transformer.word_embeddings.weight"][ids], np.sqrt(2 * 28)
+    for i in range(LAYERS):
+        p = f"transformer.layers.{i}."
+        n = norm(x, p + "input_layernorm")
+        fused = linear(n, p + "attention.query_key_value").reshape(len(ids), HEADS, 3, D)
+        seen = np.zeros((len(ids), HEADS, D))
+        for head in range(HEADS):
+            q, k = ([turn(fused[t, head, j], t) for t in range(len(ids))] for j in (0, 1))
+            for t in range(len(ids)):
+                whom = [s for s in range(len(ids)) if s <= t or s < context]
+                score = np.array([q[t] @ k[s] for s in whom]) / np.sqrt(D)
+                weight = np.exp(score - score.max())
+                seen[t, head] = weight / weight.sum() @ fused[whom, head, 2]
+        x = alpha * n + linear(seen.reshape(len(ids), -1), p + "attention.dense")
+        n = norm(x, p + "post_attention_layernorm")
+        a = linear(n, p + "mlp.dense_h_to_4h")
+        gelu = 0.5 * a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
+        x = alpha * n + linear(gelu, p + "mlp.dense_4h_to_h")
+    x = norm(x, "transformer.final_layernorm")
+    return x @ w["lm_head.weight"].T
+
+
+def write_release(folder, weights, shards=3, **changes):
+    """The weights in a folder as the release has it: pickles with an index, whose total_size was
+    never mended."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG | changes), encoding="utf-8")
+    keys, places = list(weights), {}
+    for number in range(shards):
+        name = f"pytorch_model-{number + 1:05}-of-{shards:05}.bin"
+        part = keys[number * len(keys) // shards : (number + 1) * len(keys) // shards]
+        torch.save({key: weights[key] for key in part}, folder / name)
+        places |= dict.fromkeys(part, name)
+    index = {"metadata": {"total_size": 13744473856}, "weight_map": places}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_release(tmp_path_factory.mktemp("release"), release())
+
+
+@pytest.fixture
+def model(folder):
+    return M.load_model(folder)
+
+
+def difference(ours, exact):
+    return np.abs(ours.double().numpy() - exact).max()
+
+
+# --------------------------------------------------------------------------------------------------
+# Logits: packed rows, the cache, a batch
+
+RAGGED = [
+    ([5, 9, 77, 3, 110, 42, 8, 6, 33, 101], 4),
+    ([17, 2, 90], 1),
+    ([64, 64, 11, 29, 7, 50, 98, 31, 12, 45, 71, 3, 88], 12),
+    ([99, 1, 2, 3, 4, 5, 6], 6),
+]
+
+
+def test_packed_rows_of_unequal_contexts_equal_the_oracle(model):
+    """One pass; a context that is off by one would be seen."""
+    rows = [T.Row(ids + [0], [False] * (c + 1) + [True] * (len(ids) - c)) for ids, c in RAGGED]
+    ids, labels, packed = T.collate(rows, "cpu", share=True, glm=True)
+    with torch.no_grad():
+        states = model.hidden_states(ids, packed)
+        logits = model.lm_head(states)[0]
+    start, weights = 0, release()
+    for row, context in RAGGED:
+        ours = logits[start : start + len(row)]
+        assert difference(ours, oracle(weights, row, context)) < 1e-5
+        for other in (context - 1, context + 1):
+            if 0 < other < len(row):
+                assert difference(ours, oracle(weights, row, other)) > 0.01
+        assert labels[0, start : start + len(row)].tolist() == [-100] * context + row[
+            context + 1 :
+        ] + [0]
+        start += len(row)
+
+
+def test_cache_equals_the_oracle(model):
+    """The context in one call, then token by token, and several tokens at once."""
+    weights = release()
+    for ids, context in RAGGED[:3]:
+        for cuts in ([1] * (len(ids) - context), [len(ids) - context]):
+            cache = model.new_cache(2, 16)
+            with torch.no_grad():
+                first = torch.tensor([ids[:context]])
+                logits = [model(first, cache.rows(1, [0], prefix=context))]
+                rest = cache.rows(1, [context], prefix=torch.tensor([[context]]))
+                for part in torch.tensor([ids[context:]]).split(cuts, 1):
+                    logits.append(model(part, rest))
+            assert difference(torch.cat(logits, 1)[0], oracle(weights, ids, context)) < 1e-5
+
+
+def test_batch_of_unequal_prompts_equals_the_oracle(model, monkeypatch):
+    """Five requests in a batch of three rows: every step's logits of every row are those that the
+    oracle has for it alone, also of rows that moved; a prompt is never run in chunks."""
+    monkeypatch.setattr(G, "PREFILL_CHUNK", 2)
+    weights, count = release(), 0
+    prompts = [RAGGED[0][0], RAGGED[1][0], RAGGED[2][0], RAGGED[3][0], RAGGED[0][0][3:]]
+    batch = G.Batch(model, 3, 32)
+    requests = [G.Request(p, G.Decoding(max_new_tokens=2 + i)) for i, p in enumerate(prompts)]
+    for request in requests:
+        batch.submit(request)
+    forward = batch.forward
+
+    def checked(fed, longest):
+        nonlocal count
+        logits = forward(fed, longest)
+        for row, ours in zip(batch.rows, logits):
+            exact = oracle(weights, row.ids, len(row.request.prompt_ids) - 1)[-1]
+            assert difference(ours, exact) < 1e-5
+            count += 1
+        return logits
+
+    batch.forward = checked
+    while not all(request.finish_reason for request in requests):
+        batch.step()
+    assert count == sum(len(request.ids) for request in requests) == 2 + 3 + 4 + 5 + 6
+
+
+def test_beams_have_the_oracles_scores(model):
+    prompt = RAGGED[0][0]
+    request = G.Request(prompt, G.Decoding(max_new_tokens=4, num_beams=4, length_penalty=0.0))
+    batch = G.Batch(model, 4, 16)
+    batch.submit(request)
+    while not request.finish_reason:
+        batch.step()
+    weights, scores = release(), []
+    for row in request.ranked:
+        logits = oracle(weights, row.ids, len(prompt) - 1)[len(prompt) - 1 : -1]
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        scores.append(logprobs[np.arange(4), row.ids[len(prompt) :]].sum())
+        assert abs(scores[-1] - row.score) < 1e-4
+    greedy = list(G.generate_ids(model, prompt, 4))
+    assert scores == sorted(scores, reverse=True) and request.ids == request.ranked[0].ids[10:]
+    assert len({tuple(row.ids) for row in request.ranked}) == 4 and len(greedy) == 4
+
+
+# --------------------------------------------------------------------------------------------------
+# Gradients: autograd of plain code, in float64, of rows padded behind
+
+
+def release_rows(part):
+    """The release's row of each of our rows of q, k or v (part 0, 1, 2): a head's q, k, v follow
+    each other there; RoPE's pairs are (i, i + D/4) of each half of a head, and (i, i + D/2) here."""
+    within = range(D)
+    if part < 2:
+        quarter = range(D // 4)
+        within = [
+            half * D // 2 + b * D // 4 + i for b in (0, 1) for half in (0, 1) for i in quarter
+        ]
+    return torch.tensor([(head * 3 + part) * D + i for head in range(HEADS) for i in within])
+
+
+def as_released(model):
+    """{key: float64} of a model in the release's layout, updates merged; differentiable."""
+    named, w = dict(model.named_parameters()), {}
+
+    def matrix(name):
+        if f"{name}.lora_a" not in named:
+            return named[f"{name}.weight"].double()
+        scale = model.get_submodule(name).config.scale
+        a, b = named[f"{name}.lora_a"].double(), named[f"{name}.lora_b"].double()
+        return named[f"{name}.base.weight"].double() + scale * b @ a
+
+    def bias(name):
+        return named.get(f"{name}.bias", named.get(f"{name}.base.bias")).double()
+
+    for i in range(LAYERS):
+        ours, theirs = f"layers.{i}.", f"transformer.layers.{i}."
+        for make, kind in ((matrix, "weight"), (bias, "bias")):
+            qkv = [make(f"{ours}self_attn.{n}_proj") for n in "qkv"]
+            rows = torch.cat([release_rows(part) for part in range(3)])
+            fused = torch.cat(qkv)[rows.argsort()]
+            w[f"{theirs}attention.query_key_value.{kind}"] = fused
+            w[f"{theirs}attention.dense.{kind}"] = make(f"{ours}self_attn.o_proj")
+            w[f"{theirs}mlp.dense_h_to_4h.{kind}"] = make(f"{ours}mlp.up_proj")
+            w[f"{theirs}mlp.dense_4h_to_h.{kind}"] = make(f"{ours}mlp.down_proj")
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                w[f"{theirs}{norm}.{kind}"] = named[f"{ours}{norm}.{kind}"].double()
+    for kind in ("weight", "bias"):
+        w[f"transformer.final_layernorm.{kind}"] = named[f"norm.{kind}"].double()
+    w["transformer.word_embeddings.weight"] = named["embed_tokens.weight"].double()
+    return w
+
+
+def plain_logits(w, ids, contexts):
+    """Logits (B, T, V) of rows padded behind, whose first contexts[b] tokens see each other."""
+    B, T_ = ids.shape
+    t, c = torch.arange(T_), torch.tensor(contexts)[:, None]
+    p, b = torch.minimum(t.expand(B, T_), c - 1), (t - c + 1).clamp(min=0)
+    speed = (10000.0 ** (-torch.arange(0, D // 2, 2) / (D // 2))).half().double()
+    unseen = (t[None, None] > t[None, :, None]) & (t[None, None] >= c[..., None])
+
+    def norm(x, name):
+        return F.layer_norm(x, (WIDTH,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)
+
+    def turned(x):  # (B, T, H, D)
+        halves = []
+        for half, place in zip(x.chunk(2, -1), (p, b)):
+            angle = (place[..., None].double() * speed)[:, :, None]
+            first, second = half.chunk(2, -1)
+            halves.append(first * angle.cos() - second * angle.sin())
+            halves.append(second * angle.cos() + first * angle.sin())
+        return torch.cat(halves, -1)
+
+    x, alpha = w["transformer.word_embeddings.weight"][ids], 56**0.5
+    for i in range(LAYERS):
+        at = f"transformer.layers.{i}."
+
+        def linear(x, name, at=at):
+            return F.linear(x, w[f"{at}{name}.weight"], w[f"{at}{name}.bias"])
+
+        n = norm(x, f"{at}input_layernorm")
+        q, k, v = linear(n, "attention.query_key_value").view(B, T_, HEADS, 3, D).unbind(3)
+        scores = torch.einsum("bthd,bshd->bhts", turned(q), turned(k)) / D**0.5
+        weight = scores.masked_fill(unseen[:, None], -torch.inf).softmax(-1)
+        y = torch.einsum("bhts,bshd->bthd", weight, v).flatten(2)
+        n = norm(alpha * n + linear(y, "attention.dense"), f"{at}post_attention_layernorm")
+        up = F.gelu(linear(n, "mlp.dense_h_to_4h"), approximate="tanh")
+        x = alpha * n + linear(up, "mlp.dense_4h_to_h")
+    return norm(x, "transformer.final_layernorm") @ w["transformer.word_embeddings.weight"].T
+
+
+def test_the_plain_code_is_the_oracle(model):
+    ids = torch.tensor([RAGGED[0][0], RAGGED[2][0][:10]])
+    with torch.no_grad():
+        plain = plain_logits(as_released(model), ids, [4, 9])
+    for row, context, logits in zip(ids.tolist(), (4, 9), plain):
+        # the tensors are of float32, and were made tied
+        assert difference(logits, oracle(release(), row, context)) < 1e-9
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("size", [{}, {"micro_batch_size": 2}], ids=["all at once", "by twos"])
+def test_gradients_equal_those_of_plain_code(model, full, size):
+    if full:
+        model.requires_grad_(True)
+    else:
+        assert L.add_lora(model, L.LoRAConfig(4, 8, 0.0, ("all",))) == 6 * LAYERS
+        for _, module in L.lora_linears(model):
+            torch.nn.init.normal_(module.lora_b, std=0.1)
+    ended = [(ids + [70, 4], c) for ids, c in RAGGED]
+    rows = [T.Row(ids, [False] * (c + 1) + [True] * (len(ids) - c - 1)) for ids, c in ended]
+    config = T.TrainConfig(full=full, **size)
+    loss = T.step_gradient(model.train(), rows, config)
+    # The same, padded and in float64.
+    width = max(map(len, rows))
+    ids = torch.tensor([row.ids + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([row.mask + [False] * (width - len(row)) for row in rows])[:, 1:]
+    logits = plain_logits(as_released(model), ids, [c for _, c in RAGGED])
+    exact = F.cross_entropy(logits[:, :-1][mask], ids[:, 1:][mask])
+    assert abs(loss - exact.item()) < 1e-5
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(exact, trained.values())
+    assert len(gradients) == (2 * 6 * LAYERS if not full else 3 + 16 * LAYERS)
+    for (name, p), plain in zip(trained.items(), gradients):
+        worst = (p.grad - plain).abs().max()
+        assert worst < 1e-5 * max(1, plain.abs().max()), (name, worst)

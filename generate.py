@@ -309,7 +309,7 @@ class Batch:
         scale_adapter(self, [request])
         # In chunks, which bound the memory of the activations; a GLM's prefix sees all of itself.
         ids = request.prompt_ids[:-1]
-        request.prefix = len(ids) * self.model.config.glm
+        request.prefix = len(ids) * self.model.config.prefix_lm
         cache = self.cache.rows(first, [0], prefix=request.prefix)
         size = request.prefix or PREFILL_CHUNK
         for start in range(0, len(ids), size):
@@ -731,16 +731,16 @@ def pick_dtype(name, device):
 def load_base(path, device, dtype, base_dtype="auto"):
     """(model, tokenizer) of a base's folder, computing in dtype, its weights stored in base_dtype
     ("auto": in dtype too). Special ids come from tokenizer.model: a config.json with others, as
-    decapoda-research/llama-7b-hf has it, is not followed. Raises ValueError if the embedding has
-    not one row for each piece (those of added_tokens.json, such as Alpaca's [PAD], count)."""
+    decapoda-research/llama-7b-hf has it, is not followed. Raises ValueError if the embedding lacks
+    rows for pieces (those of added_tokens.json, such as Alpaca's [PAD], count), or has far more."""
     path = find_base(path)
+    size = Checkpoint(path).config.vocab_size  # first, for it says what this network is not
     tokenizer = load_tokenizer(path)
-    size = Checkpoint(path).config.vocab_size
     files = (path / "added_tokens.json", path / "config.json")
     added, theirs = (read_json_file(file) if file.is_file() else {} for file in files)
     # A tokenizer of another base would give every word another one's row.
     pieces = tokenizer.vocab_size + len(added)
-    if pieces != size:
+    if not 0 <= size - pieces < 4096:  # Qwen, GLM and others fill up to a round number of rows
         raise ValueError(
             f"{path}: tokenizer.model has {pieces} pieces, the model {size} embedding rows; they "
             "belong to different models"

@@ -249,7 +249,7 @@ def total_loss(model, rows, config, limits, scale=None):
     A micro-batch of weight 0 counts for nothing (`own_batches` says why there are such)."""
     losses = []
     for micro, weight in own_batches(rows, config, limits or Limits(config.micro_batch_tokens)):
-        batch = collate(micro, model.device, config.share_opening, model.config.glm)
+        batch = collate(micro, model.device, config.share_opening, model.config.prefix_lm)
         factor = None if scale is None else weight * scale
         # A tensor is kept: asking for its number would stop a GPU's queue.
         losses.append(weight * loss_sum(model, *batch, factor))
@@ -1212,6 +1212,15 @@ def check_config(config):
         )
 
 
+def check_targets(shape, config):
+    """Raise ValueError if a prompt that sees itself, as ChatGLM-6B's does, is to be learnt too."""
+    if shape.prefix_lm and (config.train_on_inputs or config.train_on == "all"):
+        raise ValueError(
+            "ChatGLM-6B's prompt sees all of itself, so that nothing in it can be predicted; drop "
+            "--train_on_inputs and --train_on all"
+        )
+
+
 # ==================================================================================================
 # Command
 
@@ -1299,6 +1308,7 @@ def main():
     # Then the model, as memory allows. The plan needs no weights, only the base's shape.
     shape, dtype = Checkpoint(find_base(config.base_model)).config, pick_dtype(config.dtype, device)
     limits = run.limits
+    check_targets(shape, config)
     plan = plan_memory(shape, config, rows + val_rows, dtype, device, limits.tokens_at_once)
     print(
         f"memory: {plan.bytes / 2**30:.2f} GB by the estimate, {plan.tokens_at_once:,} tokens at "

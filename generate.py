@@ -212,7 +212,6 @@ class Request:
     cancelled: bool = False  # nobody waits for it any more
     generator: torch.Generator = None
     ranked: list = field(default_factory=list)  # beams that ended, best first
-    prefix: int = 0  # ids of a GLM's prompt that all see each other
 
     @property
     def positions(self):
@@ -272,7 +271,7 @@ class Batch:
             return
         # One forward for all: the last id of each row, behind so many positions.
         scale_adapter(self, [row.request for row in self.rows])
-        fed = [[row.ids[-1], len(row.ids) - 1, row.request.prefix] for row in self.rows]
+        fed = [[r.ids[-1], len(r.ids) - 1, len(r.request.prompt_ids) - 1] for r in self.rows]
         longest = max(length for _, length, _ in fed)
         logits = self.forward(torch.tensor(fed, device=self.model.device), longest)  # (B, V)
         # One choice for all; beams then choose among themselves.
@@ -307,11 +306,10 @@ class Batch:
         if seed is not None:
             request.generator = torch.Generator(device).manual_seed(seed)
         scale_adapter(self, [request])
-        # In chunks, which bound the memory of the activations; a GLM's prefix sees all of itself.
+        # In chunks, which bound the memory of the activations; a prefix that sees itself in one.
         ids = request.prompt_ids[:-1]
-        request.prefix = len(ids) * self.model.config.prefix_lm
-        cache = self.cache.rows(first, [0], prefix=request.prefix)
-        size = request.prefix or PREFILL_CHUNK
+        prefix = len(ids) * self.model.config.prefix_lm
+        cache, size = self.cache.rows(first, [0], prefix=prefix), prefix or PREFILL_CHUNK
         for start in range(0, len(ids), size):
             chunk = ids[start : start + size]
             self.model.hidden_states(torch.tensor([chunk], device=device), cache)
@@ -321,7 +319,7 @@ class Batch:
 
     def logits(self, fed, longest):
         """Logits (B, V) of fed (B, 3): each row's id, how many stand before it (<= longest), and
-        its prefix."""
+        how many stood before its prompt's last."""
         ids, lengths, prefix = fed.split(1, dim=1)
         cache = self.cache.rows(0, lengths[:, 0], longest, prefix)
         return self.model(ids, cache)[:, -1]

@@ -270,10 +270,8 @@ class LLaMA(nn.Module):
         c, context = self.config, context or Context()
         # Where the tokens stand, and the angles that go with it: the same in all layers.
         head = c.head_dim, c.rope_theta, c.rope_scaling, c.partial_rotary_factor
-        positions = context.extend(ids)
-        rope = rope_table(positions, *head)
-        if c.prefix_lm:
-            rope = glm_rope(positions, context.prefix, c.head_dim, c.rope_theta)
+        at = context.extend(ids)
+        rope = glm_rope(at, context.prefix, c) if c.prefix_lm else rope_table(at, *head)
         x = self.embed_tokens(ids).to(self.dtype)  # (B, T, C)
         for i, block in enumerate(self.layers):
             # Dropped activations are made again by a second forward of the block.
@@ -296,8 +294,6 @@ class Context:
     """Where new tokens stand, and what they attend to. This one is the plain case: rows that begin
     at position 0, each token attending to its own row up to itself."""
 
-    prefix = 0  # of a GLM: so many tokens at the start of a row all see each other
-
     def extend(self, ids):
         """Positions (T,) or (B, T) of ids (B, T). Called once a forward, before the layers."""
         return torch.arange(ids.size(1), device=ids.device)
@@ -313,7 +309,7 @@ class KVCache(Context):
     (`LLaMA.new_cache`).
 
     Row b holds lengths[b] of them. `longest` bounds lengths without asking the device for them.
-    prefix is a number for fresh rows, (B, 1) for rows that hold theirs."""
+    The first `prefix` see each other: a number while a row is empty, then (B, 1)."""
 
     def __init__(self, k, v, lengths, longest=0, prefix=0):
         self.k, self.v, self.lengths, self.longest, self.prefix = k, v, lengths, longest, prefix
@@ -391,11 +387,11 @@ class PackedRows(Context):
         back += [0] * (-len(back) % 8)  # up to 7 idle tokens: products of odd height are slow
         self.index = torch.tensor(index, device=device)  # (B, S), into the stream
         self.back = torch.tensor(back, device=device)  # (N,), into B S
-        self.position, self.mask = self.back % S, None
+        self.position, self.prefix, self.mask = self.back % S, 0, None
         if prefixes:
-            own = torch.tensor(prefixes, device=device)  # (B,)
-            self.prefix = own[self.back // S]  # (N,)
-            self.mask = prefix_mask(torch.arange(S, device=device), S, own[:, None])
+            prefix = torch.tensor(prefixes, device=device)[:, None]  # (B, 1)
+            self.prefix = prefix[self.back // S, 0]  # (N,), that of each token's row
+            self.mask = prefix_mask(torch.arange(S, device=device), S, prefix)
 
     def extend(self, ids):
         return self.position
@@ -424,17 +420,19 @@ def prefix_mask(at, S, prefix):
     return (torch.arange(S, device=at.device) <= last).unsqueeze(1)
 
 
-def glm_rope(positions, prefix, head_dim, theta):
+def glm_rope(positions, prefix, config):
     """The rotary table of a head whose two halves turn by two positions (GLM-130B, 2.2), for
     `apply_rope`: pairs i < D/4 by the place in the prefix, which stands still at its end; the
     others by the place behind it, which is 0 within and 1 for sop.
 
     The release made its speeds in fp16, and learnt with them."""
-    pair = torch.arange(0, head_dim, 4, device=positions.device)
-    speed = (theta ** (-pair / head_dim)).half().float()  # (D/4), radians a position
-    place, behind = positions.clamp(max=prefix - 1), (positions - prefix + 1).clamp(min=0)
-    angle = torch.cat([p.unsqueeze(-1) * speed for p in (place, behind)], -1).unsqueeze(-2)
-    return torch.cat((angle, angle), -1).cos(), torch.cat((-angle, angle), -1).sin()
+    pair = torch.arange(0, config.head_dim, 4, device=positions.device)
+    speed = (config.rope_theta ** (-pair / config.head_dim)).half().float()  # (D/4), radians
+    place = positions.clamp(max=prefix - 1)
+    both = torch.stack((place, positions - place), -1)  # (..., T, 2)
+    angle = (both.unsqueeze(-1) * speed).flatten(-2).unsqueeze(-2)  # (..., T, 1, D/2)
+    signed = torch.cat((-angle, angle), -1)
+    return signed.cos(), signed.sin()
 
 
 class LayerNorm(nn.LayerNorm):
@@ -450,8 +448,8 @@ class GLMFeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=True)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=True)
+        C, width = config.hidden_size, config.intermediate_size
+        self.up_proj, self.down_proj = Linear(C, width, True), Linear(width, C, True)
 
     def forward(self, x):  # (..., C) -> (..., C)
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))

@@ -142,18 +142,6 @@ def epoch_order(rows, config, epoch):
     return grouped
 
 
-def steps(rows, config, first, total):
-    """Yield (step, epochs done after it, its rows) of the steps from `first` to before `total`."""
-    per_epoch = math.ceil(len(rows) / config.batch_size)
-    for step in range(first, total):
-        epoch, position = divmod(step, per_epoch)
-        if step == first or position == 0:
-            order = epoch_order(rows, config, epoch)
-        start = position * config.batch_size
-        batch = [rows[i] for i in order[start : start + config.batch_size]]
-        yield step, round((step + 1) / per_epoch, 4), batch
-
-
 def micro_batches(rows, size, budget):
     """Rows sorted by length and cut into micro-batches of at most `size` rows (0: any number) and,
     unless one row alone is longer, of `budget` tokens as attention pads them. Rows of like length
@@ -177,8 +165,8 @@ def shared_opening(rows):
 def collate(rows, device, share=True, glm=False):
     """Rows end to end in one stream: ids (1, N), labels (1, N), and the PackedRows that keeps
     attention inside each row. ids[t] predicts labels[t], which is -100 where that is no target:
-    by position, never by id. With share, the common opening stands there once; not so with glm,
-    where a context sees what follows in it.
+    by position, never by id. With share, the common opening stands there once. Of a GLM the ids
+    before sop, which the first target follows, see each other; so nothing is shared.
 
     Two rows, a b c D E and a b x Y, whose targets are the capitals:
 
@@ -191,7 +179,6 @@ def collate(rows, device, share=True, glm=False):
         ids += row.ids[shared:-1]
         pairs = zip(row.ids[shared + 1 :], row.mask[shared + 1 :])
         labels += [token if is_target else -100 for token, is_target in pairs]
-    # sop, which stands in front of the first target, is the context's no more
     prefixes = [row.mask.index(True) - 1 for row in rows] if glm else None
     packed = PackedRows([len(row) - 1 for row in rows], shared, device, prefixes)
     # PackedRows rounds the stream up to a multiple of 8; what fills it predicts nothing.
@@ -370,6 +357,18 @@ def trained_parameters(model):
 def total_steps(rows, config):
     count = config.num_epochs * math.ceil(len(rows) / config.batch_size)
     return min(count, config.max_steps or count)
+
+
+def steps(rows, config, first, total):
+    """Yield (step, epochs done after it, its rows) of the steps from `first` to before `total`."""
+    per_epoch = math.ceil(len(rows) / config.batch_size)
+    for step in range(first, total):
+        epoch, position = divmod(step, per_epoch)
+        if step == first or position == 0:
+            order = epoch_order(rows, config, epoch)
+        start = position * config.batch_size
+        batch = [rows[i] for i in order[start : start + config.batch_size]]
+        yield step, round((step + 1) / per_epoch, 4), batch
 
 
 def seed_dropout(step, config):

@@ -536,8 +536,7 @@ def open_weights(file):
     """{key: tensor} of a .safetensors, .pth or .bin file, mapped: nothing is read before a tensor
     is used, and nothing in a pickle is run. Raises ValueError in one line."""
     file = Path(file)
-    if not file.is_file():
-        raise ValueError(f"{file} not found")
+    check_content(file)
     try:
         if ".safetensors" in file.name:  # also while it is being written
             with safe_open(file, framework="pt") as opened:
@@ -746,12 +745,35 @@ def find_base(name):
     )
 
 
+# names of a tokenizer's file, the best first
+TOKENIZERS = ("tokenizer.model", "ice_text.model", "tokenizer.json", "qwen.tiktoken")
+
+
 def find_tokenizer(folder):
-    """tokenizer.model of a base: in its folder, or one level up as in Meta's download. Where
-    neither is: the first."""
-    here = Path(folder).resolve() / "tokenizer.model"
-    above = here.parent.parent / here.name
-    return above if above.is_file() and not here.is_file() else here
+    """The file of a base's tokenizer: in its folder, or one level up as in Meta's download. Where
+    neither is: tokenizer.model in the folder. Raises ValueError for a link to another place."""
+    folder = Path(folder).resolve()
+    files = [folder / name for name in TOKENIZERS] + [folder.parent / "tokenizer.model"]
+    return check_link(next(filter(Path.is_file, files), files[0]))
+
+
+def check_link(file):
+    """The file, if it is no link out of its folder, but for those of the hub's cache. A folder that
+    comes from elsewhere could else have any file read, or copied into what is published."""
+    real, home = file.resolve(), file.parent.resolve()
+    blobs = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    if real.is_relative_to(home) or blobs:
+        return file
+    raise ValueError(f"{file} is a link out of its folder, to {real}; put the file itself there")
+
+
+def check_content(file):
+    """Raise ValueError for a file that is missing, or is Git LFS's word for it."""
+    if not Path(file).is_file():
+        raise ValueError(f"{file} not found")
+    with open(file, "rb") as opened:
+        if opened.read(99).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file} is a Git LFS pointer, not the file; run git lfs pull")
 
 
 @torch.no_grad()

@@ -31,12 +31,16 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
+from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import cache, lru_cache
 from hashlib import sha256
+from heapq import heappop, heappush
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import chain, cycle, groupby, zip_longest
+from itertools import accumulate, chain, cycle, groupby, takewhile, zip_longest
 from pathlib import Path
 from string import Formatter
 from typing import NamedTuple
@@ -53,6 +57,7 @@ from model import (
     FORMS,
     Checkpoint,
     Parser,
+    check_content,
     check_settings,
     find_base,
     find_tokenizer,
@@ -72,43 +77,49 @@ PREFILL_CHUNK = 512  # tokens of a prompt in one forward
 
 class Tokenizer:
     """SentencePiece with LLaMA's special ids, which come from tokenizer.model and nowhere else.
-    Raises ValueError for a file that is no such model."""
+    Raises ValueError for a file that is no such model. Other kinds stand below the lesson.
 
-    def __init__(self, path):
+    special {name: id} are tokens that are no text: a text that spells one is only a text"""
+
+    def __init__(self, path, more=b""):
+        model = Path(path).read_bytes() + more
         try:
-            self.pieces = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            self.pieces = SentencePieceProcessor(model_proto=model)
+            self.answer_pieces = SentencePieceProcessor(model_proto=model + NO_SPACE_IN_FRONT)
+        except RuntimeError as error:
             raise ValueError(f"{path} is no SentencePiece model ({error})") from None
-        self.vocab_size = len(self.pieces)
+        ids = range(len(self.pieces))
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} has no BOS or EOS piece; LLaMA wants both")
-        self.newline = self.pieces.piece_to_id("<0x0A>")
+        control = {self.pieces.id_to_piece(i): i for i in ids if self.pieces.is_control(i)}
+        set_special(self, {*ids} - {*control.values()}, control, [self.bos_id])
 
     def encode(self, text, bos=False, eos=False):
         """Ids of a text. Raises ValueError for half a character, which is no Unicode text."""
         text.encode()  # Python's own sentence names the character
-        return [self.bos_id] * bos + self.pieces.encode(text) + [self.eos_id] * eos
+        return self.opening * bos + self.pieces.encode(text) + [self.eos_id] * eos
 
     def encode_answer(self, text):
-        """Ids of a text behind a prompt that ends with a newline, as encoding both together gives
-        them: without the space that SentencePiece puts before a text."""
-        ids = self.encode("\n" + text)
-        return ids[ids.index(self.newline) + 1 :]
+        """Ids of a text behind a prompt, as encoding both together gives them: without the space
+        that SentencePiece puts before a text."""
+        text.encode()
+        return self.answer_pieces.encode(text)
+
+    def width(self, id):
+        """Bytes of text that an id stands for."""
+        piece = self.pieces.id_to_piece(id).replace("\u2581", " ")
+        return 1 if self.pieces.is_byte(id) else len(piece.encode())
 
     def byte_ends(self, ids, text):
         """Where each of the ids of a text ends in it, in bytes (0 or less: before it begins)."""
-        ends, end = [], 0
-        for i in ids:
-            piece = "" if self.pieces.is_control(i) else self.pieces.id_to_piece(i)
-            end += 1 if self.pieces.is_byte(i) else len(piece.replace("\u2581", " ").encode())
-            ends.append(end)
+        ends = [*accumulate(self.width(i) if i in self.texts else 0 for i in ids)]
         # counted from the end: the space that may stand in front is none of the text
-        return [e - end + len(text.encode()) for e in ends]
+        return [e - ends[-1] + len(text.encode()) for e in ends]
 
     def decode(self, ids):
-        """The text of ids: U+FFFD for half a character, none for ids of added_tokens.json."""
-        return self.pieces.decode([i for i in ids if i < self.vocab_size])
+        """The text of ids: U+FFFD for half a character, none for special ids and unknown ones."""
+        return self.pieces.decode([i for i in ids if i in self.texts])
 
 
 def render_prompt(tokenizer, template, messages, several=False):
@@ -533,6 +544,277 @@ def stream(tokenizer, request, step=None, strip=True):
 
 
 # ==================================================================================================
+# Tokenizers of other bases
+
+# SentencePiece's file is a protobuf message, in which what comes later counts: normalizer_spec
+# {add_dummy_prefix: false}
+NO_SPACE_IN_FRONT = b"\x1a\x02\x18\x00"
+
+
+def set_special(tokenizer, texts, special, opening):
+    """Give a tokenizer its special tokens, {name: id}, the ids that begin a prompt, and the set of
+    those ids that are texts."""
+    tokenizer.texts, tokenizer.special, tokenizer.opening = texts, special, opening
+    tokenizer.vocab_size = max(texts.union(special.values())) + 1
+
+
+def byte_letters():
+    """The letter that stands for each byte in a tokenizer.json: itself where Latin-1 prints it, the
+    others from U+0100 on (Radford et al. 2019)."""
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {b: chr(b) for b in printed} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+LETTERS = byte_letters()
+BYTES = {ord(letter): byte for byte, letter in LETTERS.items()}
+
+
+def spell(data):
+    """Bytes in LETTERS."""
+    return data.decode("latin-1").translate(LETTERS)
+
+
+@cache
+def characters(kind):
+    """Ranges, for a class of `re`, of the characters that \\kind stands for in other engines: p{L},
+    P{N}, s, S and the like. A capital stands for all others."""
+
+    def belongs(i):
+        if kind[0] in "pP":
+            return unicodedata.category(chr(i)).startswith(kind[2:-1])
+        return chr(i).isspace() and not 0x1C <= i <= 0x1F  # those Python alone calls blanks
+
+    ranges, start = "", 0
+    for inside, run in groupby(map(belongs, range(sys.maxunicode + 1))):
+        end = start + sum(1 for _ in run)
+        if inside != kind[0].isupper():
+            ranges += f"\\U{start:08x}-\\U{end - 1:08x}"
+        start = end
+    return ranges
+
+
+def compile_pattern(pattern):
+    """A tokenizer's pattern for `re`, which lacks \\p, in a group, so that split() keeps what it
+    finds. Raises ValueError for one that cannot be translated."""
+    parts, in_class = [], False
+    for part in re.findall(r"\\[pP]\{\w+\}|\\.|.", pattern, re.S):
+        if re.match(r"\\[pPsS]", part):
+            part = characters(part[1:]) if in_class else f"[{characters(part[1:])}]"
+        in_class = part == "[" or in_class and part != "]"
+        parts.append(part)
+    try:
+        compiled = re.compile(f"({''.join(parts)})")
+    except re.error as error:
+        raise ValueError(f"the pattern {pattern!r} is not understood ({error})") from None
+    if compiled.groups > 1:
+        raise ValueError(f"the pattern {pattern!r} has groups")
+    return compiled
+
+
+class BytePairs:
+    """Byte-level BPE (Sennrich et al. 2016; over bytes: Radford et al. 2019, 2.2). A text is cut
+    into words, a word into its bytes; of the neighbours, those that training merged first are
+    merged, again and again.
+
+    ids      {piece: id}, pieces in LETTERS
+    ranks    {a + between + b: rank} of the neighbours a, b that merge, lowest first
+    pattern  what a word is
+    nfc      the text is brought to Unicode's form C first
+    whole    a word that is a piece is taken as it is"""
+
+    def __init__(self, ids, ranks, between, pattern, nfc=False, whole=True):
+        self.ids, self.ranks, self.between = ids, ranks, between
+        self.nfc, self.whole = nfc, whole
+        self.words = compile_pattern(pattern)
+        self.piece = {id: piece for piece, id in ids.items()}
+        self.merged = lru_cache(1 << 16)(self.merge)
+        made = {pair.replace(between, "") for pair in ranks}
+        for piece in made.union(LETTERS.values()) - ids.keys():
+            raise ValueError(f"{piece!r} is not in the vocabulary")
+
+    def encode(self, text):
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        words = filter(None, self.words.split(text))
+        return [id for word in words for id in self.merged(word)]
+
+    def decode(self, ids):
+        letters = "".join(self.piece[id] for id in ids)
+        return letters.translate(BYTES).encode("latin-1").decode("utf-8", "replace")
+
+    def merge(self, word):
+        """Ids of a word. A queue, since a word may be as long as a client wants: n log n steps."""
+        letters = spell(word.encode())
+        if self.whole and letters in self.ids:
+            return [self.ids[letters]]
+        # The parts form a ring with END, which merges with none, and so do those used up.
+        parts, n = [*letters, END], len(letters)
+        after, before = [*range(1, n + 1), 0], [*range(-1, n)]
+        queue = []
+
+        def offer(i):
+            pair = parts[i] + self.between + parts[after[i]]
+            if pair in self.ranks:
+                heappush(queue, (self.ranks[pair], i, pair))
+
+        for i in range(n):
+            offer(i)
+        while queue:
+            _, i, pair = heappop(queue)
+            j = after[i]
+            if parts[i] + self.between + parts[j] == pair:  # neither has changed meanwhile
+                parts[i], parts[j] = parts[i] + parts[j], END
+                after[i], before[after[j]] = after[j], i
+                offer(before[i])
+                offer(i)
+        return [self.ids[part] for part in parts if part != END]
+
+
+END = "\0"  # no letter
+
+
+class ByteTokenizer(Tokenizer):
+    """Byte-level BPE behind the interface of Tokenizer. special, {name: id}, are all tokens that
+    were added to the pieces; those whose ids are in `shown` are shown where a model writes them."""
+
+    def __init__(self, pieces, special, opening=(), shown=()):
+        self.pieces = self.answer_pieces = pieces
+        for name, id in special.items():
+            pieces.ids.pop(name, None)  # no text is one
+            pieces.piece[id] = spell(name.encode())
+        set_special(self, {*pieces.ids.values(), *shown}, special, [*opening])
+        self.bos_id = opening[0] if opening else None
+
+    def width(self, id):
+        return len(self.pieces.piece[id])
+
+
+def read_tokenizer_json(path):
+    """The ByteTokenizer of Hugging Face's tokenizer.json. Raises ValueError for other kinds."""
+    spec = read_json_file(path)
+    try:
+        model, splits = spec["model"], spec["pre_tokenizer"].get("pretokenizers", [])
+        kinds = [spec["pre_tokenizer"]["type"], *(split["type"] for split in splits)]
+        nfc = (spec.get("normalizer") or {}).get("type")
+        if kinds != ["Sequence", "Split", "ByteLevel"] or nfc not in (None, "NFC"):
+            raise ValueError(f"{model['type']} with {kinds}, {nfc}")
+        split, level = splits
+        found = [split["behavior"], split["invert"], level["add_prefix_space"], level["use_regex"]]
+        if found != ["Isolated", False, False, False]:
+            raise ValueError(f"{found}")
+        merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+        ranks = {pair: rank for rank, pair in enumerate(merges)}
+        whole = model.get("ignore_merges", False)
+        pieces = BytePairs(model["vocab"], ranks, " ", split["pattern"]["Regex"], nfc, whole)
+        added = spec["added_tokens"]
+        special = {token["content"]: token["id"] for token in added}
+        shown = [token["id"] for token in added if not token["special"]]
+        return ByteTokenizer(pieces, special, opening_ids(spec.get("post_processor")), shown)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: {error!r:.200}; wanted byte-level BPE as Qwen and Llama-3 have it, or a "
+            "tokenizer.model beside it"
+        ) from None
+
+
+def opening_ids(post):
+    """The ids that a tokenizer.json's post-processor puts in front of a text."""
+    ids = []
+    for step in post.get("processors", [post]) if post else ():
+        for item in takewhile(lambda item: "SpecialToken" in item, step.get("single", ())):
+            ids += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
+    return ids
+
+
+# The words of OpenAI's cl100k_base as Llama-3 and GLM-4 cut them; Qwen has each digit by itself.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3 = (
+    "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
+    "finetune_right_pad_id reserved_special_token_2 start_header_id end_header_id eom_id eot_id "
+    "python_tag"
+)
+
+
+def read_tiktoken(path):
+    """The ByteTokenizer of a file of pieces in base64, each with its rank, which is its id: Meta's
+    tokenizer.model of Llama-3, or Qwen's qwen.tiktoken. The special tokens behind are in no
+    file."""
+    qwen = Path(path).suffix == ".tiktoken"
+    names = "endoftext im_start im_end".split() if qwen else LLAMA3.split()
+    spares, first = (205, "extra_0") if qwen else (245, "reserved_special_token_3")
+    stem, number = first.rsplit("_", 1)
+    names += [f"{stem}_{int(number) + i}" for i in range(spares)]
+    try:
+        lines = (line.split() for line in Path(path).read_bytes().splitlines() if line)
+        ids = {spell(b64decode(piece)): int(rank) for piece, rank in lines}
+        pieces = BytePairs(ids, ids, "", WORDS.replace("{1,3}", "") if qwen else WORDS)
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of pieces and ranks ({error})") from None
+    special = {f"<|{name}|>": len(ids) + i for i, name in enumerate(names)}
+    return ByteTokenizer(pieces, special, [] if qwen else [len(ids)])
+
+
+class ChatGLMTokenizer(Tokenizer):
+    """ChatGLM2's and ChatGLM3's: tokens in no file behind the pieces. A text has a space in front
+    wherever it stands."""
+
+    NAMES = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>"
+
+    def __init__(self, path, more=b""):
+        super().__init__(path, more)
+        self.answer_pieces = self.pieces
+        special = {name: len(self.pieces) + i for i, name in enumerate(self.NAMES.split())}
+        opening = [special["[gMASK]"], special["sop"]]
+        set_special(self, self.texts, self.special | special, opening)
+        self.bos_id = opening[0]
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a base's folder, of the kind that its file is. Raises ValueError."""
+    file, folder = find_tokenizer(folder), Path(folder)
+    check_content(file)
+    names = ("config.json", "tokenizer_config.json", "added_tokens.json")
+    config, settings, added = (
+        read_json_file(folder / name) if (folder / name).is_file() else {} for name in names
+    )
+    with open(file, "rb") as opened:
+        is_tiktoken = re.match(rb"[\w+/=]+ \d+\s", opened.read(999))
+    if file.suffix == ".json":
+        tokenizer = read_tokenizer_json(file)
+    elif is_tiktoken:
+        tokenizer = read_tiktoken(file)
+    elif config.get("model_type") == "chatglm":
+        tokenizer = ChatGLMTokenizer(file)
+    else:
+        tokenizer = Tokenizer(file)
+    # Tokens added since, such as Alpaca's [PAD].
+    if added:
+        special = tokenizer.special | added
+        set_special(tokenizer, tokenizer.texts - {*added.values()}, special, tokenizer.opening)
+    if isinstance(tokenizer, ByteTokenizer):
+        tokenizer.eos_id = find_eos(tokenizer.special, settings, config, file)
+    return tokenizer
+
+
+def find_eos(special, settings, config, file):
+    """The id that ends a text: tokenizer_config.json's, else config.json's, else one of a name that
+    bases have. Raises ValueError."""
+    token, ids = settings.get("eos_token"), config.get("eos_token_id")
+    token = token.get("content") if isinstance(token, dict) else token
+    wanted = [special.get(token), *(ids if isinstance(ids, list) else [ids])]
+    wanted += [special.get(name) for name in ("<|end_of_text|>", "<|endoftext|>")]
+    for id in wanted:
+        if id in special.values():
+            return id
+    raise ValueError(
+        f"{file} has no token that ends a text; name it as eos_token_id in config.json"
+    )
+
+
+# ==================================================================================================
 # Templates: a conversation as texts and special tokens
 
 
@@ -907,11 +1189,6 @@ def make_instruction(row, messages, conversations):
 def log(*texts):
     """To stderr: only answers go to stdout."""
     print(*texts, file=sys.stderr, flush=True)
-
-
-def load_tokenizer(folder):
-    """The Tokenizer of a base's folder."""
-    return Tokenizer(find_tokenizer(folder))
 
 
 def pick_device(name):

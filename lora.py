@@ -52,6 +52,7 @@ from model import (
     save_hf,
     setting,
     write_atomically,
+    write_chat_template,
     write_json,
 )
 
@@ -496,7 +497,7 @@ def export(base, adapter, folder, dtype, layout, max_bytes):
     with new_folder(folder) as new:
         model = load_model(base, dtype=dtype)
         if adapter:
-            load_adapter(model, adapter)
+            made_in = load_adapter(model, adapter).get("made_in", {})
             errors = merge(model)
             worst = max(errors, key=errors.get)
             print(
@@ -505,6 +506,8 @@ def export(base, adapter, folder, dtype, layout, max_bytes):
                 f"({worst})"
             )
         SAVE[layout](model.config, model.named_parameters(), new, model.dtype, base, max_bytes)
+        if adapter and "template" in made_in:
+            write_chat_template(new, made_in["template"])
     print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters as {model.dtype}")
 
 

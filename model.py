@@ -43,6 +43,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from string import Formatter
 
 import torch
 import torch.distributed as dist
@@ -536,8 +537,7 @@ def open_weights(file):
     """{key: tensor} of a .safetensors, .pth or .bin file, mapped: nothing is read before a tensor
     is used, and nothing in a pickle is run. Raises ValueError in one line."""
     file = Path(file)
-    if not file.is_file():
-        raise ValueError(f"{file} not found")
+    check_content(file)
     try:
         if ".safetensors" in file.name:  # also while it is being written
             with safe_open(file, framework="pt") as opened:
@@ -746,12 +746,35 @@ def find_base(name):
     )
 
 
+# names of a tokenizer's file, the best first
+TOKENIZERS = ("tokenizer.model", "ice_text.model", "tokenizer.json", "qwen.tiktoken")
+
+
 def find_tokenizer(folder):
-    """tokenizer.model of a base: in its folder, or one level up as in Meta's download. Where
-    neither is: the first."""
-    here = Path(folder).resolve() / "tokenizer.model"
-    above = here.parent.parent / here.name
-    return above if above.is_file() and not here.is_file() else here
+    """The file of a base's tokenizer: in its folder, or one level up as in Meta's download. Where
+    neither is: tokenizer.model in the folder. Raises ValueError for a link to another place."""
+    folder = Path(folder).resolve()
+    files = [folder / name for name in TOKENIZERS] + [folder.parent / "tokenizer.model"]
+    return check_link(next(filter(Path.is_file, files), files[0]))
+
+
+def check_link(file):
+    """The file, if it is no link out of its folder, but for those of the hub's cache. A folder that
+    comes from elsewhere could else have any file read, or copied into what is published."""
+    real, home = file.resolve(), file.parent.resolve()
+    blobs = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    if real.is_relative_to(home) or blobs:
+        return file
+    raise ValueError(f"{file} is a link out of its folder, to {real}; put the file itself there")
+
+
+def check_content(file):
+    """Raise ValueError for a file that is missing, or is Git LFS's word for it."""
+    if not Path(file).is_file():
+        raise ValueError(f"{file} not found")
+    with open(file, "rb") as opened:
+        if opened.read(99).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file} is a Git LFS pointer, not the file; run git lfs pull")
 
 
 @torch.no_grad()
@@ -918,6 +941,82 @@ def copy_tokenizer(base, folder):
         write_json(Path(folder) / "tokenizer_config.json", settings)  # unless the base has one
     for file in files:
         shutil.copyfile(file, Path(folder) / file.name)
+
+
+# The texts of a prompt template that has none of its own (`generate.load_template`): several turns
+# stand in one instruction, as in BenTsao's literature rows.
+FORMS = {
+    "turn": " <user>: {user} <bot>: {answer}",
+    "question": " <user>: {user}",
+    "answer": "{assistant}",
+    "last": "{assistant}{eos}",
+    "thoughts": "",
+    "default_system": None,
+    "trim": (),
+}
+
+
+def chat_template(template):
+    """A prompt template in Jinja, as transformers, vLLM and llama.cpp read it: what
+    `generate.render` makes of messages."""
+    forms = FORMS | {"last": template.get("answer", FORMS["last"])} | template
+    expressions = {
+        "bos": "bos_token or ''",
+        "eos": "eos_token or ''",
+        "system": "system",
+        "user": "messages[2 * i].content",
+        "assistant": "messages[2 * i + 1].content",
+        "n": "i + 1",
+        "i": "i",
+    }
+    for role in forms["trim"]:
+        expressions[role] += "|trim"
+    if "system" not in forms:  # it opens the first question
+        expressions["user"] = (
+            "(system + '\\n' if system and i == 0 else '') + messages[2 * i].content"
+        )
+    if forms["thoughts"]:
+        expressions["assistant"] += ".split('</think>')[-1].lstrip('\\n')"
+
+    def jinja(form, **parts):
+        """A text of the template; its fields become parts, or the values of expressions."""
+        text = ""
+        for literal, name, *_ in Formatter().parse(form):
+            text += "{{ " + json.dumps(literal, ensure_ascii=False) + " }}" if literal else ""
+            if name:
+                text += parts.get(name, "{{ " + expressions.get(name, "''") + " }}")
+        return text
+
+    answer, default = jinja(forms["answer"]), forms["default_system"]
+    turns = "{% for i in range(count - 1) %}" + jinja(forms["turn"], answer=answer)
+    turns += "{% endfor %}{% set i = count - 1 %}"
+    several, one = turns + jinja(forms["question"]), "{% set i = 0 %}" + jinja("{user}")
+    prompt = jinja(
+        forms.get("prompt") or "{bos}" + forms["prompt_no_input"],
+        system="{% if system is not none %}" + jinja(forms.get("system", "")) + "{% endif %}",
+        instruction="{% if count > 1 %}" + several + "{% else %}" + one + "{% endif %}",
+        turns=turns,
+    )
+    return (
+        "{% set system = " + ("none" if default is None else json.dumps(default)) + " %}"
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+        "{% set messages = messages[1:] %}{% endif %}"
+        "{% set count = (messages|length + 1) // 2 %}" + prompt + "{% if not enable_thinking %}"
+        "" + jinja(forms["thoughts"], thoughts="") + "{% endif %}"
+        "{% if messages|length % 2 == 0 %}" + jinja(forms["last"]) + "{% endif %}"
+    )
+
+
+def write_chat_template(folder, template):
+    """Let the tokenizer_config.json of a folder have a prompt template; a base's own chat template
+    stays, unless the model was tuned with a plain one."""
+    file, theirs = Path(folder) / "tokenizer_config.json", [*Path(folder).glob("chat_template*")]
+    settings = read_json_file(file) if file.is_file() else {}
+    if "prompt" in template and (theirs or "chat_template" in settings):
+        return
+    for other in theirs:
+        other.unlink()
+    write_json(file, settings | {"chat_template": chat_template(template)})
 
 
 # ==================================================================================================

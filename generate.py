@@ -828,9 +828,9 @@ def eos_ids(tokenizer):
     return [tokenizer.eos_id, *(tokenizer.special[n] for n in ENDS if n in tokenizer.special)]
 
 
-# the fields of a template's texts, and one that a text must have
-FIELDS = {"bos", "eos", "system", "turns", "instruction", "input", "user", "answer", "assistant"}
-FIELDS |= {"thoughts", "n", "i"}
+# the places in a template's texts, and one that a text must have
+PLACES = {"bos", "eos", "system", "turns", "instruction", "input", "user", "answer", "assistant"}
+PLACES |= {"thoughts", "n", "i"}
 NEEDED = {
     "prompt_no_input": {"instruction"},
     "prompt_input": {"instruction"},
@@ -874,11 +874,11 @@ def load_template(name):
         with suppress(ValueError):  # a single brace
             parts = [part[1:] for part in Formatter().parse(text) if part[1] is not None]
             found = {f"{name}{spec}{conversion or ''}" for name, spec, conversion in parts}
-            if found <= FIELDS and found & NEEDED[key]:
+            if found <= PLACES and found & NEEDED[key]:
                 continue
         raise ValueError(
             f"{path}: {key} is {text!r:.200}, wanted a text with {{{max(NEEDED[key])}}}; braces "
-            f"other than of {' '.join(sorted(FIELDS))} are doubled"
+            f"other than of {' '.join(sorted(PLACES))} are doubled"
         )
     return template
 

@@ -31,7 +31,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -1237,10 +1237,7 @@ def parse_config():
     if "val_set_size" in given:
         given.setdefault("val_path", "")
     if given.get("base_model"):
-        if "prompt_template_name" not in given:
-            tokenizer = load_tokenizer(find_base(given["base_model"]))
-            given["prompt_template_name"] = default_template(tokenizer)
-        return TrainConfig(**given)
+        return TrainConfig(**{"prompt_template_name": ""} | given)  # main finds it
     return TrainConfig(**TINY | given | {"base_model": TINY["base_model"]})
 
 
@@ -1294,9 +1291,10 @@ def main():
     device = join_processes(pick_device(config.device))
 
     # The data first: what is wrong with it is said before anything large is loaded.
-    template = load_template(config.prompt_template_name)
+    tokenizer = load_tokenizer(find_base(config.base_model))
+    name = config.prompt_template_name or default_template(tokenizer)
+    config, template = replace(config, prompt_template_name=name), load_template(name)
     records, val_records = read_data(config)
-    tokenizer = load_tokenizer(config.base_model)
     run = Run(config)
     if run.finished:
         print(f"the run in {config.output_dir} is finished, {len(run.history)} steps")

@@ -40,7 +40,7 @@ from functools import cache, lru_cache
 from hashlib import sha256
 from heapq import heappop, heappush
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import accumulate, chain, cycle, groupby, takewhile, zip_longest
+from itertools import accumulate, chain, cycle, groupby, zip_longest
 from pathlib import Path
 from string import Formatter
 from typing import NamedTuple
@@ -55,6 +55,7 @@ from lora import load_adapter, lora_linears, merge, quantize, share_rows
 from model import (
     DTYPES,
     FORMS,
+    TOKENIZERS,
     Checkpoint,
     Parser,
     check_content,
@@ -77,23 +78,21 @@ PREFILL_CHUNK = 512  # tokens of a prompt in one forward
 
 class Tokenizer:
     """SentencePiece with LLaMA's special ids, which come from tokenizer.model and nowhere else.
-    Raises ValueError for a file that is no such model. Other kinds stand below the lesson.
+    special: {name: id} of tokens that are no text; a text that spells one is only a text. Raises
+    RuntimeError for a file that is no such model. Other kinds stand below the lesson."""
 
-    special {name: id} are tokens that are no text: a text that spells one is only a text"""
+    unsettled = "\ufffd"  # what the end of a growing text may be that the next id changes
 
     def __init__(self, path, more=b""):
         model = Path(path).read_bytes() + more
-        try:
-            self.pieces = SentencePieceProcessor(model_proto=model)
-            self.answer_pieces = SentencePieceProcessor(model_proto=model + NO_SPACE_IN_FRONT)
-        except RuntimeError as error:
-            raise ValueError(f"{path} is no SentencePiece model ({error})") from None
-        ids = range(len(self.pieces))
+        self.pieces = SentencePieceProcessor(model_proto=model)
+        self.answer_pieces = SentencePieceProcessor(model_proto=model + NO_SPACE_IN_FRONT)
+        self.vocab_size = len(self.pieces)
+        ids = range(self.vocab_size)
+        self.special = {self.pieces.id_to_piece(i): i for i in ids if self.pieces.is_control(i)}
+        self.texts = {*ids} - {*self.special.values()}
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise ValueError(f"{path} has no BOS or EOS piece; LLaMA wants both")
-        control = {self.pieces.id_to_piece(i): i for i in ids if self.pieces.is_control(i)}
-        set_special(self, {*ids} - {*control.values()}, control, [self.bos_id])
+        self.opening = [self.bos_id]  # of a prompt
 
     def encode(self, text, bos=False, eos=False):
         """Ids of a text. Raises ValueError for half a character, which is no Unicode text."""
@@ -101,8 +100,7 @@ class Tokenizer:
         return self.opening * bos + self.pieces.encode(text) + [self.eos_id] * eos
 
     def encode_answer(self, text):
-        """Ids of a text behind a prompt, as encoding both together gives them: without the space
-        that SentencePiece puts before a text."""
+        """Ids of a text behind a prompt: without the space that SentencePiece puts in front."""
         text.encode()
         return self.answer_pieces.encode(text)
 
@@ -537,7 +535,9 @@ def stream(tokenizer, request, step=None, strip=True):
         if not request.finish_reason:
             step()
         ended = request.finish_reason  # read before the ids, which another thread may add to
-        text = visible(tokenizer.decode(request.ids), request.decoding.stop, ended)
+        text = tokenizer.decode(request.ids)
+        text = text if ended else text.rstrip(tokenizer.unsettled)
+        text = visible(text, request.decoding.stop, ended)
         text = text.lstrip() if strip else text
         yield text[shown:]
         shown = len(text)
@@ -549,13 +549,6 @@ def stream(tokenizer, request, step=None, strip=True):
 # SentencePiece's file is a protobuf message, in which what comes later counts: normalizer_spec
 # {add_dummy_prefix: false}
 NO_SPACE_IN_FRONT = b"\x1a\x02\x18\x00"
-
-
-def set_special(tokenizer, texts, special, opening):
-    """Give a tokenizer its special tokens, {name: id}, the ids that begin a prompt, and the set of
-    those ids that are texts."""
-    tokenizer.texts, tokenizer.special, tokenizer.opening = texts, special, opening
-    tokenizer.vocab_size = max(texts.union(special.values())) + 1
 
 
 def byte_letters():
@@ -576,40 +569,29 @@ def spell(data):
 
 
 @cache
-def characters(kind):
-    """Ranges, for a class of `re`, of the characters that \\kind stands for in other engines: p{L},
-    P{N}, s, S and the like. A capital stands for all others."""
-
-    def belongs(i):
-        if kind[0] in "pP":
-            return unicodedata.category(chr(i)).startswith(kind[2:-1])
-        return chr(i).isspace() and not 0x1C <= i <= 0x1F  # those Python alone calls blanks
-
-    ranges, start = "", 0
-    for inside, run in groupby(map(belongs, range(sys.maxunicode + 1))):
-        end = start + sum(1 for _ in run)
-        if inside != kind[0].isupper():
-            ranges += f"\\U{start:08x}-\\U{end - 1:08x}"
-        start = end
-    return ranges
+def kinds_of_characters():
+    """A letter for each character: of its Unicode category the first, s for blanks. Those that
+    Python alone calls blanks are none."""
+    return "".join(
+        "s" if c.isspace() and c not in "\x1c\x1d\x1e\x1f" else unicodedata.category(c)[0]
+        for c in map(chr, range(sys.maxunicode + 1))
+    )
 
 
-def compile_pattern(pattern):
-    """A tokenizer's pattern for `re`, which lacks \\p, in a group, so that split() keeps what it
-    finds. Raises ValueError for one that cannot be translated."""
-    parts, in_class = [], False
-    for part in re.findall(r"\\[pP]\{\w+\}|\\.|.", pattern, re.S):
-        if re.match(r"\\[pPsS]", part):
-            part = characters(part[1:]) if in_class else f"[{characters(part[1:])}]"
-        in_class = part == "[" or in_class and part != "]"
-        parts.append(part)
-    try:
-        compiled = re.compile(f"({''.join(parts)})")
-    except re.error as error:
-        raise ValueError(f"the pattern {pattern!r} is not understood ({error})") from None
-    if compiled.groups > 1:
-        raise ValueError(f"the pattern {pattern!r} has groups")
-    return compiled
+def expand(match):
+    """A class of a pattern with ranges for its \\p{L}, \\s and the like, which `re` has not, or
+    understands in its own way. A capital stands for all other characters."""
+
+    def ranges(escape):
+        kind = f"[{'^' * escape[0][1].isupper()}{escape[1] or 's'}]+"
+        runs = re.finditer(kind, kinds_of_characters())
+        return "".join(f"\\U{run.start():08x}-\\U{run.end() - 1:08x}" for run in runs)
+
+    inside = re.sub(r"\\(?:[sS]|[pP]\{(\w)\})", ranges, match[0])
+    return inside if match[0][0] == "[" else f"[{inside}]"
+
+
+END = "\0"  # no letter
 
 
 class BytePairs:
@@ -624,14 +606,12 @@ class BytePairs:
     whole    a word that is a piece is taken as it is"""
 
     def __init__(self, ids, ranks, between, pattern, nfc=False, whole=True):
-        self.ids, self.ranks, self.between = ids, ranks, between
-        self.nfc, self.whole = nfc, whole
-        self.words = compile_pattern(pattern)
-        self.piece = {id: piece for piece, id in ids.items()}
+        self.ids, self.ranks, self.between, self.nfc, self.whole = ids, ranks, between, nfc, whole
+        self.texts = {id: piece for piece, id in ids.items()}
         self.merged = lru_cache(1 << 16)(self.merge)
-        made = {pair.replace(between, "") for pair in ranks}
-        for piece in made.union(LETTERS.values()) - ids.keys():
-            raise ValueError(f"{piece!r} is not in the vocabulary")
+        # In a group, so that split() keeps what it finds.
+        escapes = r"\[(?:\\.|[^]])+\]|\\(?:[sS]|[pP]\{\w\})"
+        self.words = re.compile(f"({re.sub(escapes, expand, pattern)})")
 
     def encode(self, text):
         text = unicodedata.normalize("NFC", text) if self.nfc else text
@@ -639,7 +619,7 @@ class BytePairs:
         return [id for word in words for id in self.merged(word)]
 
     def decode(self, ids):
-        letters = "".join(self.piece[id] for id in ids)
+        letters = "".join(self.texts[id] for id in ids)
         return letters.translate(BYTES).encode("latin-1").decode("utf-8", "replace")
 
     def merge(self, word):
@@ -670,153 +650,169 @@ class BytePairs:
         return [self.ids[part] for part in parts if part != END]
 
 
-END = "\0"  # no letter
-
-
 class ByteTokenizer(Tokenizer):
-    """Byte-level BPE behind the interface of Tokenizer. special, {name: id}, are all tokens that
-    were added to the pieces; those whose ids are in `shown` are shown where a model writes them."""
+    """BytePairs behind the interface of Tokenizer. special, {name: id}, are all tokens that were
+    added to the pieces, begin (or None) and end the names of two; the ids in `shown` are shown
+    where a model writes them."""
 
-    def __init__(self, pieces, special, opening=(), shown=()):
+    def __init__(self, pieces, special, begin, end, shown=()):
         self.pieces = self.answer_pieces = pieces
+        self.special = special
         for name, id in special.items():
             pieces.ids.pop(name, None)  # no text is one
-            pieces.piece[id] = spell(name.encode())
-        set_special(self, {*pieces.ids.values(), *shown}, special, [*opening])
-        self.bos_id = opening[0] if opening else None
+            pieces.texts[id] = spell(name.encode())
+        self.texts = pieces.texts.keys() - special.values() | {*shown}
+        self.bos_id, self.eos_id = special.get(begin), special[end]
+        self.opening = [special[begin]] if begin else []
+        self.vocab_size = max(pieces.texts) + 1
 
     def width(self, id):
-        return len(self.pieces.piece[id])
+        return len(self.pieces.texts[id])
 
 
-def read_tokenizer_json(path):
-    """The ByteTokenizer of Hugging Face's tokenizer.json. Raises ValueError for other kinds."""
-    spec = read_json_file(path)
-    try:
-        model, splits = spec["model"], spec["pre_tokenizer"].get("pretokenizers", [])
-        kinds = [spec["pre_tokenizer"]["type"], *(split["type"] for split in splits)]
-        nfc = (spec.get("normalizer") or {}).get("type")
-        if kinds != ["Sequence", "Split", "ByteLevel"] or nfc not in (None, "NFC"):
-            raise ValueError(f"{model['type']} with {kinds}, {nfc}")
-        split, level = splits
-        found = [split["behavior"], split["invert"], level["add_prefix_space"], level["use_regex"]]
-        if found != ["Isolated", False, False, False]:
-            raise ValueError(f"{found}")
-        merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
-        ranks = {pair: rank for rank, pair in enumerate(merges)}
-        whole = model.get("ignore_merges", False)
-        pieces = BytePairs(model["vocab"], ranks, " ", split["pattern"]["Regex"], nfc, whole)
-        added = spec["added_tokens"]
-        special = {token["content"]: token["id"] for token in added}
-        shown = [token["id"] for token in added if not token["special"]]
-        return ByteTokenizer(pieces, special, opening_ids(spec.get("post_processor")), shown)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: {error!r:.200}; wanted byte-level BPE as Qwen and Llama-3 have it, or a "
-            "tokenizer.model beside it"
-        ) from None
+def read_tokenizer_json(path, settings):
+    """The ByteTokenizer of Hugging Face's tokenizer.json, with what tokenizer_config.json says.
+    Raises ValueError for other kinds."""
+    match read_json_file(path):
+        case {
+            "normalizer": None | {"type": "NFC"} as nfc,
+            "pre_tokenizer": {
+                "pretokenizers": [
+                    {"pattern": {"Regex": pattern}, "behavior": "Isolated"},
+                    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                ]
+            },
+            "model": {"vocab": ids, "merges": merges} as model,
+            "added_tokens": added,
+        }:
+            pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in merges)
+            ranks = {pair: rank for rank, pair in enumerate(pairs)}
+            whole = model.get("ignore_merges", False)
+            pieces = BytePairs(ids, ranks, " ", pattern, nfc, whole)
+            special = {token["content"]: token["id"] for token in added}
+            shown = [token["id"] for token in added if not token["special"]]
+            ends = settings.get("bos_token"), settings["eos_token"]
+            return ByteTokenizer(pieces, special, *ends, shown)
+    raise ValueError("wanted byte-level BPE as Qwen and Llama-3 have it, or a tokenizer.model")
 
 
-def opening_ids(post):
-    """The ids that a tokenizer.json's post-processor puts in front of a text."""
-    ids = []
-    for step in post.get("processors", [post]) if post else ():
-        for item in takewhile(lambda item: "SpecialToken" in item, step.get("single", ())):
-            ids += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
-    return ids
-
-
-# The words of OpenAI's cl100k_base as Llama-3 and GLM-4 cut them; Qwen has each digit by itself.
+# What a word is to Llama-3 and GLM-4, after OpenAI's cl100k_base. To Qwen each digit is one.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LLAMA3 = (
-    "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
-    "finetune_right_pad_id reserved_special_token_2 start_header_id end_header_id eom_id eot_id "
-    "python_tag"
-)
+# By config.json's model_type: the tokens behind the pieces of tiktoken's file, which holds none.
+BEHIND = {
+    "qwen": "<|endoftext|> <|im_start|> <|im_end|>",
+    "chatglm": "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> "
+    "<|assistant|> <|observation|> <|begin_of_image|> <|end_of_image|> <|begin_of_video|> "
+    "<|end_of_video|>",
+    "llama": "<|begin_of_text|> <|end_of_text|> <|reserved_special_token_0|> "
+    "<|reserved_special_token_1|> <|finetune_right_pad_id|> <|reserved_special_token_2|> "
+    "<|start_header_id|> <|end_header_id|> <|eom_id|> <|eot_id|> <|python_tag|> "
+    + " ".join(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
+}
 
 
-def read_tiktoken(path):
-    """The ByteTokenizer of a file of pieces in base64, each with its rank, which is its id: Meta's
-    tokenizer.model of Llama-3, or Qwen's qwen.tiktoken. The special tokens behind are in no
-    file."""
-    qwen = Path(path).suffix == ".tiktoken"
-    names = "endoftext im_start im_end".split() if qwen else LLAMA3.split()
-    spares, first = (205, "extra_0") if qwen else (245, "reserved_special_token_3")
-    stem, number = first.rsplit("_", 1)
-    names += [f"{stem}_{int(number) + i}" for i in range(spares)]
-    try:
-        lines = (line.split() for line in Path(path).read_bytes().splitlines() if line)
-        ids = {spell(b64decode(piece)): int(rank) for piece, rank in lines}
-        pieces = BytePairs(ids, ids, "", WORDS.replace("{1,3}", "") if qwen else WORDS)
-    except ValueError as error:
-        raise ValueError(f"{path} is no file of pieces and ranks ({error})") from None
-    special = {f"<|{name}|>": len(ids) + i for i, name in enumerate(names)}
-    return ByteTokenizer(pieces, special, [] if qwen else [len(ids)])
+def read_tiktoken(path, kind):
+    """The ByteTokenizer of a file of pieces in base64, each with its rank, which is its id."""
+    lines = (line.split() for line in Path(path).read_bytes().splitlines() if line)
+    ids = {spell(b64decode(piece)): int(rank) for piece, rank in lines}
+    special = {name: len(ids) + i for i, name in enumerate(BEHIND[kind].split())}
+    begin = "<|begin_of_text|>" if kind == "llama" else None
+    words = WORDS.replace("{1,3}", "") if kind == "qwen" else WORDS
+    end = "<|end_of_text|>" if begin else "<|endoftext|>"
+    return ByteTokenizer(BytePairs(ids, ids, "", words), special, begin, end)
 
 
 class ChatGLMTokenizer(Tokenizer):
-    """ChatGLM2's and ChatGLM3's: tokens in no file behind the pieces. A text has a space in front
-    wherever it stands."""
-
-    NAMES = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>"
+    """ChatGLM2's and ChatGLM3's: tokens in no file behind the pieces, and a space in front of a
+    text wherever it stands."""
 
     def __init__(self, path, more=b""):
         super().__init__(path, more)
         self.answer_pieces = self.pieces
-        special = {name: len(self.pieces) + i for i, name in enumerate(self.NAMES.split())}
-        opening = [special["[gMASK]"], special["sop"]]
-        set_special(self, self.texts, self.special | special, opening)
-        self.bos_id = opening[0]
+        names = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>"
+        for name in names.split():
+            self.special[name] = self.vocab_size
+            self.vocab_size += 1
+        self.opening = [self.special["[gMASK]"], self.special["sop"]]
+        self.bos_id = self.opening[0]
+
+
+def old_pieces():
+    """What ChatGLM-6B's code added in memory to the text pieces of its first ice_text.model, as
+    fields of SentencePiece's protobuf: tokens, tabs and blanks, bytes, and byte_fallback."""
+    names = "[MASK] [gMASK] [sMASK] <unused_0> sop eop <ENC> <dBLOCK>"
+    added = [(name, 3) for name in names.split()] + [("<|tab|>", 4)]
+    added += [(f"<|blank_{n}|>", 4) for n in range(2, 81)]
+    added += [(f"<0x{byte:02X}>", 6) for byte in range(256)]
+    more = b""
+    for text, kind in added:
+        piece = b"\n%c%b\x15\0\0\0\0\x18%c" % (len(text), text.encode(), kind)
+        more += b"\n%c%b" % (len(piece), piece)
+    return more + b"\x12\x03\x98\x02\x01"
+
+
+class ChatGLM6BTokenizer(Tokenizer):
+    """ChatGLM-6B's: line ends, tabs and runs of blanks are pieces, and Chinese marks, which its
+    pieces have as Latin ones, become Chinese again beside a Chinese character."""
+
+    unsettled = "\ufffd,!:;?"
+
+    def __init__(self, path):
+        super().__init__(path, b"" if b"[gMASK]" in Path(path).read_bytes() else old_pieces())
+        self.answer_pieces = self.pieces
+        self.bos_id, self.eos_id, self.opening = None, self.special["eop"], []
+
+    def encode(self, text, bos=False, eos=False):
+        text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+        text = re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text)
+        return super().encode(text, bos, eos)
+
+    def encode_answer(self, text):
+        return self.encode(text)
+
+    def decode(self, ids):
+        text = super().decode(ids).replace("<n>", "\n").replace("<|tab|>", "\t")
+        text = re.sub(r"<\|blank_(\d+)\|>", lambda blank: " " * int(blank[1]), text)
+        marks = "(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])"
+        return re.sub(marks, lambda mark: chr(ord(mark[0]) + 0xFEE0), text)
 
 
 def load_tokenizer(folder):
     """The tokenizer of a base's folder, of the kind that its file is. Raises ValueError."""
-    file, folder = find_tokenizer(folder), Path(folder)
+    file = find_tokenizer(folder)
+    if not file.is_file():
+        raise ValueError(f"no tokenizer in {folder}; wanted one of {' '.join(TOKENIZERS)}")
     check_content(file)
     names = ("config.json", "tokenizer_config.json", "added_tokens.json")
-    config, settings, added = (
-        read_json_file(folder / name) if (folder / name).is_file() else {} for name in names
-    )
-    with open(file, "rb") as opened:
-        is_tiktoken = re.match(rb"[\w+/=]+ \d+\s", opened.read(999))
-    if file.suffix == ".json":
-        tokenizer = read_tokenizer_json(file)
-    elif is_tiktoken:
-        tokenizer = read_tiktoken(file)
-    elif config.get("model_type") == "chatglm":
-        tokenizer = ChatGLMTokenizer(file)
-    else:
-        tokenizer = Tokenizer(file)
-    # Tokens added since, such as Alpaca's [PAD].
-    if added:
-        special = tokenizer.special | added
-        set_special(tokenizer, tokenizer.texts - {*added.values()}, special, tokenizer.opening)
-    if isinstance(tokenizer, ByteTokenizer):
-        tokenizer.eos_id = find_eos(tokenizer.special, settings, config, file)
+    files = [Path(folder, name) for name in names]
+    config, settings, added = (read_json_file(f) if f.is_file() else {} for f in files)
+    kind = config.get("model_type", "llama")
+    try:
+        if file.suffix == ".json":
+            tokenizer = read_tokenizer_json(file, settings)
+        elif re.match(rb"[\w+/=]+ \d+\s", file.read_bytes()):
+            tokenizer = read_tiktoken(file, kind)
+        elif file.name == "ice_text.model":
+            tokenizer = ChatGLM6BTokenizer(file)
+        else:
+            tokenizer = ChatGLMTokenizer(file) if kind == "chatglm" else Tokenizer(file)
+        # Tokens added since, such as Alpaca's [PAD].
+        tokenizer.special |= added
+        for id in added.values():
+            tokenizer.texts.discard(id)
+            tokenizer.vocab_size = max(tokenizer.vocab_size, id + 1)
+    except Exception as error:  # a damaged file makes its reader raise nearly all there are
+        raise ValueError(f"{file} is no tokenizer that is known here ({error!r:.300})") from None
+    if -1 in (tokenizer.bos_id, tokenizer.eos_id):
+        raise ValueError(f"{file} has no BOS or EOS")
     return tokenizer
-
-
-def find_eos(special, settings, config, file):
-    """The id that ends a text: tokenizer_config.json's, else config.json's, else one of a name that
-    bases have. Raises ValueError."""
-    token, ids = settings.get("eos_token"), config.get("eos_token_id")
-    token = token.get("content") if isinstance(token, dict) else token
-    wanted = [special.get(token), *(ids if isinstance(ids, list) else [ids])]
-    wanted += [special.get(name) for name in ("<|end_of_text|>", "<|endoftext|>")]
-    for id in wanted:
-        if id in special.values():
-            return id
-    raise ValueError(
-        f"{file} has no token that ends a text; name it as eos_token_id in config.json"
-    )
 
 
 # ==================================================================================================
 # Templates: a conversation as texts and special tokens
-
 
 # tokens that end an answer besides EOS, in the vocabularies that have them
 ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
@@ -825,7 +821,8 @@ ENDS += ("<|user|>", "<|observation|>")
 
 def eos_ids(tokenizer):
     """The ids that end an answer."""
-    return [tokenizer.eos_id, *(tokenizer.special[n] for n in ENDS if n in tokenizer.special)]
+    ends = (tokenizer.special[name] for name in ENDS if name in tokenizer.special)
+    return sorted({tokenizer.eos_id, *ends})
 
 
 # the places in a template's texts, and one that a text must have
@@ -1002,17 +999,19 @@ def encode_segments(tokenizer, segments, first=True):
 def encode_texts(tokenizer, segments, alone):
     """(ids, mask) of texts as one; alone: at the beginning. A token is a target if a part of it
     belongs to one."""
-    text = "".join(segment.text for segment in segments)
-    ids = tokenizer.encode(text) if alone else tokenizer.encode_answer(text)
-    if len({segment.target for segment in segments}) == 1:
-        return ids, [segments[0].target] * len(ids)
-    # in bytes: where each token ends, and where each target stands
-    mask, stop = [False] * len(ids), 0
-    ends = tokenizer.byte_ends(ids, text)
+    encode = tokenizer.encode if alone else tokenizer.encode_answer
+    text, stop = "".join(segment.text for segment in segments), 0
+    ids = encode(text)
+    mask = [False] * len(ids)
     for segment in segments:
-        start, stop = stop, stop + len(segment.text.encode())
-        for t, (before, end) in enumerate(zip([0, *ends], ends)):
-            mask[t] |= segment.target and end > start and before < stop
+        start, stop = stop, stop + len(segment.text)
+        if segment.target:
+            # What the text before a place has in common with all of it ends there, or a token
+            # reaches across.
+            before, within = encode(text[:start]), encode(text[:stop])
+            first, last = (len(os.path.commonprefix([ids, part])) for part in (before, within))
+            last += last < len(within)
+            mask[first:last] = [True] * (last - first)
     return ids, mask
 
 
@@ -1227,26 +1226,28 @@ def pick_dtype(name, device):
 def load_base(path, device, dtype, base_dtype="auto"):
     """(model, tokenizer) of a base's folder, computing in dtype, its weights stored in base_dtype
     ("auto": in dtype too). Special ids come from tokenizer.model: a config.json with others, as
-    decapoda-research/llama-7b-hf has it, is not followed. Raises ValueError if the embedding has
-    not one row for each piece (those of added_tokens.json, such as Alpaca's [PAD], count)."""
+    decapoda-research/llama-7b-hf has it, is not followed. Raises ValueError if the embedding lacks
+    rows for pieces (those of added_tokens.json, such as Alpaca's [PAD], count), or has far more."""
     path = find_base(path)
+    size = Checkpoint(path).config.vocab_size  # first, for it says what this network is not
     tokenizer = load_tokenizer(path)
-    size = Checkpoint(path).config.vocab_size
-    files = (path / "added_tokens.json", path / "config.json")
-    added, theirs = (read_json_file(file) if file.is_file() else {} for file in files)
+    pieces = tokenizer.vocab_size
     # A tokenizer of another base would give every word another one's row.
-    pieces = tokenizer.vocab_size + len(added)
-    if pieces != size:
+    if not 0 <= size - pieces < 4096:  # Qwen, GLM and others fill up to a round number of rows
         raise ValueError(
-            f"{path}: tokenizer.model has {pieces} pieces, the model {size} embedding rows; they "
-            "belong to different models"
+            f"{path}: {find_tokenizer(path).name} has {pieces} pieces, the model {size} embedding "
+            "rows; they belong to different models"
         )
     # Wrong ids in config.json are common, and would end no answer.
+    theirs = read_json_file(path / "config.json") if (path / "config.json").is_file() else {}
     for key, ours in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
-        if theirs.get(key) not in (ours, None):
+        known = theirs.get(key)
+        if None not in (known, ours) and ours not in (
+            known if isinstance(known, list) else [known]
+        ):
             log(
-                f"warning: {path}/config.json has {key} {theirs[key]}, tokenizer.model {ours}, "
-                "which is followed"
+                f"warning: {path}/config.json has {key} {known}, {find_tokenizer(path).name} "
+                f"{ours}, which is followed"
             )
     if base_dtype in ("auto", *DTYPES):
         model = load_model(path, device, DTYPES.get(base_dtype, dtype))

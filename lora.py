@@ -41,6 +41,7 @@ from model import (
     Parser,
     check_settings,
     find_base,
+    find_tokenizer,
     full_tensor,
     load_model,
     new_folder,
@@ -484,7 +485,7 @@ def recover(base, difference, folder, dtype=None):
             sums.append((tensor.float() + start).sum().item())
             yield name, tensor.float() + start
 
-    tokenizer = difference if (Path(difference) / "tokenizer.model").is_file() else base
+    tokenizer = difference if find_tokenizer(difference).is_file() else base
     with new_folder(folder) as new:
         save_hf(c, tuned(), new, dtype or weights.dtype, tokenizer)
     # One table a layer: theta^(-2i/D), as old checkpoints held it.

@@ -39,7 +39,7 @@ import shutil
 import sys
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -933,14 +933,30 @@ def save_model(model, folder, base=None):
 
 def copy_tokenizer(base, folder):
     """Copy a base's tokenizer, in all its files, and its chat template into a folder."""
-    names = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*")
-    files = [file for name in names for file in Path(base).glob(name)]
-    if find_tokenizer(base).is_file():
-        files.append(find_tokenizer(base))
-        settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
-        write_json(Path(folder) / "tokenizer_config.json", settings)  # unless the base has one
+    names = "*.tiktoken vocab.json merges.txt tokenizer*.json special_tokens_map.json "
+    names += "added_tokens.json chat_template*"
+    files = [file for name in names.split() for file in Path(base).glob(name)]
+    main = find_tokenizer(base)
+    if main.is_file():
+        files.append(main)
     for file in files:
-        shutil.copyfile(file, Path(folder) / file.name)
+        shutil.copyfile(check_link(file), Path(folder) / file.name)
+    if main.name == "tokenizer.model" and main.is_file():
+        tell_transformers(main, Path(folder) / "tokenizer_config.json")
+
+
+def tell_transformers(tokenizer, settings):
+    """Have a tokenizer_config.json say what transformers and llama.cpp must know of a SentencePiece
+    model: that it is LLaMA's, unless it says what it is, and if it puts no space in front."""
+    from sentencepiece import SentencePieceProcessor  # here alone: a network needs no text
+
+    theirs = read_json_file(settings) if settings.is_file() else {}
+    wanted = theirs or {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
+    with suppress(RuntimeError):  # tiktoken's file
+        if SentencePieceProcessor(model_file=str(tokenizer)).normalize("a") == "a":
+            wanted = wanted | {"add_prefix_space": False}
+        if wanted != theirs:
+            write_json(settings, wanted)
 
 
 # The texts of a prompt template that has none of its own (`generate.load_template`): several turns
@@ -1156,7 +1172,7 @@ def main():
     if args.command == "convert":
         config = convert(args.source, args.output_dir, DTYPES.get(args.dtype))
         print(f"{args.output_dir}: {config}")
-        if not (Path(args.output_dir) / "tokenizer.model").is_file():
+        if not find_tokenizer(args.output_dir).is_file():
             print("no tokenizer.model was found to go with it")
     elif args.command == "info":
         print("\n".join(describe_model(args.source)))

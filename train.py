@@ -636,7 +636,7 @@ def describe_run(config):
     base_files = []
     if config.base_model:
         base = find_base(config.base_model)
-        names = ("config.json", "params.json", "added_tokens.json")
+        names = ("config.json", "params.json", "added_tokens.json", "tokenizer_config.json")
         base_files = [*weight_files(base), find_tokenizer(base), *map(base.joinpath, names)]
     # what auto means here: another machine may take another dtype
     dtype = pick_dtype(config.dtype, pick_device(config.device))

@@ -23,7 +23,10 @@ LLAMA = (
     "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eom_id|> <|eot_id|>"
 ).split()
 GLM = "[gMASK] sop <|system|> <|user|> <|assistant|> <|observation|>".split()
-SAMPLE = "黄芪有什么功效？补气升阳，固表止汗。The patient's BP is 120/80 mmHg.\n\n  1. 头痛；2. 发热\n" * 4
+SAMPLE = (
+    "黄芪有什么功效？补气升阳，固表止汗。The patient's BP is 120/80 mmHg.\n\n  1. 头痛；2. 发热\n"
+    * 4
+)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -134,7 +137,20 @@ def load(case, folders):
 # --------------------------------------------------------------------------------------------------
 # Conversations
 
-TEXTS = ["黄芪", "有什么功效？", "头痛3天", " ", "\n", "\n\n", "  ", "\t", "it's", "BP 120/80", "👋", "é"]
+TEXTS = [
+    "黄芪",
+    "有什么功效？",
+    "头痛3天",
+    " ",
+    "\n",
+    "\n\n",
+    "  ",
+    "\t",
+    "it's",
+    "BP 120/80",
+    "👋",
+    "é",
+]
 LOOK_ALIKES = [*QWEN, *LLAMA, *GLM, "[INST]", "[/INST]", "<s>", "</s>", "{user}", "{{ x }}", "<n>"]
 
 

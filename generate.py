@@ -900,9 +900,8 @@ def fill(forms, form, target=False, **values):
             segments.append(Segment(part, i % 2 == 1, target))
         value = values.get(name, "")
         if name in ("bos", "eos"):
-            segments.append(Segment(name, True, target))
-        else:
-            segments += [Segment(str(value), False, target)] if value != [*value] else value
+            value = [Segment(name, True, target)]
+        segments += value if isinstance(value, list) else [Segment(str(value), False, target)]
     return [segment for segment in segments if segment.text]
 
 

@@ -584,8 +584,9 @@ def refuse(hf, own):
     # A window is as wide as it says, unless another key switches it; all layers may be plain.
     window = hf.get("use_sliding_window", hf.get("sliding_window"))
     others = {*(hf.get("layer_types") or ())} - {"full_attention"}
-    for key, value in (hf | {"use_sliding_window": window, "layer_types": others}).items():
-        for pattern, feature in REFUSED.items():
+    asked = hf | {"use_sliding_window": window, "layer_types": others}
+    for pattern, feature in REFUSED.items():
+        for key, value in asked.items():
             if value and value != own.get(key) and re.fullmatch(pattern, key):
                 raise ValueError(f"{key} is {value!r:.60}: this network does not have {feature}")
     # Alike in their configs, ChatGLM2-32k divides positions by it, ChatGLM3-32k raises the base.
@@ -599,8 +600,8 @@ def config_from_meta(params, vocab_size):
     multiple, factor = values.pop("multiple_of", 256), values.pop("ffn_dim_multiplier", None) or 1
     # From Llama-3.1 on; the factor is 32 in the 1B and 3B of 3.2, and stands in no file.
     if values.pop("use_scaled_rope", False):
-        factor = 32.0 if values["dim"] in (2048, 3072) else 8.0
-        values["rope_scaling"] = {**LLAMA3_ROPE, "factor": factor}
+        slower = 32.0 if values["dim"] in (2048, 3072) else 8.0
+        values["rope_scaling"] = {**LLAMA3_ROPE, "factor": slower}
     width = int(factor * int(8 * values["dim"] / 3))
     if values.get("vocab_size", -1) == -1:
         values["vocab_size"] = vocab_size

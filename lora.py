@@ -34,6 +34,7 @@ from torch import nn
 from model import (
     AMX,
     DTYPES,
+    NAMES,
     SAVE,
     SHARD_BYTES,
     Checkpoint,
@@ -49,9 +50,11 @@ from model import (
     open_weights,
     processes,
     read_json_file,
+    reorder,
     run,
     save_hf,
     setting,
+    stored_name,
     write_atomically,
     write_chat_template,
     write_json,
@@ -198,19 +201,24 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class QuantisedLinear(Linear):
-    """A frozen W (O, I) kept as a store of tensors. Subclasses say how it is made (`quantise`) and
-    what W is (`matrix`)."""
+    """A frozen W (O, I) kept as a store of tensors, beside the bias if there is one. Subclasses say
+    how it is made (`quantise`) and what W is (`matrix`)."""
 
-    def __init__(self, weight):
+    def __init__(self, weight, *bias):
         nn.Module.__init__(self)
+        self.bias = None
         self.out_features, self.in_features = weight.shape
         # Codes and scales are parameters, so that they move with the model.
         store = self.quantise(weight.float())
         self.names = tuple(store)
-        for name, tensor in store.items():
+        for name, tensor in zip((*store, "bias"), (*store.values(), *bias)):
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
     def forward(self, x):  # (..., I) -> (..., O)
+        y = self.multiply(x)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def multiply(self, x):
         store = [getattr(self, name) for name in self.names]
         if not torch.is_grad_enabled():
             return F.linear(x, self.matrix(x.dtype, *store))
@@ -230,15 +238,15 @@ class Int8Linear(QuantisedLinear):
     def matrix(dtype, codes, scale):
         return codes.to(dtype).mul_(scale.to(dtype)[:, None])
 
-    def forward(self, x):
+    def multiply(self, x):
         rows, compiling = x.numel() // self.in_features, torch.compiler.is_compiling()
         if torch.is_grad_enabled() or rows > 16:
-            return super().forward(x)
+            return super().multiply(x)
         if compiling and rows == 1:
             return (one_row(x, self.weight) * self.scale.float()).to(x.dtype)
         # Of a width that 16 does not divide, torch's product of int8 reads beyond the end.
         if not x.is_cpu or x.dtype != torch.bfloat16 or self.in_features % 16:
-            return super().forward(x)
+            return super().multiply(x)
         # Few rows: reading the codes takes the time, so they are read as they are.
         multiply = torch.ops.aten._weight_int8pack_mm  # reads int8 as it is
         if AMX and rows > 4:
@@ -319,7 +327,7 @@ def quantize(model, kind, device=None, dtype=None):
         raise ValueError(f"base_dtype is {kind!r}, wanted {' or '.join([*DTYPES, *QUANTISED])}")
     refuse_adapter(model)
     for name, linear in linears(model).items():
-        model.set_submodule(name, QUANTISED[kind](linear.weight.to(device)))
+        model.set_submodule(name, QUANTISED[kind](*(p.to(device) for p in linear.parameters())))
     move_model(model, device, dtype)
     return model
 
@@ -345,10 +353,13 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
     the place of older ones. Raises ValueError naming a tensor that is not finite or came back
     otherwise and, once trained, if every B is zero."""
     folder, found, state = Path(folder), lora_linears(model), {}
+    pairs = (-1, 2, model.config.head_dim // 2)
     for name, module in found:
         for letter, p in (("A", module.lora_a), ("B", module.lora_b)):
             key = f"{PREFIX}{name}.lora_{letter}.weight"
-            state[key] = full_tensor(p.detach()).cpu().contiguous()
+            tensor = full_tensor(p.detach()).cpu().contiguous()
+            # B's rows stand as those of the base's weight.
+            state[key] = reorder(key, tensor, model.config.model_type, pairs)
             if not state[key].isfinite().all():
                 raise ValueError(
                     f"{folder}: {key} holds NaN or infinity, and nothing was saved; lower "
@@ -426,15 +437,17 @@ def load_adapter(model, folder):
     config, targets = read_adapter_config(folder / "adapter_config.json")
     refuse_adapter(model)
     # lora_A.weight; in PEFT's live modules lora_A.default.weight; _orig_mod. is torch.compile's
-    pattern = rf"(?:{PREFIX})?(.*)\.lora_([AB])\.(?:\w+\.)?weight"
+    pattern = r"(?:base_model\.model\.)?(?:model\.)?(.*)\.lora_([AB])\.(?:\w+\.)?weight"
     for key, tensor in open_weights(file).items():
         match = re.fullmatch(pattern, key.replace("_orig_mod.", ""))
         name, half = match.groups() if match else (key, "")
         pairs.setdefault(name, {})[half] = tensor.float()
     # The linears of the file must be those that the settings name, and all be in the model.
-    found, names = linears(model), [] if targets else [*pairs]
+    found = linears(model)
+    split_fused(pairs, found)
+    names = [] if targets else [*pairs]
     for target in targets:
-        names += [name for name in found if f".model.{name}".endswith(f".{target}")] or [target]
+        names += targeted(target, found) or [target]
     for name in sorted({*names, *pairs}):
         linear = found.get(name) if name in names else None
         check_pair(f"{file}: {name}", linear, pairs.get(name, {}), config.r)
@@ -442,10 +455,37 @@ def load_adapter(model, folder):
     for name, pair in pairs.items():
         module = LoRALinear(found[name], config)
         module.lora_a.data.copy_(pair["A"])
-        module.lora_b.data.copy_(pair["B"])
+        halves = (-1, model.config.head_dim // 2, 2)
+        module.lora_b.data.copy_(reorder(name, pair["B"], model.config.model_type, halves))
         model.set_submodule(name, module.requires_grad_(False))
     info = folder / "run.json"
     return read_json_file(info) if info.is_file() else {}
+
+
+def split_fused(pairs, found):
+    """Replace in pairs, {name: {"A": tensor, "B": tensor}}, the updates of fused linears (GLM's
+    gate_up_proj, ChatGLM's query_key_value) by those of ours. Exact: A is shared, and each of ours
+    has its own rows of B."""
+    for layout in NAMES:
+        fused = {}
+        for name in found:
+            key = stored_name(name, layout).removeprefix("model.")
+            fused.setdefault(key, []).append(name)
+        for key, names in fused.items():
+            pair, sizes = pairs.get(key, {}), [found[name].out_features for name in names]
+            if len(pair.get("B", ())) == sum(sizes):
+                del pairs[key]
+                parts = zip(names, pair["B"].split(sizes))
+                pairs |= {name: {**pair, "B": rows} for name, rows in parts}
+
+
+def targeted(target, found):
+    """The linears that an entry of target_modules means, by their names in any layout."""
+
+    def means(name):
+        return any(f".{stored_name(name, layout)}".endswith(f".{target}") for layout in NAMES)
+
+    return [name for name in found if means(name)]
 
 
 def check_pair(name, linear, pair, r):

@@ -75,13 +75,17 @@ class LLaMAConfig:
     rope_scaling: dict = None  # {"rope_type": "linear" or "llama3", "factor": ...}
     tie_word_embeddings: bool = False  # the head's weight is the embedding's
     max_position_embeddings: int = 2048  # the context it was trained with; kept, not enforced
+    model_type: str = "llama"  # a key of NETWORKS, which has the others' differences
+    qkv_bias: bool = False  # queries, keys and values have a bias (Qwen2, GLM)
+    qk_norm: bool = False  # each head's query and key is normed (Qwen3)
+    partial_rotary_factor: float = 1.0  # the part of a head that RoPE turns (GLM: half)
 
     def __post_init__(self):
         check_settings(self)
         heads, width = self.num_attention_heads, self.hidden_size // self.num_attention_heads
         for name, default in (("num_key_value_heads", heads), ("head_dim", width)):
             object.__setattr__(self, name, getattr(self, name) or default)
-        if heads % self.num_key_value_heads or self.head_dim % 2:
+        if heads % self.num_key_value_heads or self.head_dim * self.partial_rotary_factor % 2:
             raise ValueError(
                 f"{heads} heads of {self.head_dim} over {self.num_key_value_heads} of keys and "
                 "values: wanted a multiple, and an even width"
@@ -91,13 +95,14 @@ class LLaMAConfig:
 
 
 class Linear(nn.Linear):
-    """y = W x, W (O, I), no bias."""
+    """y = W x, W (O, I); y = W x + b with a bias."""
 
-    def __init__(self, n_in, n_out):
-        super().__init__(n_in, n_out, bias=False)
+    def __init__(self, n_in, n_out, bias=False):
+        super().__init__(n_in, n_out, bias)
 
     def forward(self, x):  # (..., I) -> (..., O)
-        return product(x, self.weight.to(x.dtype))
+        y = product(x, self.weight.to(x.dtype))
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -112,7 +117,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
 
 
-def rope_table(positions, head_dim, theta, scaling=None):
+def rope_table(positions, head_dim, theta, scaling=None, share=1.0):
     """(cos, sin) of the angle m theta^(-2i/D) for position m and pair i (Su et al. 2021, eq. 15).
 
     Both are float32, (..., T, 1, D) for positions (..., T): the same for all heads, given for both
@@ -121,10 +126,10 @@ def rope_table(positions, head_dim, theta, scaling=None):
     Each forward makes them anew: a buffer built on `meta` stays empty, and angles in bf16 are off
     by up to 2.0 in the cosine. `scaling` stretches a trained context by its factor: "linear" slows
     every pair (Chen et al. 2023); "llama3" slows those that turn few times within the original
-    context, with a linear transition (Llama 3.1)."""
+    context, with a linear transition (Llama 3.1). Pairs beyond a head's `share` stand still."""
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     # The first pair turns by one radian a position, the last by 1 / theta.
-    speed = theta ** (-pair / head_dim)  # (D/2), radians a position
+    speed = theta ** (-pair / (share * head_dim)) * (pair < share * head_dim)  # (D/2), a position
     if scaling:
         kind, keep = scaling.get("rope_type"), 0.0  # keep: the share of the speed left as it is
         if kind not in ("linear", "llama3"):
@@ -169,12 +174,13 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        q_width = config.num_attention_heads * config.head_dim
-        kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, q_width)
-        self.k_proj = Linear(config.hidden_size, kv_width)
-        self.v_proj = Linear(config.hidden_size, kv_width)
-        self.o_proj = Linear(q_width, config.hidden_size)
+        C, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = Linear(C, H * self.head_dim, config.qkv_bias)
+        self.k_proj = Linear(C, K * self.head_dim, config.qkv_bias)
+        self.v_proj = Linear(C, K * self.head_dim, config.qkv_bias)
+        self.o_proj = Linear(H * self.head_dim, C)
+        new_norm = partial(RMSNorm, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = new_norm(self.head_dim), new_norm(self.head_dim)
 
     def forward(self, x, rope, context):  # (B, T, C) -> (B, T, C)
         B, T, _ = x.shape
@@ -182,7 +188,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         # Positions enter here and nowhere else; values are not turned.
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
         y = context.attend(self.layer, q, k, v)  # (B, T, H, D)
         return self.o_proj(y.reshape(B, T, -1))
 
@@ -249,10 +255,8 @@ class LLaMA(nn.Module):
         c = self.config
         shape = (rows, c.num_key_value_heads, positions, c.head_dim)
         # zeros, not empty: a masked position weighs 0, and 0 x NaN is NaN
-        k, v = (
-            [torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in self.layers]
-            for _ in "kv"
-        )
+        new = partial(torch.zeros, shape, device=self.device, dtype=self.dtype)
+        k, v = ([new() for _ in self.layers] for _ in "kv")
         return KVCache(k, v, torch.zeros(rows, dtype=torch.long, device=self.device))
 
     def hidden_states(self, ids, context=None, keep=None):
@@ -262,8 +266,8 @@ class LLaMA(nn.Module):
         the B T tokens, only theirs (M, C): the others end as keys and values of the last layer."""
         c, context = self.config, context or Context()
         # Where the tokens stand, and the angles that go with it: the same in all layers.
-        positions = context.extend(ids)
-        rope = rope_table(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+        head = c.head_dim, c.rope_theta, c.rope_scaling, c.partial_rotary_factor
+        rope = rope_table(context.extend(ids), *head)
         x = self.embed_tokens(ids).to(self.dtype)  # (B, T, C)
         for i, block in enumerate(self.layers):
             # Dropped activations are made again by a second forward of the block.
@@ -426,19 +430,40 @@ def one_row(x, weight):
 # Weights: names and layouts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# our names of weights, which are Hugging Face's: Meta's
-META_WEIGHTS = {
-    "embed_tokens": "tok_embeddings",
-    "lm_head": "output",
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
+# How files name weights: {layout: {pattern in our names: what files have there}}. Two of ours that
+# become one are one tensor there, one behind the other.
+NAMES = {
+    "hf": {"^(?!lm_head)": "model."},
+    "meta": {
+        "embed_tokens": "tok_embeddings",
+        "lm_head": "output",
+        "self_attn.([qkvo])_proj": r"attention.w\1",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+    },
+    "glm": {"^(?!lm_head)": "model.", "gate_proj|up_proj": "gate_up_proj"},
+    "chatglm": {  # 2 and 3, and GLM-4 as it was published
+        "^(layers|norm)": r"encoder.\1",
+        "encoder.norm": "encoder.final_layernorm",
+        "embed_tokens": "embedding.word_embeddings",
+        "lm_head": "output_layer",
+        "self_attn.[qkv]_proj": "self_attention.query_key_value",
+        "self_attn.o_proj": "self_attention.dense",
+        "gate_proj|up_proj": "dense_h_to_4h",
+        "down_proj": "dense_4h_to_h",
+        "^": "transformer.",
+    },
+}
+# Layouts whose rotary pairs are neighbours, 2i and 2i + 1: rows of q and k stand in another order.
+NEIGHBOURS = ("meta", "glm", "chatglm")
+LLAMA3_ROPE = {  # what Meta's use_scaled_rope means, but for the factor
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
 # Meta's names of a shape: ours
 META_SHAPE = {
@@ -450,18 +475,22 @@ META_SHAPE = {
     "norm_eps": "rms_norm_eps",
     "rope_theta": "rope_theta",
 }
-ROTATED = ("q_proj.weight", "k_proj.weight")  # whose rows stand in the order of RoPE's pairs
 
 
-def hf_name(name):
-    """A weight's name in Hugging Face's files: all but the head's have "model." in front."""
-    return name if name.startswith("lm_head") else f"model.{name}"
+def stored_name(name, layout="hf"):
+    """The name that a weight of ours has in files of a layout."""
+    for pattern, theirs in NAMES.get(layout, NAMES["hf"]).items():
+        name = re.sub(pattern, theirs, name)
+    return name
 
 
-def meta_name(name):
-    """A weight's name in Meta's files."""
-    layer, part = re.fullmatch(r"(layers\.\d+\.)?(.*)\.weight", name).groups("")
-    return f"{layer}{META_WEIGHTS.get(part, part)}.weight"
+def reorder(name, tensor, layout, shape):
+    """Rows of q and k, also those of LoRA's B, between our order and that of a layout with
+    neighbouring pairs; any other tensor as it is. shape: (-1, 2, D/2) to the layout, (-1, D/2, 2)
+    from it."""
+    if layout not in NEIGHBOURS or not re.search(r"\b[qk]_proj\b(?!.lora_A)", name):
+        return tensor
+    return tensor.unflatten(0, shape).transpose(1, 2).flatten(0, 2)
 
 
 def read_json_file(path):
@@ -490,26 +519,90 @@ def read_config(path, vocab_size=None):
         raise ValueError(f"{path}: {str(error).replace('LLaMAConfig.__init__() ', '')}") from None
 
 
+# {model_type: what its config.json means where it says nothing}: our fields, and keys of REFUSED
+NETWORKS = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"qkv_bias": True, "use_sliding_window": False},
+    "qwen3": {"qk_norm": True, "head_dim": 128, "use_sliding_window": False},
+    "glm": {"qkv_bias": True, "attention_bias": True, "partial_rotary_factor": 0.5},
+    "chatglm": {"qkv_bias": True, "partial_rotary_factor": 0.5},
+}
+# ChatGLM's names of a shape, where they differ: ours
+CHATGLM_SHAPE = {
+    "num_layers": "num_hidden_layers",
+    "multi_query_group_num": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "ffn_hidden_size": "intermediate_size",
+    "padded_vocab_size": "vocab_size",
+    "layernorm_epsilon": "rms_norm_eps",
+    "seq_length": "max_position_embeddings",
+}
+# Keys by which config.json asks for another network, and what of it is missing here
+REFUSED = {
+    "num_experts|num_local_experts|n_routed_experts": "a mixture of experts",
+    "quantization_config|quantization_bit": "quantised weights",
+    "use_sliding_window": "a sliding window",
+    "linear_.*|attn_type_list|full_attention_interval": "linear attention",
+    "layer_types": "layers of several kinds",
+    "kv_lora_rank": "latent attention",
+    "alibi": "ALiBi",
+    "parallel_attn": "attention beside the feed-forward",
+    ".*logit_softcapping": "capped logits",
+    "scale_emb|scale_depth": "scaled embeddings and residuals",
+    "attention_bias|mlp_bias|bias|add_bias_linear": "biases, but those of q, k and v",
+    "hidden_act": "an activation other than silu",
+    "partial_rotary_factor": "heads of which another part turns",
+    "text_config|vision_config": "images",
+    "inner_hidden_size": "the block and positions of ChatGLM-6B",
+    "apply_residual_connection_post_layernorm": "residuals behind norms",
+}
+
+
 def config_from_hf(hf):
     """The fields of config.json that we have; what asks for another network is refused."""
-    plain = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False}
-    for key, value in (plain | {"mlp_bias": False, "quantization_config": None}).items():
-        if hf.get(key, value) not in (value, None):
-            raise ValueError(f"{key} is {hf[key]!r}, this network knows {value!r} only")
-    names = [f.name for f in fields(LLaMAConfig)]
-    values = {name: hf[name] for name in names if hf.get(name) is not None}
     # rope_scaling was before, rope_parameters is since transformers 5
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    values["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", 10000.0))
-    values["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **rope}
+    scaling = rope.pop("rope_type", rope.pop("type", "default"))
+    kind = hf.get("model_type") or "llama"
+    own = {"hidden_act": "silu", "partial_rotary_factor": 1.0, **NETWORKS.get(kind, {})}
+    hf = own | {CHATGLM_SHAPE.get(key, key): value for key, value in hf.items()} | rope
+    refuse(hf, own)
+    if kind not in NETWORKS:
+        raise ValueError(f"model_type is {kind!r}, wanted one of {' '.join(NETWORKS)}")
+    hf.setdefault("rope_theta", 10000.0 * hf.get("rope_ratio", 1))  # as GLM-4 has it
+    names = [f.name for f in fields(LLaMAConfig)]
+    values = {name: hf[name] for name in names if hf.get(name) is not None}
+    rope = {key: value for key, value in rope.items() if key not in names}
+    values["rope_scaling"] = None if scaling == "default" else {"rope_type": scaling, **rope}
+    values["model_type"] = kind.removeprefix("chat")  # transformers' name of ChatGLM2's network
     return LLaMAConfig(**values)
+
+
+def refuse(hf, own):
+    """Raise ValueError naming what config.json asks for and this network does not have, where it is
+    not what its model_type means anyway."""
+    # A window is as wide as it says, unless another key switches it; all layers may be plain.
+    window = hf.get("use_sliding_window", hf.get("sliding_window"))
+    others = {*(hf.get("layer_types") or ())} - {"full_attention"}
+    asked = hf | {"use_sliding_window": window, "layer_types": others}
+    for pattern, feature in REFUSED.items():
+        for key, value in asked.items():
+            if value and value != own.get(key) and re.fullmatch(pattern, key):
+                raise ValueError(f"{key} is {value!r:.60}: this network does not have {feature}")
+    # Alike in their configs, ChatGLM2-32k divides positions by it, ChatGLM3-32k raises the base.
+    if hf.get("rope_ratio", 1) != 1 and hf.get("vocab_size") == 65024:
+        raise ValueError(f"rope_ratio is {hf['rope_ratio']!r}, wanted 1: it may mean two things")
 
 
 def config_from_meta(params, vocab_size):
     """Meta's params.json says the feed-forward width by what 8/3 C is rounded to."""
     values = {k: v for k, v in params.items() if k not in ("max_seq_len", "max_batch_size")}
     multiple, factor = values.pop("multiple_of", 256), values.pop("ffn_dim_multiplier", None) or 1
+    # From Llama-3.1 on; the factor is 32 in the 1B and 3B of 3.2, and stands in no file.
+    if values.pop("use_scaled_rope", False):
+        slower = 32.0 if values["dim"] in (2048, 3072) else 8.0
+        values["rope_scaling"] = {**LLAMA3_ROPE, "factor": slower}
     width = int(factor * int(8 * values["dim"] / 3))
     if values.get("vocab_size", -1) == -1:
         values["vocab_size"] = vocab_size
@@ -520,8 +613,12 @@ def config_from_meta(params, vocab_size):
 def config_to_meta(config):
     """The inverse of `config_from_meta`. Raises ValueError for what params.json cannot say."""
     width = config.num_attention_heads * config.head_dim
-    if config.rope_scaling or width != config.hidden_size:
-        raise ValueError("Meta's params.json has no rope_scaling and no head_dim; export as hf")
+    unlike = config.model_type not in ("llama", "mistral")
+    if config.rope_scaling or width != config.hidden_size or unlike:
+        raise ValueError(
+            f"Meta's params.json has no rope_scaling, no head_dim and no {config.model_type}; "
+            "export as hf"
+        )
     return {
         **{meta: getattr(config, ours) for meta, ours in META_SHAPE.items()},
         "multiple_of": config.intermediate_size,  # which the product rounds to
@@ -545,7 +642,7 @@ def open_weights(file):
         else:
             weights = open_pickle(file)
         # Rotary tables, which old files hold, are made here.
-        tables = ("rope.freqs", "rotary_emb.inv_freq")
+        tables = ("rope.freqs", ".inv_freq")
         return {key: tensor for key, tensor in weights.items() if not key.endswith(tables)}
     except Exception as error:  # a damaged file makes its reader raise nearly all there are
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -619,12 +716,17 @@ class Checkpoint:
 
     config   LLaMAConfig
     dtype    the embedding's
+    layout   a key of NAMES
     slices   into how many a weight is cut
     shapes   {name: shape} that the model wants
+    rows     {name: which rows of the stored tensor}: where several weights are fused, not all
     parts    {name: [Part, ...]} found: the slices in order, or copies that must be equal"""
 
     def __init__(self, folder):
-        self.files, found = weight_files(Path(folder)), {}
+        config, found = Path(folder, "config.json"), {}
+        if config.is_file():  # first, for who asks for another network need not hear of files
+            read_config(config)
+        self.files = weight_files(config.parent)
         is_meta = self.files[0].suffix == ".pth"
         self.slices = len(self.files) if is_meta else 1
         # What there is: every tensor by its key, with its shape and dtype alone.
@@ -634,24 +736,36 @@ class Checkpoint:
                 found.setdefault(key, []).append(part)
         # Meta writes -1 for the number of pieces; the head tells it.
         rows = sum(sum(part.shape[:1]) for part in found.get("output.weight", ()))
-        config = Path(folder) / ("params.json" if is_meta else "config.json")
-        self.config = read_config(config, rows)
-        # Meta's rows of W_q and W_k are reordered by heads of this width.
-        self.head_dim = self.config.head_dim if is_meta else None
+        self.config = read_config(config.with_name("params.json") if is_meta else config, rows)
+        self.layout = "meta" if is_meta else self.config.model_type
+        if "transformer.embedding.word_embeddings.weight" in found:
+            self.layout = "chatglm"
         # What is wanted: the shapes of a model without memory, where a tied head is the embedding.
         with torch.device("meta"):
             parameters = LLaMA(self.config).named_parameters()
             self.shapes = {name: tuple(p.shape) for name, p in parameters}
-        key_of = meta_name if is_meta else hf_name
-        self.parts = {name: found.pop(key_of(name), []) for name in self.shapes}
-        if self.config.tie_word_embeddings:
-            self.parts["embed_tokens.weight"] += found.pop("lm_head.weight", [])
-        # One comparison does for every damage.
-        for parts in found.values():
-            raise ValueError(f"{parts[0].file} has {parts[0].key}, which this model does not have")
-        for name, parts in self.parts.items():
-            self.check(key_of(name), parts, self.shapes[name])
+        self.place(found)
         self.dtype = self.parts["embed_tokens.weight"][0].dtype
+
+    def place(self, found):
+        """Give each weight the tensors of the files that are it, or hold it. Raises ValueError for
+        one too many, or as `check` does."""
+        self.rows, self.parts, ends = {}, {}, Counter()
+        keys = {name: stored_name(name, self.layout) for name in self.shapes}
+        # Fused weights stand one behind the other.
+        for name, key in keys.items():
+            self.rows[name] = slice(ends[key], ends[key] + self.shapes[name][0])
+            ends[key] = self.rows[name].stop
+            self.parts[name] = found.get(key, [])
+        if self.config.tie_word_embeddings:
+            head = stored_name("lm_head.weight", self.layout)
+            self.parts["embed_tokens.weight"] += found.pop(head, [])
+        # One comparison does for every damage.
+        for key, parts in found.items():
+            if key not in ends:
+                raise ValueError(f"{parts[0].file} has {key}, which this model does not have")
+        for name, parts in self.parts.items():
+            self.check(keys[name], parts, (ends[keys[name]], *self.shapes[name][1:]))
 
     def check(self, key, parts, shape):
         """Raise ValueError for a weight that is missing, of another shape, or no floating-point
@@ -690,9 +804,9 @@ class Checkpoint:
 
     def join(self, name, maps, device, dtype):
         """A weight of its parts, its rows in Hugging Face's order."""
-        parts = self.parts[name]
-        tensors = [maps[part.file][part.key] for part in parts]
-        axis = part_shapes(self.shapes[name], self.slices)[parts[0].shape]
+        parts, rows = self.parts[name], self.rows[name]
+        tensors = [maps[part.file][part.key][rows] for part in parts]
+        axis = part_shapes(self.shapes[name], self.slices).get(parts[0].shape)
         if axis is None:
             if not all(torch.equal(copy, tensors[0]) for copy in tensors[1:]):
                 raise ValueError(
@@ -700,19 +814,14 @@ class Checkpoint:
                     f"{parts[-1].key} in {parts[-1].file}"
                 )
             tensors = tensors[:1]
-        if not self.head_dim:
+        if self.layout not in NEIGHBOURS:
             return tensors[0].to(device, dtype)
-        # Meta's slices are written where they stay: a copy between would leave a hole in memory.
+        # Slices are written where they stay: a copy between would leave a hole in memory. And what
+        # was fused gets memory of its own: inductor errs where weights are views of one tensor.
         joined = torch.empty(self.shapes[name], device=device, dtype=dtype)
-        if name.endswith(ROTATED):  # row 2i + j of a head there is row i + j D/2 here
-            rows = torch.arange(len(joined), device=device).view(-1, 2, self.head_dim // 2)
-            rows = rows.transpose(1, 2).flatten()
-            for target, tensor in zip(rows.chunk(len(tensors)), tensors):
-                joined[target] = tensor.to(device, dtype)
-        else:
-            for target, tensor in zip(joined.chunk(len(tensors), axis or 0), tensors):
-                target.copy_(tensor)
-        return joined
+        for target, tensor in zip(joined.chunk(len(tensors), axis or 0), tensors):
+            target.copy_(tensor)
+        return reorder(name, joined, self.layout, (-1, self.config.head_dim // 2, 2))
 
 
 def load_model(folder, device="cpu", dtype=None):
@@ -785,8 +894,8 @@ def init_weights(model, seed):
     for name, p in model.named_parameters():
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         std = 0.02 / math.sqrt(2 * len(model.layers)) if residual else 0.02
-        if "norm" not in name:  # those are ones already
-            p.normal_(0.0, std, generator=generator)
+        if "norm" not in name:  # those are ones already; biases begin at 0
+            p.normal_(0.0, std * (p.dim() > 1), generator=generator)
 
 
 # ==================================================================================================
@@ -870,13 +979,30 @@ def split_into_shards(tensors, max_bytes):
     yield shard
 
 
+def to_layout(config, tensors, layout):
+    """A stream of (name, tensor) as a layout's files have it: names, order of rows, and GLM's fused
+    gate_up_proj, whose halves follow each other in the stream."""
+    halves = []
+    for name, tensor in tensors:
+        key = stored_name(name, layout)
+        tensor = reorder(name, tensor.detach(), layout, (-1, 2, config.head_dim // 2))
+        if "gate_up_proj" in key:
+            halves.append(tensor)
+            if len(halves) < 2:
+                continue
+            tensor = torch.cat(halves)
+            halves.clear()
+        yield key, tensor
+
+
 def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
     """Write a stream of (name, tensor) as Hugging Face's folder: safetensors, with an index if
     there are several; config.json, with what the folder `base` says besides; its tokenizer."""
     folder, index, file = Path(folder), {}, "model.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     # The weights, a file at a time.
-    stream = ((hf_name(name), t.detach().to("cpu", dtype)) for name, t in tensors)
+    stream = to_layout(config, tensors, config.model_type)
+    stream = ((key, tensor.to("cpu", dtype)) for key, tensor in stream)
     for number, shard in enumerate(split_into_shards(stream, max_bytes), 1):
         file = f"model-{number:05}.safetensors"
         save = partial(save_file, shard, metadata={"format": "pt"})
@@ -890,10 +1016,11 @@ def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
     # Then what describes them; a reader who finds it finds all.
     theirs = Path(base or folder) / "config.json"
     values = read_json_file(theirs) if theirs.is_file() else {}
-    values |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    network = f"{config.model_type.capitalize()}ForCausalLM"  # transformers' class
+    values |= {"architectures": [network], "hidden_act": "silu"}
     values |= asdict(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    # dtype and rope_parameters are what transformers 5 calls the same
-    twice = ("dtype", "rope_parameters")
+    # dtype and rope_parameters are what transformers 5 calls the same; auto_map names code
+    twice = ("dtype", "rope_parameters", "auto_map")
     write_json(folder / "config.json", {k: v for k, v in values.items() if k not in twice})
     if base:
         copy_tokenizer(base, folder)
@@ -903,12 +1030,8 @@ def save_meta(config, tensors, folder, dtype, base=None, max_bytes=None):
     """Write a stream of (name, tensor) as Meta's folder, in one shard whatever its size:
     params.json and consolidated.00.pth. Raises ValueError for what params.json cannot say."""
     write_json(Path(folder) / "params.json", config_to_meta(config))
-    state = {}
-    for name, tensor in tensors:
-        if name.endswith(ROTATED):  # the inverse of what `Checkpoint.join` does
-            halves = tensor.unflatten(0, (-1, 2, config.head_dim // 2))
-            tensor = halves.transpose(1, 2).flatten(0, 2)
-        state[meta_name(name)] = tensor.detach().to("cpu", dtype)
+    stream = to_layout(config, tensors, "meta")
+    state = {key: tensor.to("cpu", dtype) for key, tensor in stream}
     state.setdefault("output.weight", state["tok_embeddings.weight"])
     file = Path(folder) / "consolidated.00.pth"
     try:

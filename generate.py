@@ -8,7 +8,7 @@
 What this file teaches, in this order:
 
   tokenizer   Tokenizer: text to ids and back
-  prompt      render_prompt: a question as training saw it
+  prompt      render_prompt: a conversation as training saw it
   sampling    Decoding, penalise, sample: from logits to the next id
   batch       Request, Row, Batch: many answers, an id each a step, in one KV cache
   one answer  generate_ids: the ids that follow a prompt
@@ -31,12 +31,19 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
+from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import cache, lru_cache
 from hashlib import sha256
+from heapq import heappop, heappush
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate, chain, cycle, groupby, zip_longest
 from pathlib import Path
+from string import Formatter
+from typing import NamedTuple
 from urllib.parse import unquote
 from uuid import uuid4
 
@@ -47,8 +54,11 @@ from tqdm import tqdm
 from lora import load_adapter, lora_linears, merge, quantize, share_rows
 from model import (
     DTYPES,
+    FORMS,
+    TOKENIZERS,
     Checkpoint,
     Parser,
+    check_content,
     check_settings,
     find_base,
     find_tokenizer,
@@ -68,49 +78,54 @@ PREFILL_CHUNK = 512  # tokens of a prompt in one forward
 
 class Tokenizer:
     """SentencePiece with LLaMA's special ids, which come from tokenizer.model and nowhere else.
-    Raises ValueError for a file that is no such model."""
+    special: {name: id} of tokens that are no text; a text that spells one is only a text. Raises
+    RuntimeError for a file that is no such model. Other kinds stand below the lesson."""
 
-    def __init__(self, path):
-        try:
-            self.pieces = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path} is no SentencePiece model ({error})") from None
+    unsettled = "\ufffd"  # what the end of a growing text may be that the next id changes
+
+    def __init__(self, path, more=b""):
+        model = Path(path).read_bytes() + more
+        self.pieces = SentencePieceProcessor(model_proto=model)
+        self.answer_pieces = SentencePieceProcessor(model_proto=model + NO_SPACE_IN_FRONT)
         self.vocab_size = len(self.pieces)
+        ids = range(self.vocab_size)
+        self.special = {self.pieces.id_to_piece(i): i for i in ids if self.pieces.is_control(i)}
+        self.texts = {*ids} - {*self.special.values()}
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise ValueError(f"{path} has no BOS or EOS piece; LLaMA wants both")
-        self.newline = self.pieces.piece_to_id("<0x0A>")
+        self.opening = [self.bos_id]  # of a prompt
 
     def encode(self, text, bos=False, eos=False):
         """Ids of a text. Raises ValueError for half a character, which is no Unicode text."""
         text.encode()  # Python's own sentence names the character
-        return [self.bos_id] * bos + self.pieces.encode(text) + [self.eos_id] * eos
+        return self.opening * bos + self.pieces.encode(text) + [self.eos_id] * eos
 
     def encode_answer(self, text):
-        """Ids of a text behind a prompt that ends with a newline, as encoding both together gives
-        them: without the space that SentencePiece puts before a text."""
-        ids = self.encode("\n" + text)
-        return ids[ids.index(self.newline) + 1 :]
+        """Ids of a text behind a prompt: without the space that SentencePiece puts in front."""
+        text.encode()
+        return self.answer_pieces.encode(text)
+
+    def width(self, id):
+        """Bytes of text that an id stands for."""
+        piece = self.pieces.id_to_piece(id).replace("\u2581", " ")
+        return 1 if self.pieces.is_byte(id) else len(piece.encode())
 
     def byte_ends(self, ids, text):
         """Where each of the ids of a text ends in it, in bytes (0 or less: before it begins)."""
-        ends, end = [], 0
-        for i in ids:
-            piece = "" if self.pieces.is_control(i) else self.pieces.id_to_piece(i)
-            end += 1 if self.pieces.is_byte(i) else len(piece.replace("\u2581", " ").encode())
-            ends.append(end)
+        ends = [*accumulate(self.width(i) if i in self.texts else 0 for i in ids)]
         # counted from the end: the space that may stand in front is none of the text
-        return [e - end + len(text.encode()) for e in ends]
+        return [e - ends[-1] + len(text.encode()) for e in ends]
 
     def decode(self, ids):
-        """The text of ids: U+FFFD for half a character, none for ids of added_tokens.json."""
-        return self.pieces.decode([i for i in ids if i < self.vocab_size])
+        """The text of ids: U+FFFD for half a character, none for special ids and unknown ones."""
+        return self.pieces.decode([i for i in ids if i in self.texts])
 
 
-def render_prompt(template, instruction, input=""):
-    """The prompt for one instruction: training, asking and chatting all make it here."""
-    key = "prompt_input" if input else "prompt_no_input"
-    return template[key].format(instruction=instruction, input=input)
+def render_prompt(tokenizer, template, messages, several=False):
+    """Ids of the prompt that asks for the next answer in a conversation, [{role, content}, ...].
+    Asking, chatting and serving make it here, and training makes the same of the same parts."""
+    answered = messages[-1]["role"] == "assistant"
+    prompt, _ = render(template, messages[:-1] if answered else messages, several)
+    return encode_segments(tokenizer, prompt)[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -232,12 +247,13 @@ class Batch:
     """Requests decoded together in one KV cache of `size` rows. They wait until num_beams rows are
     free. Rows stand at their own lengths, so that each answer is what it would be alone.
 
-    eos_id ends an answer, decode(ids) -> text finds stop texts. Raises ValueError if memory cannot
-    hold the cache."""
+    eos_id, an id or several, ends an answer; decode(ids) -> text finds stop texts. Raises
+    ValueError if memory cannot hold the cache."""
 
     def __init__(self, model, size, positions, eos_id=None, decode=None, compile=False):
         self.model, self.size = model, size
-        self.eos_id, self.decode = eos_id, decode
+        self.eos_ids = [eos_id] if isinstance(eos_id, int) else eos_id or []
+        self.decode = decode
         self.waiting = []  # Requests
         self.rows = []  # the Rows in use: rows[i] is row i of the cache
         self.adapted = None  # as the adapter is scaled now
@@ -338,7 +354,7 @@ class Batch:
     def outcome(self, request, ids):
         """(answer, finish_reason or None) of ids: a prompt, an answer, and perhaps EOS."""
         answer = ids[len(request.prompt_ids) :]
-        if ids[-1] == self.eos_id:
+        if ids[-1] in self.eos_ids:
             return answer[:-1], "stop"
         for text in request.decoding.stop:
             # an id is a byte at least, so that the text lies within so many
@@ -371,18 +387,18 @@ def generate_ids(model, prompt_ids, max_new_tokens, eos_id=None, **decoding):
 def step_beams(batch, at, logits):
     """One step of beam search over the n rows `at` of one request with logits (n, V), as
     transformers does it with early_stopping False: of the 2n best candidates by sum of
-    log-probabilities, those among the first n that end are ranked, by sum / length **
-    length_penalty, and the best n that do not end go on. It is over when n are ranked and the best
-    that goes on, ending now, would beat none."""
+    log-probabilities (more with several ids of EOS, so that n of them do not end), those among the
+    first n that end are ranked, by sum / length ** length_penalty, and the best n that do not end
+    go on. It is over when n are ranked and the best that goes on, ending now, would beat none."""
     beams = [batch.rows[i] for i in at]
     request = beams[0].request
     n = len(at)
-    # Each candidate is a beam and one id more: n V of them, of which 2n are looked at.
+    # Each candidate is a beam and one id more: n V of them, of which a few are looked at.
     scores = [
         penalise(logprobs, beam.ids, request.decoding) + beam.score
         for logprobs, beam in zip(logits.log_softmax(-1), beams)
     ]
-    best = torch.stack(scores).flatten().topk(2 * n)
+    best = torch.stack(scores).flatten().topk(max(2, 1 + len(batch.eos_ids)) * n)
     first = len(request.prompt_ids) - 1
     length = len(beams[0].ids)
     scale = (length - first) ** request.decoding.length_penalty
@@ -511,39 +527,516 @@ def visible(text, stop=(), ended=True):
     return text[: max(0, len(text) - held)]
 
 
-def stream(tokenizer, request, step=None):
+def stream(tokenizer, request, step=None, strip=True):
     """Yield a request's text in pieces as it grows; step() makes, or awaits, one id more. The whole
-    text at once if it has ended."""
+    text at once if it has ended. With strip, without the blanks and line ends before it, which are
+    a template's: ChatGLM3 begins each answer with some."""
     shown = 0
     ended = False
     while not ended:
         if not request.finish_reason:
             step()
         ended = request.finish_reason  # read before the ids, which another thread may add to
-        text = visible(tokenizer.decode(request.ids), request.decoding.stop, ended)
+        text = tokenizer.decode(request.ids)
+        text = text if ended else text.rstrip(tokenizer.unsettled)
+        text = visible(text, request.decoding.stop, ended)
+        text = text.lstrip() if strip else text
         yield text[shown:]
         shown = len(text)
 
 
 # ==================================================================================================
-# Templates and records in all their forms
+# Tokenizers of other bases
+
+# SentencePiece's file is a protobuf message, in which what comes later counts: normalizer_spec
+# {add_dummy_prefix: false}
+NO_SPACE_IN_FRONT = b"\x1a\x02\x18\x00"
+
+
+def byte_letters():
+    """The letter that stands for each byte in a tokenizer.json: itself where Latin-1 prints it, the
+    others from U+0100 on (Radford et al. 2019)."""
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {b: chr(b) for b in printed} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+LETTERS = byte_letters()
+BYTES = {ord(letter): byte for byte, letter in LETTERS.items()}
+
+
+def spell(data):
+    """Bytes in LETTERS."""
+    return data.decode("latin-1").translate(LETTERS)
+
+
+@cache
+def kinds_of_characters():
+    """A letter for each character: of its Unicode category the first, s for blanks. Those that
+    Python alone calls blanks are none."""
+    return "".join(
+        "s" if c.isspace() and c not in "\x1c\x1d\x1e\x1f" else unicodedata.category(c)[0]
+        for c in map(chr, range(sys.maxunicode + 1))
+    )
+
+
+def expand(match):
+    """A class of a pattern with ranges for its \\p{L}, \\s and the like, which `re` has not, or
+    understands in its own way. A capital stands for all other characters."""
+
+    def ranges(escape):
+        kind = f"[{'^' * escape[0][1].isupper()}{escape[1] or 's'}]+"
+        runs = re.finditer(kind, kinds_of_characters())
+        return "".join(f"\\U{run.start():08x}-\\U{run.end() - 1:08x}" for run in runs)
+
+    inside = re.sub(r"\\(?:[sS]|[pP]\{(\w)\})", ranges, match[0])
+    return inside if match[0][0] == "[" else f"[{inside}]"
+
+
+END = "\0"  # no letter
+
+
+class BytePairs:
+    """Byte-level BPE (Sennrich et al. 2016; over bytes: Radford et al. 2019, 2.2). A text is cut
+    into words, a word into its bytes; of the neighbours, those that training merged first are
+    merged, again and again.
+
+    ids      {piece: id}, pieces in LETTERS
+    ranks    {a + between + b: rank} of the neighbours a, b that merge, lowest first
+    pattern  what a word is
+    nfc      the text is brought to Unicode's form C first
+    whole    a word that is a piece is taken as it is"""
+
+    def __init__(self, ids, ranks, between, pattern, nfc=False, whole=True):
+        self.ids, self.ranks, self.between, self.nfc, self.whole = ids, ranks, between, nfc, whole
+        self.texts = {id: piece for piece, id in ids.items()}
+        self.merged = lru_cache(1 << 16)(self.merge)
+        # In a group, so that split() keeps what it finds.
+        escapes = r"\[(?:\\.|[^]])+\]|\\(?:[sS]|[pP]\{\w\})"
+        self.words = re.compile(f"({re.sub(escapes, expand, pattern)})")
+
+    def encode(self, text):
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        words = filter(None, self.words.split(text))
+        return [id for word in words for id in self.merged(word)]
+
+    def decode(self, ids):
+        letters = "".join(self.texts[id] for id in ids)
+        return letters.translate(BYTES).encode("latin-1").decode("utf-8", "replace")
+
+    def merge(self, word):
+        """Ids of a word. A queue, since a word may be as long as a client wants: n log n steps."""
+        letters = spell(word.encode())
+        if self.whole and letters in self.ids:
+            return [self.ids[letters]]
+        # The parts form a ring with END, which merges with none, and so do those used up.
+        parts, n = [*letters, END], len(letters)
+        after, before = [*range(1, n + 1), 0], [*range(-1, n)]
+        queue = []
+
+        def offer(i):
+            pair = parts[i] + self.between + parts[after[i]]
+            if pair in self.ranks:
+                heappush(queue, (self.ranks[pair], i, pair))
+
+        for i in range(n):
+            offer(i)
+        while queue:
+            _, i, pair = heappop(queue)
+            j = after[i]
+            if parts[i] + self.between + parts[j] == pair:  # neither has changed meanwhile
+                parts[i], parts[j] = parts[i] + parts[j], END
+                after[i], before[after[j]] = after[j], i
+                offer(before[i])
+                offer(i)
+        return [self.ids[part] for part in parts if part != END]
+
+
+class ByteTokenizer(Tokenizer):
+    """BytePairs behind the interface of Tokenizer. special, {name: id}, are all tokens that were
+    added to the pieces, begin (or None) and end the names of two; the ids in `shown` are shown
+    where a model writes them."""
+
+    def __init__(self, pieces, special, begin, end, shown=()):
+        self.pieces = self.answer_pieces = pieces
+        self.special = special
+        for name, id in special.items():
+            pieces.ids.pop(name, None)  # no text is one
+            pieces.texts[id] = spell(name.encode())
+        self.texts = pieces.texts.keys() - special.values() | {*shown}
+        self.bos_id, self.eos_id = special.get(begin), special[end]
+        self.opening = [special[begin]] if begin else []
+        self.vocab_size = max(pieces.texts) + 1
+
+    def width(self, id):
+        return len(self.pieces.texts[id])
+
+
+def read_tokenizer_json(path, settings):
+    """The ByteTokenizer of Hugging Face's tokenizer.json, with what tokenizer_config.json says.
+    Raises ValueError for other kinds."""
+    match read_json_file(path):
+        case {
+            "normalizer": None | {"type": "NFC"} as nfc,
+            "pre_tokenizer": {
+                "pretokenizers": [
+                    {"pattern": {"Regex": pattern}, "behavior": "Isolated"},
+                    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                ]
+            },
+            "model": {"vocab": ids, "merges": merges} as model,
+            "added_tokens": added,
+        }:
+            pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in merges)
+            ranks = {pair: rank for rank, pair in enumerate(pairs)}
+            whole = model.get("ignore_merges", False)
+            pieces = BytePairs(ids, ranks, " ", pattern, nfc, whole)
+            special = {token["content"]: token["id"] for token in added}
+            shown = [token["id"] for token in added if not token["special"]]
+            ends = settings.get("bos_token"), settings["eos_token"]
+            return ByteTokenizer(pieces, special, *ends, shown)
+    raise ValueError("wanted byte-level BPE as Qwen and Llama-3 have it, or a tokenizer.model")
+
+
+# What a word is to Llama-3 and GLM-4, after OpenAI's cl100k_base. To Qwen each digit is one.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# By config.json's model_type: the tokens behind the pieces of tiktoken's file, which holds none.
+BEHIND = {
+    "qwen": "<|endoftext|> <|im_start|> <|im_end|>",
+    "chatglm": "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> "
+    "<|assistant|> <|observation|> <|begin_of_image|> <|end_of_image|> <|begin_of_video|> "
+    "<|end_of_video|>",
+    "llama": "<|begin_of_text|> <|end_of_text|> <|reserved_special_token_0|> "
+    "<|reserved_special_token_1|> <|finetune_right_pad_id|> <|reserved_special_token_2|> "
+    "<|start_header_id|> <|end_header_id|> <|eom_id|> <|eot_id|> <|python_tag|> "
+    + " ".join(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
+}
+
+
+def read_tiktoken(path, kind):
+    """The ByteTokenizer of a file of pieces in base64, each with its rank, which is its id."""
+    lines = (line.split() for line in Path(path).read_bytes().splitlines() if line)
+    ids = {spell(b64decode(piece)): int(rank) for piece, rank in lines}
+    special = {name: len(ids) + i for i, name in enumerate(BEHIND[kind].split())}
+    begin = "<|begin_of_text|>" if kind == "llama" else None
+    words = WORDS.replace("{1,3}", "") if kind == "qwen" else WORDS
+    end = "<|end_of_text|>" if begin else "<|endoftext|>"
+    return ByteTokenizer(BytePairs(ids, ids, "", words), special, begin, end)
+
+
+class ChatGLMTokenizer(Tokenizer):
+    """ChatGLM2's and ChatGLM3's: tokens in no file behind the pieces, and a space in front of a
+    text wherever it stands."""
+
+    def __init__(self, path, more=b""):
+        super().__init__(path, more)
+        self.answer_pieces = self.pieces
+        names = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>"
+        for name in names.split():
+            self.special[name] = self.vocab_size
+            self.vocab_size += 1
+        self.opening = [self.special["[gMASK]"], self.special["sop"]]
+        self.bos_id = self.opening[0]
+
+
+def old_pieces():
+    """What ChatGLM-6B's code added in memory to the text pieces of its first ice_text.model, as
+    fields of SentencePiece's protobuf: tokens, tabs and blanks, bytes, and byte_fallback."""
+    names = "[MASK] [gMASK] [sMASK] <unused_0> sop eop <ENC> <dBLOCK>"
+    added = [(name, 3) for name in names.split()] + [("<|tab|>", 4)]
+    added += [(f"<|blank_{n}|>", 4) for n in range(2, 81)]
+    added += [(f"<0x{byte:02X}>", 6) for byte in range(256)]
+    more = b""
+    for text, kind in added:
+        piece = b"\n%c%b\x15\0\0\0\0\x18%c" % (len(text), text.encode(), kind)
+        more += b"\n%c%b" % (len(piece), piece)
+    return more + b"\x12\x03\x98\x02\x01"
+
+
+class ChatGLM6BTokenizer(Tokenizer):
+    """ChatGLM-6B's: line ends, tabs and runs of blanks are pieces, and Chinese marks, which its
+    pieces have as Latin ones, become Chinese again beside a Chinese character."""
+
+    unsettled = "\ufffd,!:;?"
+
+    def __init__(self, path):
+        super().__init__(path, b"" if b"[gMASK]" in Path(path).read_bytes() else old_pieces())
+        self.answer_pieces = self.pieces
+        self.bos_id, self.eos_id, self.opening = None, self.special["eop"], []
+
+    def encode(self, text, bos=False, eos=False):
+        text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+        text = re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text)
+        return super().encode(text, bos, eos)
+
+    def encode_answer(self, text):
+        return self.encode(text)
+
+    def decode(self, ids):
+        text = super().decode(ids).replace("<n>", "\n").replace("<|tab|>", "\t")
+        text = re.sub(r"<\|blank_(\d+)\|>", lambda blank: " " * int(blank[1]), text)
+        marks = "(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])"
+        return re.sub(marks, lambda mark: chr(ord(mark[0]) + 0xFEE0), text)
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a base's folder, of the kind that its file is. Raises ValueError."""
+    file = find_tokenizer(folder)
+    if not file.is_file():
+        raise ValueError(f"no tokenizer in {folder}; wanted one of {' '.join(TOKENIZERS)}")
+    check_content(file)
+    names = ("config.json", "tokenizer_config.json", "added_tokens.json")
+    files = [Path(folder, name) for name in names]
+    config, settings, added = (read_json_file(f) if f.is_file() else {} for f in files)
+    kind = config.get("model_type", "llama")
+    try:
+        if file.suffix == ".json":
+            tokenizer = read_tokenizer_json(file, settings)
+        elif re.match(rb"[\w+/=]+ \d+\s", file.read_bytes()):
+            tokenizer = read_tiktoken(file, kind)
+        elif file.name == "ice_text.model":
+            tokenizer = ChatGLM6BTokenizer(file)
+        else:
+            tokenizer = ChatGLMTokenizer(file) if kind == "chatglm" else Tokenizer(file)
+        # Tokens added since, such as Alpaca's [PAD].
+        tokenizer.special |= added
+        for id in added.values():
+            tokenizer.texts.discard(id)
+            tokenizer.vocab_size = max(tokenizer.vocab_size, id + 1)
+    except Exception as error:  # a damaged file makes its reader raise nearly all there are
+        raise ValueError(f"{file} is no tokenizer that is known here ({error!r:.300})") from None
+    if -1 in (tokenizer.bos_id, tokenizer.eos_id):
+        raise ValueError(f"{file} has no BOS or EOS")
+    return tokenizer
+
+
+# ==================================================================================================
+# Templates: a conversation as texts and special tokens
+
+# tokens that end an answer besides EOS, in the vocabularies that have them
+ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+ENDS += ("<|user|>", "<|observation|>")
+
+
+def eos_ids(tokenizer):
+    """The ids that end an answer."""
+    ends = (tokenizer.special[name] for name in ENDS if name in tokenizer.special)
+    return sorted({tokenizer.eos_id, *ends})
+
+
+# the places in a template's texts, and one that a text must have
+PLACES = {"bos", "eos", "system", "turns", "instruction", "input", "user", "answer", "assistant"}
+PLACES |= {"thoughts", "n", "i"}
+NEEDED = {
+    "prompt_no_input": {"instruction"},
+    "prompt_input": {"instruction"},
+    "prompt": {"instruction", "user"},
+    "system": {"system"},
+    "turn": {"user"},
+    "question": {"user"},
+    "answer": {"assistant"},
+    "last": {"assistant"},
+    "thoughts": {"thoughts"},
+}
+
+
+class Segment(NamedTuple):
+    """A part of a rendered conversation: a text, or a special token by its name."""
+
+    text: str
+    special: bool
+    target: bool  # of training
 
 
 def load_template(name):
-    """The prompt template of a bare name in data/templates, or of a path: {prompt_no_input,
-    prompt_input}, the second by default the first. Raises ValueError for one without places."""
+    """The template of a bare name in data/templates, or of a path. It has either BenTsao's texts,
+    prompt_no_input and prompt_input (by default the same), or those of a chat:
+
+      prompt          with the places {system}, {turns} and {user}, of the last question
+      turn            an earlier question with its {answer}, the {n}th; {i} counts from 0
+      answer, last    an earlier answer, and the last one (by default the same)
+      system          around a system text; default_system, where none is given
+      thoughts        what stands before an answer (nothing in it: the model is not to think)
+      special         the special tokens that these texts name and the tokenizer must have
+      trim            roles whose texts lose the blanks around them
+
+    Raises ValueError for a text without its places."""
     path = Path(name) if str(name).endswith(".json") else DATA / "templates" / f"{name}.json"
     template = read_json_file(path)
-    template.setdefault("prompt_input", template.get("prompt_no_input"))
-    some = r"(?:[^{}]|\{\{|\}\}|\{input\}|\{instruction\})*"
-    for key in ("prompt_no_input", "prompt_input"):
-        text = str(template.get(key))
-        if not re.fullmatch(some + r"\{instruction\}" + some, text):
-            raise ValueError(
-                f"{path}: {key} is {text!r:.200}, wanted a text with {{instruction}}; braces other "
-                "than of it and {input} are doubled"
-            )
+    if "prompt" not in template:
+        template.setdefault("prompt_input", template.setdefault("prompt_no_input"))
+    for key in template.keys() & NEEDED.keys():
+        text = str(template[key])
+        with suppress(ValueError):  # a single brace
+            parts = [part[1:] for part in Formatter().parse(text) if part[1] is not None]
+            found = {f"{name}{spec}{conversion or ''}" for name, spec, conversion in parts}
+            if found <= PLACES and found & NEEDED[key]:
+                continue
+        raise ValueError(
+            f"{path}: {key} is {text!r:.200}, wanted a text with {{{max(NEEDED[key])}}}; braces "
+            f"other than of {' '.join(sorted(PLACES))} are doubled"
+        )
     return template
+
+
+def default_template(tokenizer):
+    """The name of the template whose special tokens a tokenizer has, of several the one with most;
+    med_template if there is none."""
+    fits = [(0, "med_template")]
+    for path in sorted((DATA / "templates").glob("*.json")):
+        special = read_json_file(path).get("special", ())
+        if special and {*special} <= tokenizer.special.keys():
+            fits.append((len(special), path.stem))
+    return max(fits)[1]
+
+
+def fill(forms, form, target=False, **values):
+    """A text of a template as Segments, its fields replaced by texts or by other Segments. Special
+    tokens are looked for in the template's own text, and never in what somebody wrote."""
+    names, segments = "|".join(map(re.escape, forms.get("special", ()))) or "(?!)", []
+    for literal, name, *_ in Formatter().parse(form):
+        for i, part in enumerate(re.split(f"({names})", literal)):
+            segments.append(Segment(part, i % 2 == 1, target))
+        value = values.get(name, "")
+        if name in ("bos", "eos"):
+            value = [Segment(name, True, target)]
+        segments += value if isinstance(value, list) else [Segment(str(value), False, target)]
+    return [segment for segment in segments if segment.text]
+
+
+def split_thoughts(message):
+    """(thoughts, text) of an assistant's message: they are its reasoning_content, or stand before
+    the text, within <think> and </think>."""
+    thoughts, text = message.get("reasoning_content"), message["content"]
+    if thoughts is None and "</think>" in text:
+        thoughts, *_, text = text.split("</think>")
+        thoughts, text = thoughts.rpartition("<think>")[2], text.lstrip("\n")
+    return (thoughts or "").strip("\n"), text
+
+
+def join_system(messages):
+    """The messages without a system text: it opens the first question, on a line of its own."""
+    if messages[0]["role"] != "system":
+        return messages
+    system, first, *rest = messages
+    return [first | {"content": f"{system['content']}\n{first['content']}"}, *rest]
+
+
+def split_messages(forms, messages):
+    """(system text or None, questions, [(thoughts, answer), ...]) of a conversation's messages."""
+    if "system" not in forms:
+        messages = join_system(messages)
+    trim = forms["trim"]
+    messages = [m | {"content": m["content"].strip()} if m["role"] in trim else m for m in messages]
+    system = forms["default_system"]
+    if messages[0]["role"] == "system":
+        system = messages.pop(0)["content"]
+    answers = [("", m["content"]) for m in messages[1::2]]
+    if forms["thoughts"]:
+        answers = list(map(split_thoughts, messages[1::2]))
+    return system, messages[::2], answers
+
+
+def render(template, messages, several=False):
+    """(prompt, answer) of a conversation as lists of Segments; the answer is empty where the last
+    message is a question. several: in the form of several turns, even if there is one."""
+    forms = FORMS | {"last": template.get("answer", FORMS["last"])} | template
+    system, questions, answers = split_messages(forms, messages)
+    # The turns before the last question; their thoughts are left out.
+    turns = []
+    for i, (question, (_, text)) in enumerate(zip(questions[:-1], answers)):
+        said = fill(forms, forms["answer"], True, assistant=text)
+        turns += fill(forms, forms["turn"], user=question["content"], answer=said, n=i + 1, i=i)
+
+    # The last question.
+    n, user, input = len(questions), questions[-1]["content"], questions[-1].get("input", "")
+    if input and "prompt" in forms:
+        user = f"{user}\n{input}"
+    fields = {"turns": turns, "user": user, "instruction": user, "input": input, "n": n, "i": n - 1}
+    if several or turns:
+        fields["instruction"] = turns + fill(forms, forms["question"], **fields)
+    if system is not None:
+        fields["system"] = fill(forms, forms["system"], system=system)
+    form = forms.get("prompt") or "{bos}" + forms["prompt_input" if input else "prompt_no_input"]
+    prompt = fill(forms, form, **fields)
+
+    # Its answer. Thoughts are learnt; that there are none belongs to the prompt, and is not.
+    thoughts, text = answers[-1] if len(answers) == n else ("", None)
+    block = fill(forms, forms["thoughts"], bool(thoughts), thoughts=thoughts)
+    if text is None:
+        return prompt + block * (not forms.get("thinking")), []
+    text = text.lstrip("\n") if block else text
+    answer = fill(forms, forms["last"], True, assistant=text)
+    return (prompt, block + answer) if thoughts else (prompt + block, answer)
+
+
+def encode_segments(tokenizer, segments, first=True):
+    """(ids, mask) of Segments; mask[t] is True where token t is a target. Texts that stand side by
+    side are encoded as one. first: nothing stands before them. Raises ValueError for a special
+    token that the tokenizer lacks."""
+    ids, mask = [], []
+    special = {name: [id] for name, id in tokenizer.special.items()}
+    special |= {"bos": tokenizer.opening, "eos": [tokenizer.eos_id]}
+    for is_special, side_by_side in groupby(segments, lambda segment: segment.special):
+        if not is_special:
+            alone = first and ids in ([], tokenizer.opening)
+            new, targets = encode_texts(tokenizer, list(side_by_side), alone)
+            ids, mask = ids + new, mask + targets
+            continue
+        for name, _, target in side_by_side:
+            if name not in special:
+                raise ValueError(
+                    f"the template wants the special token {name}, which this tokenizer does not "
+                    "have; choose another template"
+                )
+            ids += special[name]
+            mask += [target] * len(special[name])
+    return ids, mask
+
+
+def encode_texts(tokenizer, segments, alone):
+    """(ids, mask) of texts as one; alone: at the beginning. A token is a target if a part of it
+    belongs to one."""
+    encode = tokenizer.encode if alone else tokenizer.encode_answer
+    text, stop = "".join(segment.text for segment in segments), 0
+    ids = encode(text)
+    mask = [False] * len(ids)
+    for segment in segments:
+        start, stop = stop, stop + len(segment.text)
+        if segment.target:
+            # What the text before a place has in common with all of it ends there, or a token
+            # reaches across.
+            before, within = encode(text[:start]), encode(text[:stop])
+            first, last = (len(os.path.commonprefix([ids, part])) for part in (before, within))
+            last += last < len(within)
+            mask[first:last] = [True] * (last - first)
+    return ids, mask
+
+
+def conversation(record):
+    """(messages, whether they stand in the form of several turns) of a record. BenTsao's literature
+    rows are one text, which is cut at its marks."""
+    instruction, answer = record["instruction"], record.get("output")
+    several = instruction.startswith(" <user>: ")
+    if "messages" in record:
+        return record["messages"], several
+    texts = re.split(" <(?:user|bot)>: ", instruction)[1:]
+    pairs = list(zip_longest(texts[::2], texts[1::2]))
+    # Unless it cannot be put together again: then a mark stands where none belongs.
+    if not several or render_turns(pairs) != instruction:
+        texts, several = [instruction], False
+    texts += [] if answer is None else [answer]
+    roles = cycle(("user", "assistant"))
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+    messages[-1 if answer is None else -2]["input"] = record.get("input") or ""
+    return messages, several
+
+
+# ==================================================================================================
+# Records in all their forms
 
 
 def render_turns(turns):
@@ -586,20 +1079,24 @@ def to_json(value):
     return json.dumps(value, ensure_ascii=False).encode()
 
 
-# s: system, u: user, a: assistant, so that one pattern says whose turn it is
-SIDES = {"system": "s", "developer": "s", "user": "u", "human": "u", "assistant": "a", "gpt": "a"}
+# OpenAI's roles and ShareGPT's
+ROLES = {"developer": "system", "human": "user", "gpt": "assistant"}
+ROLES |= {role: role for role in ("system", "user", "assistant")}
 
 
-def message_texts(messages):
-    """[question, answer, question, ...] of OpenAI's messages [{role, content}] or ShareGPT's
-    [{from, value}]. A system text opens the first question, on a line of its own: templates have
-    no place for it."""
-    sides = "".join(SIDES[m.get("role", m.get("from"))] for m in messages)
+def read_chat(messages):
+    """OpenAI's messages [{role, content}] or ShareGPT's [{from, value}] as the former: a system
+    text or none, then user and assistant in turn, perhaps with reasoning_content."""
+    found = []
+    for m in messages:
+        text = plain_text(m.get("content", m.get("value")))
+        found.append({"role": ROLES[m.get("role", m.get("from"))], "content": text})
+        if m.get("reasoning_content"):
+            found[-1]["reasoning_content"] = plain_text(m["reasoning_content"])
     # An assistant's text may end it, or a question that waits for one.
-    if not re.fullmatch("s?u(au)*a?", sides):
+    if not re.fullmatch("s?u(au)*a?", "".join(m["role"][0] for m in found)):
         raise ValueError("wanted user and assistant in turn, before them one system text or none")
-    texts = [plain_text(m.get("content", m.get("value"))) for m in messages]
-    return ["\n".join(texts[:2]), *texts[2:]] if sides[0] == "s" else texts
+    return found
 
 
 def plain_text(content):
@@ -611,72 +1108,78 @@ def plain_text(content):
     return "\n".join(part["text"] for part in content)
 
 
-def read_turns(row):
-    """Turns [(user, bot), ...] of a record in any form of `read_instructions`, the last bot None
-    where a question waits for its answer. Raises ValueError for a record in none of them."""
-    messages = row.get("messages") or row.get("conversations")
+def read_messages(row):
+    """The messages of a record in any form of `read_instructions`; the last is a user's where a
+    question waits for its answer. Raises ValueError for a record in none of them."""
+    given = row.get("messages") or row.get("conversations")
     try:
-        if messages:
-            texts = message_texts(messages)
-        elif "context" in row and "instruction" not in row:
-            # Med-ChatGLM's own labels go: the template brings others
-            question = row["context"].removeprefix("问题：").removesuffix("\n回答: ")
-            texts = [question, row.get("target")]
+        if given:
+            messages = read_chat(given)
         else:
-            texts = [text for user, bot in row.get("history") or () for text in (user, bot)]
-            texts += [row["instruction"], row.get("output")]
-        # A question without an answer gets None.
-        texts += [None] * (len(texts) % 2)
+            if "context" in row and "instruction" not in row:
+                # Med-ChatGLM's own labels go: the template brings others
+                question = row["context"].removeprefix("问题：").removesuffix("\n回答: ")
+                texts = [question, row.get("target")]
+            else:
+                texts = [text for user, bot in row.get("history") or () for text in (user, bot)]
+                texts += [row["instruction"], row.get("output")]
+            roles = cycle(("user", "assistant"))
+            messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+        # An answer that is not there yet.
+        if messages[-1]["role"] == "assistant" and messages[-1]["content"] is None:
+            messages.pop()
         # Raises for what is no text.
-        "".join([*texts[:-1], texts[-1] or "", row.get("input") or ""])
+        "".join([*(text for m in messages for text in m.values()), row.get("input") or ""])
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
             "wanted texts as instruction and output (and input), or messages of user and assistant "
             f"in turn ({type(error).__name__}: {error})"
         ) from None
-    return list(zip(texts[::2], texts[1::2]))
+    return messages
 
 
 def read_instructions(path, answers=False):
     """Records {instruction, input, output, and what else they hold} of a file: alpaca, with
     LLaMA-Factory's `history` of [question, answer] pairs or without; OpenAI's `messages`;
     ShareGPT's `conversations`; Med-ChatGLM's {context, target}; BenTsao's literature rows. If one
-    has several turns, all are put in the form of those rows (`render_turns`), as a chat of several
-    turns is. With answers, each must end in one. Raises ValueError naming the line or record."""
+    has several turns, the instructions of all are put in the form of those rows (`render_turns`),
+    as a chat of several turns is; `messages` has the turns apart, and a system text and thoughts.
+    With answers, each must end in one. Raises ValueError naming the line or record."""
     records = []
     for where, row in read_records(path):
         try:
             to_json(row)  # half a character would be met when the answer is written
-            turns = read_turns(row)
-            if answers and not (turns[-1][1] or "").strip():
+            messages = read_messages(row)
+            role, text, *_ = messages[-1].values()
+            if answers and not (role == "assistant" and text.strip()):
                 raise ValueError("the answer is empty or missing, and teaches nothing")
         except ValueError as error:
             raise ValueError(f"{path} {where}: {error}") from None
-        records.append((row, turns))
+        records.append((row, messages))
     # One conversation makes the whole file one of conversations.
-    conversations = any(len(turns) > 1 for _, turns in records)
-    return [make_instruction(row, turns, conversations) for row, turns in records]
+    conversations = any(len(join_system(messages)) > 2 for _, messages in records)
+    return [make_instruction(row, messages, conversations) for row, messages in records]
 
 
-def make_instruction(row, turns, conversations):
-    """A record as instruction, input and output; conversations: in the form of BenTsao's literature
-    rows."""
-    *earlier, (question, answer) = turns
-    input = row.get("input") or ""
+def make_instruction(row, messages, conversations):
+    """A record as instruction, input and output; conversations: the instruction in the form of
+    BenTsao's literature rows."""
+    texts = [m["content"] for m in join_system(messages)]
+    output = {} if len(texts) % 2 else {"output": texts.pop()}
+    question, input = texts[-1], row.get("input") or ""
     if question.startswith("<user>: "):  # BenTsao's infer_literature.py leaves the space out
         question = " " + question
-    if conversations and not question.startswith(" <user>: "):
-        question = "\n".join(filter(None, (question, input)))
-        question = render_turns([*earlier, (question, None)])
-        input = ""
-    output = {} if answer is None else {"output": answer}
-    return {**row, "instruction": question, "input": input, **output}
-
-
-def bot_spans(instruction):
-    """[(start, end), ...] in characters: the bot's answers in an instruction of `render_turns`."""
-    found = re.finditer(r" <bot>: (.*?)(?= <user>: )", instruction, re.DOTALL)
-    return [match.span(1) for match in found]
+    literature = question.startswith(" <user>: ")
+    if conversations and not literature:
+        if input:
+            messages[-1 - len(output)]["content"] += "\n" + input
+            texts[-1] += "\n" + input
+        question, input = render_turns(list(zip_longest(texts[::2], texts[1::2]))), ""
+    apart = (
+        {"messages": messages} if conversations or {"messages", "conversations"} & {*row} else {}
+    )
+    apart = {} if literature else apart
+    return {**row, "instruction": question, "input": input, **output, **apart}
 
 
 # ==================================================================================================
@@ -686,11 +1189,6 @@ def bot_spans(instruction):
 def log(*texts):
     """To stderr: only answers go to stdout."""
     print(*texts, file=sys.stderr, flush=True)
-
-
-def load_tokenizer(folder):
-    """The Tokenizer of a base's folder."""
-    return Tokenizer(find_tokenizer(folder))
 
 
 def pick_device(name):
@@ -734,21 +1232,23 @@ def load_base(path, device, dtype, base_dtype="auto"):
     path = find_base(path)
     size = Checkpoint(path).config.vocab_size  # first, for it says what this network is not
     tokenizer = load_tokenizer(path)
-    files = (path / "added_tokens.json", path / "config.json")
-    added, theirs = (read_json_file(file) if file.is_file() else {} for file in files)
+    pieces = tokenizer.vocab_size
     # A tokenizer of another base would give every word another one's row.
-    pieces = tokenizer.vocab_size + len(added)
     if not 0 <= size - pieces < 4096:  # Qwen, GLM and others fill up to a round number of rows
         raise ValueError(
-            f"{path}: tokenizer.model has {pieces} pieces, the model {size} embedding rows; they "
-            "belong to different models"
+            f"{path}: {find_tokenizer(path).name} has {pieces} pieces, the model {size} embedding "
+            "rows; they belong to different models"
         )
     # Wrong ids in config.json are common, and would end no answer.
+    theirs = read_json_file(path / "config.json") if (path / "config.json").is_file() else {}
     for key, ours in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
-        if theirs.get(key) not in (ours, None):
+        known = theirs.get(key)
+        if None not in (known, ours) and ours not in (
+            known if isinstance(known, list) else [known]
+        ):
             log(
-                f"warning: {path}/config.json has {key} {theirs[key]}, tokenizer.model {ours}, "
-                "which is followed"
+                f"warning: {path}/config.json has {key} {known}, {find_tokenizer(path).name} "
+                f"{ours}, which is followed"
             )
     if base_dtype in ("auto", *DTYPES):
         model = load_model(path, device, DTYPES.get(base_dtype, dtype))
@@ -777,7 +1277,7 @@ def new_batch(model, tokenizer, requests, rows, compile=False):
     """A Batch in which requests wait, to be answered `rows` at a time."""
     rows = min(rows, len(requests)) * max(request.decoding.num_beams for request in requests)
     positions = max(request.positions for request in requests)
-    batch = Batch(model, rows, positions, tokenizer.eos_id, tokenizer.decode, compile)
+    batch = Batch(model, rows, positions, eos_ids(tokenizer), tokenizer.decode, compile)
     for request in requests:
         batch.submit(request)
     return batch
@@ -827,11 +1327,11 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
     lines = []
     weights = fingerprint(model)
     for question in questions:
-        prompt = render_prompt(template, question["instruction"], question["input"])
+        prompt = render_prompt(tokenizer, template, *conversation(question))
         for each in decoding.each():
-            key = sha256(f"{prompt!r} {each} {weights}".encode()).hexdigest()[:16]
+            key = sha256(f"{prompt} {each} {weights}".encode()).hexdigest()[:16]
             lines.append({**question, "index": len(lines), "key": key})
-            requests.append(Request(tokenizer.encode(prompt, bos=True), each))
+            requests.append(Request(prompt, each))
     # What is in the file already is not asked again.
     done = count_answers(output, [line["key"] for line in lines])
     bar = {"initial": done, "total": len(lines)}
@@ -856,24 +1356,26 @@ COMMANDS = (
 )
 
 
-def chat(answer, render, tokenizer, multi, room, about):
+def chat(answer, prompt_of, multi, room, about, system=""):
     """Read questions until end of input. With multi each sees the turns before it, as many as fit
-    into room tokens. answer(prompt) prints an answer and yields it as it grows. Raises
-    BrokenPipeError if nobody reads the answers."""
+    into room tokens. prompt_of(messages) is a prompt's ids; answer(ids) prints an answer and yields
+    it as it grows. Raises BrokenPipeError if nobody reads the answers."""
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  (gives input() its line editing)
     log(f"{DISCLAIMER}\n{COMMANDS}")
     mark = "> " * (sys.stdin.isatty() and sys.stdout.isatty())
-    turns = []
+    opening = [{"role": "system", "content": system}] if system else []
+    turns = []  # the messages of a question and its answer each
     while True:
         try:
             line = input(mark).strip()
-            if line and not obey(line, turns, about):
-                prompt = fitting_prompt(line, turns * multi, render, tokenizer, room)
+            if line and not obey(line, opening, turns, about):
+                question = {"role": "user", "content": line}
+                prompt = fitting_prompt(opening, turns * multi, question, prompt_of, room)
                 # What is said stands in `turns` at once, also of an answer that is stopped.
-                turns.append([line, ""])
+                turns.append([question, {"role": "assistant", "content": ""}])
                 for text in answer(prompt):
-                    turns[-1][1] += text
+                    turns[-1][1]["content"] += text
         except KeyboardInterrupt:  # ends the answer or the line, not the chat
             log()
         except EOFError:
@@ -884,7 +1386,7 @@ def chat(answer, render, tokenizer, multi, room, about):
             log(f"error: {error}")
 
 
-def obey(line, turns, about):
+def obey(line, opening, turns, about):
     """Carry out a line that is a command; False if it is a question."""
     command, _, path = line.partition(" ")
     if command == "/reset":
@@ -893,20 +1395,18 @@ def obey(line, turns, about):
         log(about)
     elif command == "/save":
         # A record that can be trained on: OpenAI's messages.
-        pairs = [pair for turn in turns for pair in zip(("user", "assistant"), turn)]
-        messages = [{"role": role, "content": text} for role, text in pairs]
-        write_json(path.strip() or "chat.json", [{"messages": messages}])
+        write_json(path.strip() or "chat.json", [{"messages": [*opening, *chain(*turns)]}])
     else:
         return False
     return True
 
 
-def fitting_prompt(question, turns, render, tokenizer, room):
+def fitting_prompt(opening, turns, question, prompt_of, room):
     """The prompt for a question behind as many of the last turns as fit into room tokens with it.
     Raises ValueError if it does not fit alone."""
     for first in range(len(turns) + 1):
-        prompt = render([*turns[first:], (question, None)])
-        if len(tokenizer.encode(prompt, bos=True)) <= room:
+        prompt = prompt_of([*opening, *chain(*turns[first:]), question])
+        if len(prompt) <= room:
             if first:
                 log(f"[without the oldest {first} turns]")
             return prompt
@@ -945,9 +1445,9 @@ class Server(ThreadingHTTPServer):
     for the next step, or gets the one that runs. The base and its adapter answer side by side, in
     rows of the same cache.
 
-    names     the models on offer: the adapter's, and "base"
-    render    makes a prompt of turns [(user, bot), ..., (user, None)]
-    options   the Options: among them what clients leave open"""
+    names      the models on offer: the adapter's, and "base"
+    prompt_of  makes the ids of a prompt of messages
+    options    the Options: among them what clients leave open"""
 
     daemon_threads = False  # server_close waits for answers under way
     request_queue_size = 128
@@ -955,11 +1455,11 @@ class Server(ThreadingHTTPServer):
     seconds = 10  # in which a request must be read
     stopping = False
 
-    def __init__(self, batch, tokenizer, names, render, options):
+    def __init__(self, batch, tokenizer, names, prompt_of, options):
         self.batch = batch
         self.tokenizer = tokenizer
         self.names = names
-        self.render = render
+        self.prompt_of = prompt_of
         # What clients leave open.
         self.defaults = {f.name: getattr(options, f.name) for f in fields(Decoding)} | {"n": 1}
         self.api_key = options.api_key
@@ -1012,8 +1512,10 @@ class Server(ThreadingHTTPServer):
         try:
             if not getattr(body, wanted) or {"messages", "prompt"} <= sent.keys():
                 raise ValueError(f"{wanted} wanted, and not both messages and prompt")
-            prompt = body.prompt or self.render(read_question(body.messages))
-            ids = self.tokenizer.encode(prompt, bos=True)
+            if body.prompt:
+                ids = self.tokenizer.encode(body.prompt, bos=True)
+            else:
+                ids = self.prompt_of(read_question(body.messages))
         except ValueError as error:
             raise Refused(str(error), param=wanted) from None
         # Left open, an answer is as long as the default, or as the room that is left.
@@ -1244,7 +1746,7 @@ class Handler(BaseHTTPRequestHandler):
             self.streaming = True
         choices = []
         for i, request in enumerate(requests):
-            pieces = stream(self.server.tokenizer, request, self.step)
+            pieces = stream(self.server.tokenizer, request, self.step, chat)
             if body.stream:
                 # Who speaks, the text in pieces, why it ended.
                 tell(i, "", role="assistant")
@@ -1272,16 +1774,16 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def read_question(messages):
-    """The turns of a client's messages, which end with a question."""
-    turns = read_turns({"messages": messages})
+    """A client's messages, which end with a question, as `read_chat` gives them."""
+    read = read_messages({"messages": messages})
     # A field that has a value and no effect would mislead: tool_calls, say.
     unknown = {key for message in messages for key in message if message[key]}
-    unknown -= {"role", "content", "name"}
+    unknown -= {"role", "content", "name", "reasoning_content"}
     if unknown:
         raise ValueError(f"messages: {min(unknown)} is not supported")
-    if turns[-1][1] is not None:
+    if read[-1]["role"] != "user":
         raise ValueError("messages end with an answer, wanted a question")
-    return turns
+    return read
 
 
 def serve(server):
@@ -1314,6 +1816,8 @@ class Options(Decoding):
     """The options of the command line."""
 
     input: str = setting("", "context of the question (the template's {input})")
+    system: str = setting("", "system text before the question, or before a chat")
+    thinking: bool = setting(False, "let a model that can (Qwen3) think before it answers")
     base_model: str = setting("", "folder of the base (empty: the one the adapter was trained on)")
     lora_weights: str = setting("lora-tcm", "folder of the adapter")
     use_lora: bool = setting(True, "False asks the base alone")
@@ -1322,10 +1826,12 @@ class Options(Decoding):
         "", "file for the answers to --instruct_dir, JSON lines; a run that was stopped goes on"
     )
     batch_size: int = setting(8, "answers decoded together; with --serve for each of its models")
-    prompt_template: str = setting("", "name in data/templates or path (empty: the adapter's own)")
+    prompt_template: str = setting(
+        "", "name in data/templates or path (empty: the adapter's own, else the base's)"
+    )
     single_or_multi: str = setting(
         "single",
-        "multi: a chat shows the model the turns before, in BenTsao's <user>: <bot>: form",
+        "multi: a chat shows the model the turns before, in the template's form",
         choices=("single", "multi"),
     )
     context: int = setting(2048, "tokens of question and answer at most (chat, --serve)")
@@ -1348,9 +1854,9 @@ class Options(Decoding):
 # options that a way to ask has no use for
 USELESS = {
     "question": "output compile",
-    "file": "input",
+    "file": "input system",
     "chat": "input output compile n",
-    "serve": "input output compile n merge num_beams",
+    "serve": "input system output compile n merge num_beams",
 }
 
 
@@ -1398,11 +1904,12 @@ def trained_with(adapter):
 
 def load(options, adapter):
     """(model, tokenizer, template, a line about them) that options name: what they leave empty is
-    the adapter's own, else data/tiny and med_template."""
+    the adapter's own, else data/tiny and the template that the base's special tokens ask for."""
     made = trained_with(adapter)
     base = options.base_model or str(made.get("base_model") or DATA / "tiny")
-    name = options.prompt_template or str(made.get("prompt_template_name") or "med_template")
-    template = load_template(name)
+    name = options.prompt_template or str(made.get("prompt_template_name") or "")
+    template = load_template(name or default_template(load_tokenizer(find_base(base))))
+    template["thinking"] = options.thinking
     device = pick_device(options.device)
     # The activations' dtype, and that of the weights as stored.
     dtype = pick_dtype(options.dtype, device)
@@ -1420,10 +1927,10 @@ def load(options, adapter):
 
 
 def print_answers(model, tokenizer, prompt, decoding):
-    """Print the answers to a prompt as they grow, and their speed; yield their text."""
+    """Print the answers to a prompt's ids as they grow, and their speed; yield their text."""
     started = time.time()
     # All n answers are decoded together, and shown one after the other.
-    requests = [Request(tokenizer.encode(prompt, bos=True), each) for each in decoding.each()]
+    requests = [Request(prompt, each) for each in decoding.each()]
     batch = new_batch(model, tokenizer, requests, len(requests))
     try:
         for request in requests:
@@ -1444,17 +1951,17 @@ def main():
     adapter = options.lora_weights if options.use_lora else ""
     model, tokenizer, template, about = load(options, adapter)
 
-    def render(turns):
-        """The prompt for turns [(user, bot), ..., (user, None)]: a lone question stands as in a
-        record of one turn, unless --single_or_multi multi; a conversation in BenTsao's form."""
-        together = multi or len(turns) > 1
-        return render_prompt(template, render_turns(turns) if together else turns[0][0])
+    def prompt_of(messages):
+        # A lone question stands as in a record of one turn, unless --single_or_multi multi.
+        return render_prompt(tokenizer, template, messages, multi)
 
     def answer(prompt):
         return print_answers(model, tokenizer, prompt, options)
 
     if way == "question":
-        for _ in answer(render_prompt(template, prompt, options.input)):
+        opening = [{"role": "system", "content": options.system}] if options.system else []
+        question = {"role": "user", "content": prompt, "input": options.input}
+        for _ in answer(render_prompt(tokenizer, template, [*opening, question])):
             pass
         log(DISCLAIMER)
     elif way == "file":
@@ -1465,14 +1972,14 @@ def main():
         names = ["tuned" if name == "base" else name, "base"] if adapter else ["base"]
         # As many rows for the base as for the adapter, side by side.
         rows *= len(names)
-        batch = Batch(model, rows, options.context, tokenizer.eos_id, tokenizer.decode)
-        serve(Server(batch, tokenizer, names, render, options))
+        batch = Batch(model, rows, options.context, eos_ids(tokenizer), tokenizer.decode)
+        serve(Server(batch, tokenizer, names, prompt_of, options))
     else:
         if None in (sys.stdin, sys.stdout):
             raise ValueError("a chat wants standard input and output, and one is closed")
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused alone
         room = options.context - options.max_new_tokens
-        chat(answer, render, tokenizer, multi, room, about)
+        chat(answer, prompt_of, multi, room, about, options.system)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from model import (
     Parser,
     check_settings,
     find_base,
+    find_tokenizer,
     full_tensor,
     fused_rows,
     load_model,
@@ -57,6 +58,7 @@ from model import (
     setting,
     stored_name,
     write_atomically,
+    write_chat_template,
     write_json,
 )
 
@@ -526,7 +528,7 @@ def recover(base, difference, folder, dtype=None):
             sums.append((tensor.float() + start).sum().item())
             yield name, tensor.float() + start
 
-    tokenizer = difference if (Path(difference) / "tokenizer.model").is_file() else base
+    tokenizer = difference if find_tokenizer(difference).is_file() else base
     with new_folder(folder) as new:
         save_hf(c, tuned(), new, dtype or weights.dtype, tokenizer)
     # One table a layer: theta^(-2i/D), as old checkpoints held it.
@@ -539,7 +541,7 @@ def export(base, adapter, folder, dtype, layout, max_bytes):
     with new_folder(folder) as new:
         model = load_model(base, dtype=dtype)
         if adapter:
-            load_adapter(model, adapter)
+            made_in = load_adapter(model, adapter).get("made_in", {})
             errors = merge(model)
             worst = max(errors, key=errors.get)
             print(
@@ -548,6 +550,8 @@ def export(base, adapter, folder, dtype, layout, max_bytes):
                 f"({worst})"
             )
         SAVE[layout](model.config, model.named_parameters(), new, model.dtype, base, max_bytes)
+        if adapter and "template" in made_in:
+            write_chat_template(new, made_in["template"])
     print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters as {model.dtype}")
 
 

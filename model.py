@@ -39,10 +39,11 @@ import shutil
 import sys
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from string import Formatter
 
 import torch
 import torch.distributed as dist
@@ -686,8 +687,9 @@ def refuse(hf, own):
     # A window is as wide as it says, unless another key switches it; all layers may be plain.
     window = hf.get("use_sliding_window", hf.get("sliding_window"))
     others = {*(hf.get("layer_types") or ())} - {"full_attention"}
-    for key, value in (hf | {"use_sliding_window": window, "layer_types": others}).items():
-        for pattern, feature in REFUSED.items():
+    asked = hf | {"use_sliding_window": window, "layer_types": others}
+    for pattern, feature in REFUSED.items():
+        for key, value in asked.items():
             if value and value != own.get(key) and re.fullmatch(pattern, key):
                 raise ValueError(f"{key} is {value!r:.60}: this network does not have {feature}")
     # Alike in their configs, ChatGLM2-32k divides positions by it, ChatGLM3-32k raises the base.
@@ -701,8 +703,8 @@ def config_from_meta(params, vocab_size):
     multiple, factor = values.pop("multiple_of", 256), values.pop("ffn_dim_multiplier", None) or 1
     # From Llama-3.1 on; the factor is 32 in the 1B and 3B of 3.2, and stands in no file.
     if values.pop("use_scaled_rope", False):
-        factor = 32.0 if values["dim"] in (2048, 3072) else 8.0
-        values["rope_scaling"] = {**LLAMA3_ROPE, "factor": factor}
+        slower = 32.0 if values["dim"] in (2048, 3072) else 8.0
+        values["rope_scaling"] = {**LLAMA3_ROPE, "factor": slower}
     width = int(factor * int(8 * values["dim"] / 3))
     if values.get("vocab_size", -1) == -1:
         values["vocab_size"] = vocab_size
@@ -734,8 +736,7 @@ def open_weights(file):
     """{key: tensor} of a .safetensors, .pth or .bin file, mapped: nothing is read before a tensor
     is used, and nothing in a pickle is run. Raises ValueError in one line."""
     file = Path(file)
-    if not file.is_file():
-        raise ValueError(f"{file} not found")
+    check_content(file)
     try:
         if ".safetensors" in file.name:  # also while it is being written
             with safe_open(file, framework="pt") as opened:
@@ -961,12 +962,35 @@ def find_base(name):
     )
 
 
+# names of a tokenizer's file, the best first
+TOKENIZERS = ("tokenizer.model", "ice_text.model", "tokenizer.json", "qwen.tiktoken")
+
+
 def find_tokenizer(folder):
-    """tokenizer.model of a base: in its folder, or one level up as in Meta's download. Where
-    neither is: the first."""
-    here = Path(folder).resolve() / "tokenizer.model"
-    above = here.parent.parent / here.name
-    return above if above.is_file() and not here.is_file() else here
+    """The file of a base's tokenizer: in its folder, or one level up as in Meta's download. Where
+    neither is: tokenizer.model in the folder. Raises ValueError for a link to another place."""
+    folder = Path(folder).resolve()
+    files = [folder / name for name in TOKENIZERS] + [folder.parent / "tokenizer.model"]
+    return check_link(next(filter(Path.is_file, files), files[0]))
+
+
+def check_link(file):
+    """The file, if it is no link out of its folder, but for those of the hub's cache. A folder that
+    comes from elsewhere could else have any file read, or copied into what is published."""
+    real, home = file.resolve(), file.parent.resolve()
+    blobs = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    if real.is_relative_to(home) or blobs:
+        return file
+    raise ValueError(f"{file} is a link out of its folder, to {real}; put the file itself there")
+
+
+def check_content(file):
+    """Raise ValueError for a file that is missing, or is Git LFS's word for it."""
+    if not Path(file).is_file():
+        raise ValueError(f"{file} not found")
+    with open(file, "rb") as opened:
+        if opened.read(99).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file} is a Git LFS pointer, not the file; run git lfs pull")
 
 
 @torch.no_grad()
@@ -1139,14 +1163,106 @@ def save_model(model, folder, base=None):
 
 def copy_tokenizer(base, folder):
     """Copy a base's tokenizer, in all its files, and its chat template into a folder."""
-    names = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*")
-    files = [file for name in names for file in Path(base).glob(name)]
-    if find_tokenizer(base).is_file():
-        files.append(find_tokenizer(base))
-        settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
-        write_json(Path(folder) / "tokenizer_config.json", settings)  # unless the base has one
+    names = "*.tiktoken vocab.json merges.txt tokenizer*.json special_tokens_map.json "
+    names += "added_tokens.json chat_template*"
+    files = [file for name in names.split() for file in Path(base).glob(name)]
+    main = find_tokenizer(base)
+    if main.is_file():
+        files.append(main)
     for file in files:
-        shutil.copyfile(file, Path(folder) / file.name)
+        shutil.copyfile(check_link(file), Path(folder) / file.name)
+    if main.name == "tokenizer.model" and main.is_file():
+        tell_transformers(main, Path(folder) / "tokenizer_config.json")
+
+
+def tell_transformers(tokenizer, settings):
+    """Have a tokenizer_config.json say what transformers and llama.cpp must know of a SentencePiece
+    model: that it is LLaMA's, unless it says what it is, and if it puts no space in front."""
+    from sentencepiece import SentencePieceProcessor  # here alone: a network needs no text
+
+    theirs = read_json_file(settings) if settings.is_file() else {}
+    wanted = theirs or {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
+    with suppress(RuntimeError):  # tiktoken's file
+        if SentencePieceProcessor(model_file=str(tokenizer)).normalize("a") == "a":
+            wanted = wanted | {"add_prefix_space": False}
+        if wanted != theirs:
+            write_json(settings, wanted)
+
+
+# The texts of a prompt template that has none of its own (`generate.load_template`): several turns
+# stand in one instruction, as in BenTsao's literature rows.
+FORMS = {
+    "turn": " <user>: {user} <bot>: {answer}",
+    "question": " <user>: {user}",
+    "answer": "{assistant}",
+    "last": "{assistant}{eos}",
+    "thoughts": "",
+    "default_system": None,
+    "trim": (),
+}
+
+
+def chat_template(template):
+    """A prompt template in Jinja, as transformers, vLLM and llama.cpp read it: what
+    `generate.render` makes of messages."""
+    forms = FORMS | {"last": template.get("answer", FORMS["last"])} | template
+    expressions = {
+        "bos": "bos_token or ''",
+        "eos": "eos_token or ''",
+        "system": "system",
+        "user": "messages[2 * i].content",
+        "assistant": "messages[2 * i + 1].content",
+        "n": "i + 1",
+        "i": "i",
+    }
+    for role in forms["trim"]:
+        expressions[role] += "|trim"
+    if "system" not in forms:  # it opens the first question
+        expressions["user"] = (
+            "(system + '\\n' if system and i == 0 else '') + messages[2 * i].content"
+        )
+    if forms["thoughts"]:
+        expressions["assistant"] += ".split('</think>')[-1].lstrip('\\n')"
+
+    def jinja(form, **parts):
+        """A text of the template; its fields become parts, or the values of expressions."""
+        text = ""
+        for literal, name, *_ in Formatter().parse(form):
+            text += "{{ " + json.dumps(literal, ensure_ascii=False) + " }}" if literal else ""
+            if name:
+                text += parts.get(name, "{{ " + expressions.get(name, "''") + " }}")
+        return text
+
+    answer, default = jinja(forms["answer"]), forms["default_system"]
+    turns = "{% for i in range(count - 1) %}" + jinja(forms["turn"], answer=answer)
+    turns += "{% endfor %}{% set i = count - 1 %}"
+    several, one = turns + jinja(forms["question"]), "{% set i = 0 %}" + jinja("{user}")
+    prompt = jinja(
+        forms.get("prompt") or "{bos}" + forms["prompt_no_input"],
+        system="{% if system is not none %}" + jinja(forms.get("system", "")) + "{% endif %}",
+        instruction="{% if count > 1 %}" + several + "{% else %}" + one + "{% endif %}",
+        turns=turns,
+    )
+    return (
+        "{% set system = " + ("none" if default is None else json.dumps(default)) + " %}"
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+        "{% set messages = messages[1:] %}{% endif %}"
+        "{% set count = (messages|length + 1) // 2 %}" + prompt + "{% if not enable_thinking %}"
+        "" + jinja(forms["thoughts"], thoughts="") + "{% endif %}"
+        "{% if messages|length % 2 == 0 %}" + jinja(forms["last"]) + "{% endif %}"
+    )
+
+
+def write_chat_template(folder, template):
+    """Let the tokenizer_config.json of a folder have a prompt template; a base's own chat template
+    stays, unless the model was tuned with a plain one."""
+    file, theirs = Path(folder) / "tokenizer_config.json", [*Path(folder).glob("chat_template*")]
+    settings = read_json_file(file) if file.is_file() else {}
+    if "prompt" in template and (theirs or "chat_template" in settings):
+        return
+    for other in theirs:
+        other.unlink()
+    write_json(file, settings | {"chat_template": chat_template(template)})
 
 
 # ==================================================================================================
@@ -1286,7 +1402,7 @@ def main():
     if args.command == "convert":
         config = convert(args.source, args.output_dir, DTYPES.get(args.dtype))
         print(f"{args.output_dir}: {config}")
-        if not (Path(args.output_dir) / "tokenizer.model").is_file():
+        if not find_tokenizer(args.output_dir).is_file():
             print("no tokenizer.model was found to go with it")
     elif args.command == "info":
         print("\n".join(describe_model(args.source)))

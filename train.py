@@ -31,7 +31,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,7 +47,9 @@ from generate import (
     DATA,
     Decoding,
     answer_batch,
-    bot_spans,
+    conversation,
+    default_template,
+    encode_segments,
     load_base,
     load_template,
     load_tokenizer,
@@ -55,6 +57,7 @@ from generate import (
     pick_dtype,
     read_instructions,
     read_records,
+    render,
     render_prompt,
 )
 from lora import QUANTISED, LoRAConfig, add_lora, move_model, quantize, save_adapter
@@ -79,6 +82,7 @@ from model import (
     setting,
     weight_files,
     write_atomically,
+    write_chat_template,
     write_json,
     write_json_lines,
 )
@@ -100,24 +104,24 @@ class Row:
 
 
 def encode_example(tokenizer, template, record, config):
-    """The Row of a record: BOS, prompt, answer, EOS. None if cutoff_len leaves no room for one
-    token of the answer.
+    """The Row of a record: the prompt as it is asked, the answer, and the token that ends it. None
+    if cutoff_len leaves no room for one token of the answer.
 
-    The answer and EOS are targets. EOS is one even where the answer is cut: it is how a model
-    learns to stop."""
-    text = render_prompt(template, record["instruction"], record["input"])
-    prompt = tokenizer.encode(text, bos=True)
-    room = config.cutoff_len - len(prompt) - 1
-    answer = cut_answer(tokenizer, tokenizer.encode_answer(record["output"]), room)
+    The answer and its end are targets. The end is one even where the answer is cut: it is how a
+    model learns to stop."""
+    segments, said = render(template, *conversation(record))
+    prompt, earlier = encode_segments(tokenizer, segments)
+    (*answer, end), _ = encode_segments(tokenizer, said, first=False)
+    answer = cut_answer(tokenizer, answer, config.cutoff_len - len(prompt) - 1)
     if not answer:
         return None
-    # The prompt is context: it predicts, and is not predicted, unless train_on_inputs asks for it.
-    mask = [config.train_on_inputs] * len(prompt)
-    mask[0] = False  # nothing predicts BOS
-    if config.train_on == "all":
-        mark_earlier_answers(mask, tokenizer, prompt, text, record["instruction"])
+    # The prompt is context: it predicts, and is not predicted, unless train_on_inputs asks for it,
+    # or train_on for the earlier answers of a conversation.
+    every, answers = config.train_on_inputs, config.train_on == "all"
+    mask = [every or answers and is_answer for is_answer in earlier]
+    mask[0] = False  # nothing predicts the first token
     mask += [True] * (len(answer) + 1)
-    return Row(prompt + answer + [tokenizer.eos_id], mask, record.get("record", ""))
+    return Row(prompt + answer + [end], mask, record.get("record", ""))
 
 
 def target_count(rows):
@@ -438,6 +442,7 @@ NOT_COMPARED = {
     "save_steps",
     "save_total_limit",
     "num_answers",
+    "show",
     "wandb_project",
     "wandb_run_name",
 }
@@ -596,6 +601,8 @@ class Run:
         the log, and run.json, which says how it came about."""
         if self.config.full:
             save_model(model, folder, find_base(self.config.base_model))
+            if self.writes:
+                write_chat_template(folder, self.info["made_in"]["template"])
         else:
             save_adapter(model, folder, self.config.base_model, trained=True)
         if self.writes:
@@ -631,7 +638,7 @@ def describe_run(config):
     base_files = []
     if config.base_model:
         base = find_base(config.base_model)
-        names = ("config.json", "params.json", "added_tokens.json")
+        names = ("config.json", "params.json", "added_tokens.json", "tokenizer_config.json")
         base_files = [*weight_files(base), find_tokenizer(base), *map(base.joinpath, names)]
     # what auto means here: another machine may take another dtype
     dtype = pick_dtype(config.dtype, pick_device(config.device))
@@ -971,20 +978,6 @@ def cut_answer(tokenizer, answer, room):
     return answer
 
 
-def mark_earlier_answers(mask, tokenizer, prompt, text, instruction):
-    """Make the earlier answers of a conversation targets, where they stand in the prompt. What ends
-    one there is the next " <user>:", which is no target: a model that learnt it would write the
-    user's next question."""
-    ends = tokenizer.byte_ends(prompt, text)  # where each token ends, in bytes
-    offset = text.index(instruction)
-    for start, stop in bot_spans(instruction):
-        # characters of the instruction are bytes of the text
-        first, last = (len(text[: offset + at].encode()) for at in (start, stop))
-        for t in range(1, len(prompt)):
-            if ends[t] > first and ends[t - 1] < last:
-                mask[t] = True
-
-
 def encode_records(tokenizer, template, records, config):
     """(rows, their records) of the records that fit; prints how many were cut or left out. Raises
     ValueError if none fits."""
@@ -1003,6 +996,18 @@ def encode_records(tokenizer, template, records, config):
     return rows, kept
 
 
+def show_rows(tokenizer, rows):
+    """Print rows a token at a time: targets in green, or in brackets where nobody sees colours."""
+    names = {id: name for name, id in tokenizer.special.items()}
+    before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
+    for row in rows:
+        print(f"\n{row.name}: {len(row)} tokens, {sum(row.mask)} of them targets")
+        for id, is_target in zip(row.ids, row.mask):
+            text = names.get(id, tokenizer.decode([id])).replace("\n", "\\n\n")
+            print(f"{before}{text}{after}" if is_target else text, end="|")
+        print()
+
+
 # ==================================================================================================
 # Answers before and after
 
@@ -1012,8 +1017,7 @@ def answer_all(model, tokenizer, template, records, key):
     rank, n = processes()
     prompts = []
     for record in records[rank::n]:
-        text = render_prompt(template, record["instruction"], record["input"])
-        prompts.append(tokenizer.encode(text, bos=True))
+        prompts.append(render_prompt(tokenizer, template, *conversation(record)))
     own = answer_batch(model, tokenizer, prompts, Decoding(max_new_tokens=128), 32, key)
     # Question i was answered by process i % n.
     shares = [own] * n
@@ -1089,7 +1093,10 @@ class TrainConfig:
     )
     val_path: str = setting("", "file of validation records (else val_set_size of data_path)")
     val_set_size: int = setting(500, "records drawn from data_path for validation, by seed", 0)
-    prompt_template_name: str = setting("med_template", "name in data/templates, or path")
+    prompt_template_name: str = setting(
+        "med_template",
+        "name in data/templates, or path (not given: by the special tokens of the base)",
+    )
     cutoff_len: int = setting(512, "tokens of a row at most; a longer answer is cut, its EOS stays")
     train_on: str = setting(
         "last",
@@ -1158,6 +1165,7 @@ class TrainConfig:
         "output_dir, or from the beginning if there is none",
     )
     num_answers: int = setting(3, "validation questions answered before and after", 0)
+    show: int = setting(0, "print so many rows token by token, targets marked, and end", 0)
     wandb_project: str = setting("", "log to this Weights & Biases project (needs wandb)")
     wandb_run_name: str = setting("", "name of the run, there and in run.json")
 
@@ -1240,7 +1248,7 @@ def parse_config():
     if "val_set_size" in given:
         given.setdefault("val_path", "")
     if given.get("base_model"):
-        return TrainConfig(**given)
+        return TrainConfig(**{"prompt_template_name": ""} | given)  # main finds it
     return TrainConfig(**TINY | given | {"base_model": TINY["base_model"]})
 
 
@@ -1294,14 +1302,17 @@ def main():
     device = join_processes(pick_device(config.device))
 
     # The data first: what is wrong with it is said before anything large is loaded.
-    template = load_template(config.prompt_template_name)
+    tokenizer = load_tokenizer(find_base(config.base_model))
+    name = config.prompt_template_name or default_template(tokenizer)
+    config, template = replace(config, prompt_template_name=name), load_template(name)
     records, val_records = read_data(config)
-    tokenizer = load_tokenizer(config.base_model)
     run = Run(config)
     if run.finished:
         print(f"the run in {config.output_dir} is finished, {len(run.history)} steps")
         return
     rows, _ = encode_records(tokenizer, template, records, config)
+    if config.show:
+        return show_rows(tokenizer, rows[: config.show])
     val_rows, val_records = encode_records(tokenizer, template, val_records, config)
 
     # Then the model, as memory allows. The plan needs no weights, only the base's shape.

@@ -61,12 +61,15 @@ from generate import (  # noqa: E402
     Decoding,
     Tokenizer,
     answer_file,
+    conversation,
+    encode_segments,
     load_base,
     load_template,
     pick_device,
     pick_dtype,
     read_instructions,
     read_records,
+    render,
     render_prompt,
 )
 from lora import load_adapter, remove_adapter  # noqa: E402
@@ -194,7 +197,8 @@ class Candidate:
 
     def prompt(self, instruction, input=""):
         """Ids of a question as this model was trained to see it."""
-        return self.tokenizer.encode(render_prompt(self.template, instruction, input), bos=True)
+        record = {"instruction": instruction, "input": input}
+        return render_prompt(self.tokenizer, self.template, *conversation(record))
 
     def hashes(self):
         """SHA-256 of each file of weights, settings or tokens: [{file: hash}] of the base, and of
@@ -286,9 +290,9 @@ def continuation_logprobs(model, prompt, continuations):
 
 def bits(candidate, record):
     """-log2 p(reference, EOS | prompt) of a record."""
-    tokenizer = candidate.tokenizer
-    reference = tokenizer.encode_answer(record["output"]) + [tokenizer.eos_id]
-    prompt = candidate.prompt(record["instruction"], record["input"])
+    prompt, answer = render(candidate.template, *conversation(record))
+    prompt, _ = encode_segments(candidate.tokenizer, prompt)
+    reference, _ = encode_segments(candidate.tokenizer, answer, first=False)
     return -continuation_logprobs(candidate.model, prompt, [reference])[0] / math.log(2)
 
 

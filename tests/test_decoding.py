@@ -40,6 +40,8 @@ def prompts(count, seed, shortest=1, longest=40):
 class Letters:
     """A tokenizer of one character an id, for stop texts."""
 
+    unsettled = "\ufffd"
+
     def decode(self, ids):
         return "".join(chr(97 + i % 26) for i in ids)
 

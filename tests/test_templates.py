@@ -1,0 +1,496 @@
+"""Chat templates against the published Jinja texts, rendered by transformers: the same ids, the
+right targets, and no special token out of what somebody wrote."""
+
+import functools
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+import pytest
+import sentencepiece
+import tokenizers
+import torch
+import transformers
+from conftest import ROOT, make_config
+from test_train import command
+
+import generate as G
+import lora as L
+import model as M
+import train as T
+
+PUBLISHED = json.loads((ROOT / "tests/published_templates.json").read_text(encoding="utf-8"))
+QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+LLAMA = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
+LLAMA += ["<|eom_id|>", "<|eot_id|>"]
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+GLM4 = ["<|endoftext|>", "[gMASK]", "<sop>", *ROLES]
+SAMPLE = (
+    "黄芪有什么功效？补气升阳，固表止汗。The patient's BP is 120/80 mmHg.\n\n  1. 头痛；2. 发热\n"
+    * 4
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def byte_level(folder, special, bos=None):
+    """A small byte-level BPE with special tokens, as Qwen and Llama-3 have it, and files beside it
+    that transformers reads."""
+    pattern = G.WORDS.replace("{1,3}", "") if bos is None else G.WORDS
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, level])
+    made.decoder = tokenizers.decoders.ByteLevel()
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=420, initial_alphabet=letters)
+    made.train_from_iterator([SAMPLE], trainer)
+    shown = [name for name in special if "think" in name]
+    made.add_special_tokens([name for name in special if name not in shown])
+    made.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in shown])
+    if bos:
+        parts = [(bos, made.token_to_id(bos))]
+        made.post_processor = tokenizers.processors.TemplateProcessing(f"{bos} $A", None, parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special[0]}
+    settings |= {"bos_token": bos, "eos_token": "<|end_of_text|>"} if bos else {}
+    settings |= {"eos_token": "<|im_end|>"} if "<|im_end|>" in special else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def sentence_pieces(folder, control=(), config=None):
+    """A small SentencePiece model as LLaMA, Mistral and ChatGLM have it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SAMPLE.split("\n")),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        control_symbols=list(control),
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    if config:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def ice_text(folder):
+    """ChatGLM-6B's kind of file, with its tokens among the pieces."""
+    sentence_pieces(folder, ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<ENC>", "<dBLOCK>"])
+    (folder / "tokenizer.model").rename(folder / "ice_text.model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    top = tmp_path_factory.mktemp("tokenizers")
+    return {
+        "qwen": byte_level(top / "qwen", QWEN),
+        "llama3": byte_level(top / "llama3", LLAMA, "<|begin_of_text|>"),
+        "glm4": byte_level(top / "glm4", GLM4),
+        "mistral": sentence_pieces(top / "mistral", ["[INST]", "[/INST]"]),
+        "glm": sentence_pieces(top / "glm", config={"model_type": "chatglm"}),
+        "ice": ice_text(top / "ice"),
+        "llama": sentence_pieces(top / "llama"),
+    }
+
+
+# template: (tokenizer, published text, arguments of it, the difference behind an answer: what it
+# has more there, or, of ChatGLM's, less)
+CASES = {
+    "chatml": ("qwen", "qwen2_5", {}, "\n"),
+    "qwen3": ("qwen", "qwen3", {"enable_thinking": False}, "\n"),
+    "qwen3 thinking": ("qwen", "qwen3", {"enable_thinking": True}, "\n"),
+    "llama3": ("llama3", "llama3", {}, ""),
+    "llama3_1": ("llama3", "llama3_2", {"date_string": "26 Jul 2024"}, ""),
+    "mistral": ("mistral", "mistral", {}, ""),
+    "chatglm3": ("glm", "chatglm3", {}, "</s>"),
+    "glm4": ("glm4", "glm4", {}, "<|endoftext|>"),
+}
+
+
+def load(case, folders):
+    """(template, our tokenizer, what text pieces become by another library, special ids)."""
+    kind, *_ = CASES[case]
+    name, thinking, _ = f"{case} ".partition(" thinking")
+    template = G.load_template(name.strip()) | {"thinking": bool(thinking)}
+    ours = G.load_tokenizer(folders[kind])
+    if kind in ("qwen", "llama3", "glm4"):
+        # No added token: then nothing in a text is special.
+        plain = tokenizers.Tokenizer.from_file(str(folders[kind] / "tokenizer.json"))
+        spec = json.loads(plain.to_str()) | {"added_tokens": [], "post_processor": None}
+        special = {t["content"]: t["id"] for t in json.loads(plain.to_str())["added_tokens"]}
+        plain = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        return template, ours, lambda text: plain.encode(text).ids, special
+    pieces = sentencepiece.SentencePieceProcessor(str(folders[kind] / "tokenizer.model"))
+    if kind == "mistral":
+        # mistral-common's way: texts by themselves, with SentencePiece's own blank before each
+        special = {name: pieces.piece_to_id(name) for name in ("<s>", "</s>", "[INST]", "[/INST]")}
+        return template, ours, lambda text: pieces.encode(text.removeprefix(" ")), special
+    # THUDM's way: role, line end and text by themselves
+    n = len(pieces)
+    special = {"[gMASK]": n + 1, "sop": n + 3, "</s>": 2}
+    special |= {name: n + 5 + i for i, name in enumerate(ROLES)}
+    return (
+        template,
+        ours,
+        lambda text: pieces.encode("\n") + pieces.encode(text.removeprefix("\n ")),
+        special,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Conversations
+
+TEXTS = [
+    "黄芪",
+    "有什么功效？",
+    "头痛3天",
+    " ",
+    "\n",
+    "\n\n",
+    "  ",
+    "\t",
+    "it's",
+    "BP 120/80",
+    "👋",
+    "é",
+]
+LOOK_ALIKES = [*QWEN, *LLAMA, *GLM4, "sop", "[INST]", "[/INST]", "<s>", "</s>", "{user}", "{{ x }}"]
+
+
+def words(draw, more=()):
+    """A text that is not blank."""
+    text = "".join(draw.choices([*TEXTS, *more], k=draw.randint(1, 6)))
+    return text if text.strip() else text + "气"
+
+
+def conversations(count, think=False, typed=LOOK_ALIKES, seed=0):
+    """[(messages that end with a question, the answer to it), ...]. think: some earlier answers
+    have <think> in their texts; typed: what user and system may write besides."""
+    draw, made = random.Random(seed), []
+    for _ in range(count):
+        messages = []
+        if draw.random() < 0.4:
+            messages.append({"role": "system", "content": words(draw, typed)})
+        for _ in range(draw.randint(0, 3)):
+            messages.append({"role": "user", "content": words(draw, typed)})
+            answer = {"role": "assistant", "content": words(draw)}
+            if draw.random() < 0.2:
+                answer["reasoning_content"] = words(draw)
+            elif think and draw.random() < 0.2:
+                answer["content"] = f"<think>\n{words(draw)}\n</think>\n\n{answer['content']}"
+            messages.append(answer)
+        messages.append({"role": "user", "content": words(draw, typed)})
+        answer = {"role": "assistant", "content": words(draw)}
+        if draw.random() < 0.4:
+            answer["reasoning_content"] = words(draw).strip("\n")
+        made.append((messages, answer))
+    return made
+
+
+MASKED = str.maketrans({"<": "\ue000", "[": "\ue001", "s": "\ue002"})
+UNMASKED = str.maketrans({"\ue000": "<", "\ue001": "[", "\ue002": "s"})
+
+
+def by_jinja(case, messages, encode, special, ask=True):
+    """(text, ids) by the published text. What system and user wrote is masked while it is rendered,
+    and put back when the text has been cut at the special tokens: so none of those is theirs."""
+    _, key, arguments, _ = CASES[case]
+    masked = [
+        m if m["role"] == "assistant" else m | {"content": m["content"].translate(MASKED)}
+        for m in messages
+    ]
+    names = {"bos_token": "<s>", "eos_token": "</s>"} if "<s>" in special else {}
+    if case.startswith("llama3"):
+        names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    (text,), _ = transformers.utils.chat_template_utils.render_jinja_template(
+        [masked],
+        chat_template=PUBLISHED[key]["chat_template"],
+        add_generation_prompt=ask,
+        **names,
+        **arguments,
+    )
+    ids = []
+    for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, special))})", text)):
+        if i % 2:
+            ids.append(special[part])
+        elif part:
+            ids += encode(part.translate(UNMASKED))
+    return text.translate(UNMASKED), ids
+
+
+def shown(segments, special):
+    """Segments as the text that the published templates make."""
+    bos = next((name for name in ("<|begin_of_text|>", "<s>") if name in special), "")
+    names = {"bos": bos, "eos": "</s>"}
+    return "".join(names.get(s.text, s.text) if s.special else s.text for s in segments)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prompts_are_the_published_templates(folders, case):
+    """1,000 random conversations: system text or none, 1 to 4 turns, Chinese, blanks, line ends,
+    thoughts, special tokens typed by user and system. 0 of them differ, in text or ids."""
+    template, ours, encode, special = load(case, folders)
+    for messages, _ in conversations(1000, "thoughts" in template):
+        text, ids = by_jinja(case, messages, encode, special)
+        prompt, answer = G.render(template, messages)
+        assert shown(prompt, special) == text and answer == []
+        assert G.render_prompt(ours, template, messages) == ids
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "qwen3 thinking"])
+def test_rows_are_the_published_templates(folders, case):
+    """The same with an answer, thoughts in some of Qwen3's. Ids are compared where the answer
+    begins with no blank: another would join the line end before it, which is not asked so."""
+    template, ours, encode, special = load(case, folders)
+    *_, difference = CASES[case]
+    compared = 0
+    for messages, answer in conversations(400, "thoughts" in template):
+        if case == "mistral" and messages[0]["role"] == "system":
+            continue  # the published text drops it where no question is last
+        text, ids = by_jinja(case, [*messages, answer], encode, special, ask=False)
+        segments = G.render(template, [*messages, answer])
+        (prompt, _), (said, _) = (
+            G.encode_segments(ours, part, first) for part, first in zip(segments, (True, False))
+        )
+        if difference == "\n":
+            text, ids = text.removesuffix("\n"), ids[: -len(encode("\n"))]
+        elif difference:
+            *segments[1][:], end = segments[1]
+            assert said.pop() == ours.eos_id and end.text == "eos" and end.special
+        assert shown(segments[0] + segments[1], special) == text
+        if not answer["content"][0].isspace():
+            compared += 1
+            assert prompt + said == ids
+    assert compared > 100
+
+
+@pytest.mark.parametrize("case", ["chatml", "qwen3", "llama3", "llama3_1", "glm4"])
+def test_transformers_encodes_the_same(folders, case):
+    """The ids of apply_chat_template itself, where nobody types special tokens."""
+    kind, key, arguments, _ = CASES[case]
+    template, ours = G.load_template(case), G.load_tokenizer(folders[kind])
+    hf = transformers.AutoTokenizer.from_pretrained(folders[kind])
+    hf.chat_template = PUBLISHED[key]["chat_template"]
+    for messages, _ in conversations(200, "thoughts" in template, ["<", "im_end", "|>"]):
+        ids = hf.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, **arguments
+        )
+        assert G.render_prompt(ours, template, messages) == ids
+
+
+def test_what_somebody_types_is_no_special_token(folders):
+    """Not in a prompt, not in an answer that is trained on."""
+    for name, kind in TRAINED.items():
+        ours, template = G.load_tokenizer(folders[kind]), G.load_template(name)
+        plain = [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "乙"}]
+        typed = "".join(LOOK_ALIKES).replace("</think>", "")
+        messages = [{"role": role, "content": typed} for role in ("user", "assistant")]
+
+        def count(messages, ours=ours, template=template):
+            ids = [G.encode_segments(ours, part)[0] for part in G.render(template, messages * 2)]
+            return sum(id in ours.special.values() for id in sum(ids, []))
+
+        assert count(messages) == count(plain) > 0, name
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows
+
+# each template with a tokenizer that it is for
+TRAINED = {
+    "chatml": "qwen",
+    "qwen3": "qwen",
+    "llama3": "llama3",
+    "llama3_1": "llama3",
+    "mistral": "mistral",
+    "chatglm": "ice",
+    "med_chatglm": "ice",
+    "chatglm2": "glm",
+    "chatglm3": "glm",
+    "glm4": "glm4",
+    "med_template": "llama",
+    "literature_template": "llama",
+    "alpaca": "qwen",
+    "bare": "llama3",
+    "bloom_deploy": "glm",
+}
+# their targets in a conversation of two turns, the end of the first one's answer and of the second
+ENDS = {
+    "chatml": ("<|im_end|>", "<|im_end|>"),
+    "qwen3": ("<|im_end|>", "<|im_end|>"),
+    "llama3": ("<|eot_id|>", "<|eot_id|>"),
+    "llama3_1": ("<|eot_id|>", "<|eot_id|>"),
+    "mistral": ("</s>", "</s>"),
+    "chatglm": ("", "eop"),
+    "med_chatglm": ("", "eop"),
+    "chatglm2": ("", "</s>"),
+    "chatglm3": ("", "</s>"),
+    "glm4": ("", "<|endoftext|>"),
+    "med_template": ("", "</s>"),
+    "literature_template": ("", "</s>"),
+    "alpaca": ("", "<|im_end|>"),
+    "bare": ("", "<|end_of_text|>"),
+    "bloom_deploy": ("", "</s>"),
+}
+TALK = [
+    {"role": "system", "content": "简短"},
+    {"role": "user", "content": "黄芪有什么功效？"},
+    {"role": "assistant", "content": "补气升阳。"},
+    {"role": "user", "content": "头痛呢？"},
+    {"role": "assistant", "content": "请就医。"},
+]
+
+
+def target_runs(tokenizer, row):
+    """The runs of targets of a row as texts, special tokens by name."""
+    names, runs, before = {id: n for n, id in tokenizer.special.items()}, [], False
+    for id, target in zip(row.ids, row.mask):
+        if target:
+            runs += [[]] * (not before)
+            runs[-1] = [*runs[-1], id]
+        before = target
+
+    def text(run):
+        ends = [i for i, id in enumerate(run) if id in names and id not in tokenizer.texts]
+        stop = ends[0] if ends else len(run)
+        return tokenizer.decode(run[:stop]) + "".join(names[id] for id in run[stop:])
+
+    return [text(run) for run in runs]
+
+
+def read(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return G.read_instructions(path, answers=True)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_prompt_that_trains_is_the_prompt_that_asks(folders, name, tmp_path):
+    """Id for id, for rows in all forms: up to the first target, what is asked. And the targets:
+    the last answer and what ends it, or each answer and what ends it."""
+    ours, template = G.load_tokenizer(folders[TRAINED[name]]), G.load_template(name)
+    rows = [
+        {"messages": TALK},
+        {"messages": TALK[1:]},
+        {"conversations": [{"from": m["role"], "value": m["content"]} for m in TALK[1:]]},
+        {
+            "instruction": "头痛呢？",
+            "output": "请就医。",
+            "history": [["黄芪有什么功效？", "补气升阳。"]],
+        },
+        {
+            "instruction": " <user>: 黄芪有什么功效？ <bot>: 补气升阳。 <user>: 头痛呢？",
+            "output": "请就医。",
+        },
+    ]
+    plain = "special" not in template
+    for asked, record in zip((TALK[:4], *[TALK[1:4]] * 4), read(tmp_path / "a", *rows)):
+        row = T.encode_example(ours, template, record, T.TrainConfig(cutoff_len=999))
+        first = row.mask.index(True)
+        assert row.ids[:first] == G.render_prompt(ours, template, asked)
+        assert row.ids[:first] == G.render_prompt(ours, template, *G.conversation(record))
+        lead = "\n " if name == "chatglm3" else ""
+        assert target_runs(ours, row) == [f"{lead}请就医。{ENDS[name][1]}"]
+        config = T.TrainConfig(cutoff_len=999, train_on="all")
+        every = T.encode_example(ours, template, record, config)
+        assert every.ids == row.ids
+        runs = [f"{lead}{text}{end}" for text, end in zip(("补气升阳。", "请就医。"), ENDS[name])]
+        assert [
+            run.replace(" 补", "补") if plain else run for run in target_runs(ours, every)
+        ] == runs
+    # One turn, with a context and without.
+    for more in {}, {"input": "男，30岁"}:
+        (record,) = read(tmp_path / "b", {"instruction": "头痛呢？", "output": "请就医。", **more})
+        row = T.encode_example(ours, template, record, T.TrainConfig())
+        asked = [{"role": "user", "content": "头痛呢？", **more}]
+        assert row.ids[: row.mask.index(True)] == G.render_prompt(ours, template, asked)
+        if not plain and more:
+            joined = [{"role": "user", "content": "头痛呢？\n男，30岁"}]
+            assert G.render_prompt(ours, template, asked) == G.render_prompt(ours, template, joined)
+
+
+def test_thoughts(folders, tmp_path):
+    """Rows with and without thoughts in one file. The empty block of one without belongs to the
+    prompt; thoughts are learnt, from a field or from the text; those of earlier turns are gone."""
+    ours, template = G.load_tokenizer(folders["qwen"]), G.load_template("qwen3")
+    question = {"role": "user", "content": "头痛呢？"}
+    rows = [
+        {"messages": [question, {"role": "assistant", "content": "请就医。"}]},
+        {"instruction": "头痛呢？", "output": "<think>\n想一想\n</think>\n\n请就医。"},
+        {"messages": [question, {**TALK[-1], "reasoning_content": "\n想一想\n"}]},
+        {"messages": [question, {**TALK[-1], "reasoning_content": "旧"}, *TALK[3:]]},
+    ]
+    every = T.TrainConfig(train_on="all")
+    records = [read(tmp_path / f"{i}", row)[0] for i, row in enumerate(rows)]
+    without, *within, history = (T.encode_example(ours, template, r, every) for r in records)
+    off = [ours.special["<think>"], *ours.encode("\n\n"), ours.special["</think>"]]
+    off += ours.encode("\n\n")
+    prompt = G.render_prompt(ours, template, [question])
+    assert prompt[-len(off) :] == off and without.ids[: len(prompt)] == prompt
+    assert not any(without.mask[: len(prompt)])
+    assert target_runs(ours, without) == ["请就医。<|im_end|>"]
+    thinking = G.render_prompt(ours, template | {"thinking": True}, [question])
+    assert thinking == prompt[: -len(off)]
+    for row in within:
+        assert row.ids[: row.mask.index(True)] == thinking
+        assert target_runs(ours, row) == ["<think>\n想一想\n</think>\n\n请就医。<|im_end|>"]
+    assert target_runs(ours, history) == ["请就医。<|im_end|>"] * 2
+    # Another template has no place for thoughts.
+    row = T.encode_example(ours, G.load_template("chatml"), records[2], every)
+    assert target_runs(ours, row) == ["请就医。<|im_end|>"]
+
+
+def test_a_cut_answer_keeps_its_end(folders):
+    ours, template = G.load_tokenizer(folders["qwen"]), G.load_template("chatml")
+    record = {"instruction": "甲", "output": "头痛；" * 50}
+    whole = T.encode_example(ours, template, record, T.TrainConfig())
+    cut = T.encode_example(ours, template, record, T.TrainConfig(cutoff_len=len(whole) - 20))
+    assert cut.ids[-1] == ours.special["<|im_end|>"] and cut.mask[-1]
+    assert record["output"].startswith(ours.decode(cut.ids[cut.mask.index(True) : -1]))
+
+
+def test_the_default_is_the_bases_own(folders):
+    wanted = {"qwen": "qwen3", "llama3": "llama3_1", "mistral": "mistral", "glm4": "glm4"}
+    wanted |= {"glm": "chatglm3", "ice": "chatglm", "llama": "med_template"}
+    found = {kind: G.default_template(G.load_tokenizer(folders[kind])) for kind in wanted}
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        {"prompt": "{turns}"},
+        {"prompt": "{user} {foo}"},
+        {"prompt": "{user}", "turn": "{answer}"},
+        {"prompt": "{user}", "answer": "{user}"},
+        {"prompt": "{user}", "system": "x"},
+        {"prompt": "{user}", "thoughts": "<think>"},
+        {"prompt": "{user} {"},
+        {"prompt": 3},
+    ],
+)
+def test_a_chat_template_that_cannot_be_filled_is_refused(tmp_path, template):
+    (tmp_path / "a.json").write_text(json.dumps(template))
+    with pytest.raises(ValueError, match=r"a\.json: (prompt|turn|answer|system|thoughts) is .*\{"):
+        G.load_template(tmp_path / "a.json")
+
+
+def test_a_template_of_another_base_is_refused(folders):
+    with pytest.raises(ValueError, match=r"<\|start_header_id\|>"):
+        G.render_prompt(G.load_tokenizer(folders["qwen"]), G.load_template("llama3"), TALK[:2])

@@ -745,7 +745,7 @@ class ChatGLMTokenizer(Tokenizer):
 def old_pieces():
     """What ChatGLM-6B's code added in memory to the text pieces of its first ice_text.model, as
     fields of SentencePiece's protobuf: tokens, tabs and blanks, bytes, and byte_fallback."""
-    names = "[MASK] [gMASK] [sMASK] <unused_0> sop eop <ENC> <dBLOCK>"
+    names = "[MASK] [gMASK] [sMASK] <unused_0> <sop> <eop> <ENC> <dBLOCK>"
     added = [(name, 3) for name in names.split()] + [("<|tab|>", 4)]
     added += [(f"<|blank_{n}|>", 4) for n in range(2, 81)]
     added += [(f"<0x{byte:02X}>", 6) for byte in range(256)]
@@ -765,7 +765,7 @@ class ChatGLM6BTokenizer(Tokenizer):
     def __init__(self, path):
         super().__init__(path, b"" if b"[gMASK]" in Path(path).read_bytes() else old_pieces())
         self.answer_pieces = self.pieces
-        self.bos_id, self.eos_id, self.opening = None, self.special["eop"], []
+        self.bos_id, self.eos_id, self.opening = None, self.special["<eop>"], []
 
     def encode(self, text, bos=False, eos=False):
         text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
@@ -798,7 +798,8 @@ def load_tokenizer(folder):
         elif re.match(rb"[\w+/=]+ \d+\s", file.read_bytes()):
             tokenizer = read_tiktoken(file, kind)
         elif file.name == "ice_text.model":
-            tokenizer = ChatGLM6BTokenizer(file)
+            # Where image tokens were counted, added ids are those of a longer vocabulary.
+            tokenizer, added = ChatGLM6BTokenizer(file), {}
         else:
             tokenizer = ChatGLMTokenizer(file) if kind == "chatglm" else Tokenizer(file)
         # Tokens added since, such as Alpaca's [PAD].

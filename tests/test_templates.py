@@ -91,7 +91,8 @@ def sentence_pieces(folder, control=(), config=None):
 
 def ice_text(folder):
     """ChatGLM-6B's kind of file, with its tokens among the pieces."""
-    sentence_pieces(folder, ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<ENC>", "<dBLOCK>"])
+    names = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
+    sentence_pieces(folder, names)
     (folder / "tokenizer.model").rename(folder / "ice_text.model")
     return folder
 
@@ -338,8 +339,8 @@ ENDS = {
     "llama3": ("<|eot_id|>", "<|eot_id|>"),
     "llama3_1": ("<|eot_id|>", "<|eot_id|>"),
     "mistral": ("</s>", "</s>"),
-    "chatglm": ("", "eop"),
-    "med_chatglm": ("", "eop"),
+    "chatglm": ("", "<eop>"),
+    "med_chatglm": ("", "<eop>"),
     "chatglm2": ("", "</s>"),
     "chatglm3": ("", "</s>"),
     "glm4": ("", "<|endoftext|>"),

@@ -340,7 +340,7 @@ def test_chatglm_has_tokens_behind_its_pieces(tmp_path):
     assert tokenizer.decode([size + 1, size + 3, *pieces.encode(text), 2, size + 6]) == text
 
 
-CONTROL = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "sop", "eop", "<ENC>", "<dBLOCK>"]
+CONTROL = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,15 @@
 ours: one pass, packed rows, the cache, gradients, and the folders that there are of it."""
 
 import json
+from io import BytesIO
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import torch.nn.functional as F
+from conftest import RECORDS
+from test_train import command
 
 import generate as G
 import lora as L
@@ -584,3 +588,85 @@ def test_training_refuses_what_the_prompt_cannot_learn(folder):
     for settings in ({"train_on_inputs": True}, {"train_on": "all"}):
         with pytest.raises(ValueError, match="train_on"):
             T.check_targets(M.Checkpoint(folder).config, T.TrainConfig(**settings))
+
+
+# --------------------------------------------------------------------------------------------------
+# From records to an answer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder as Med-ChatGLM's is: its first weeks' ice_text.model, which has text pieces alone,
+    float16, and added_tokens.json with an id of the longer vocabulary that image tokens made."""
+    folder, out = tmp_path_factory.mktemp("base"), BytesIO()
+    texts = [f"问题：{r['instruction']}\n回答: {r['output']}" for r in RECORDS]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 3),
+        model_writer=out,
+        vocab_size=130,
+        character_coverage=1.0,
+        hard_vocab_limit=False,
+        user_defined_symbols=["<pad>", "<n>"],
+        minloglevel=2,
+    )
+    (folder / "ice_text.model").write_bytes(out.getvalue())
+    (folder / "added_tokens.json").write_text(json.dumps({"</s>": 150344}))
+    size = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue()).get_piece_size() + 344
+    weights = release(rows=size + 8, dtype=torch.float16)
+    changes = {"vocab_size": size + 8, "bos_token_id": size - 340, "eos_token_id": size - 339}
+    return write_release(folder, weights, **changes)
+
+
+def test_what_training_shows_is_what_asking_shows(base):
+    """The same ids, of which the same ones see each other."""
+    tokenizer, template = G.load_tokenizer(base), G.load_template("med_chatglm")
+    record = RECORDS[0]
+    row = T.encode_example(tokenizer, template, record, T.TrainConfig())
+    first = row.mask.index(True)
+    asked = [{"role": "user", "content": record["instruction"]}]
+    assert row.ids[:first] == G.render_prompt(tokenizer, template, asked)
+    gmask, sop, eop = (tokenizer.special[name] for name in ("[gMASK]", "<sop>", "<eop>"))
+    assert row.ids[first - 2 : first] == [gmask, sop] and row.ids[-1] == eop
+    *_, packed = T.collate([row], "cpu", glm=True)
+    assert packed.prefix.unique().tolist() == [first - 1]
+    seen = packed.mask[0, 0].sum(1)  # all of the context see it, sop one more, and so on
+    assert seen.tolist() == [first - 1] * (first - 1) + [*range(first, len(row))]
+    assert tokenizer.decode(row.ids[first:]) == record["output"]
+
+
+@pytest.mark.parametrize("how", ["lora", "full", pytest.param("int8", marks=pytest.mark.slow)])
+def test_train_then_ask(base, tmp_path, how):
+    """Two steps, whose loss is that of plain code; what was trained answers."""
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    lines = (
+        {"context": f"问题：{r['instruction']}\n回答: ", "target": r["output"]} for r in RECORDS
+    )
+    M.write_json_lines(data, lines)
+    more = {"lora": (), "full": ("--full",), "int8": ("--base_dtype", "int8")}[how]
+    more = (*more, "--lora_dropout", 0, "--dtype", "fp32", "--val_set_size", 0, "--max_steps", 2)
+    more = (*more, "--prompt_template_name", "med_chatglm", "--learning_rate", 1e-3)
+    paths = ("--base_model", base, "--data_path", data, "--output_dir", out)
+    done = command("train.py", *paths, *more, "--batch_size", len(RECORDS))
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[1]["loss"] < log[0]["loss"]
+    if how == "full":
+        ask = ("--base_model", out, "--use_lora", False, "--prompt_template", "med_chatglm")
+    else:
+        ask = ("--base_model", base, "--lora_weights", out)
+    if how == "lora":
+        assert abs(log[0]["loss"] - plain_loss(base)) < 1e-4
+    done = command("generate.py", RECORDS[0]["instruction"], *ask, "--max_new_tokens", 8)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def plain_loss(base):
+    """Loss per target of all records at once, padded and in float64."""
+    tokenizer, template = G.load_tokenizer(base), G.load_template("med_chatglm")
+    rows = [T.encode_example(tokenizer, template, r, T.TrainConfig()) for r in RECORDS]
+    width = max(map(len, rows))
+    ids = torch.tensor([row.ids + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([row.mask + [False] * (width - len(row)) for row in rows])[:, 1:]
+    model = M.load_model(base, dtype=torch.float32)
+    logits = plain_logits(as_released(model), ids, [row.mask.index(True) - 1 for row in rows])
+    return F.cross_entropy(logits[:, :-1][mask], ids[:, 1:][mask]).item()

@@ -415,15 +415,15 @@ def gather(x, index):
 
 
 def prefix_mask(at, S, prefix):
-    """(B, 1, T, S), True where a token at position at (B, T) sees position s: s <= at, or both
-    stand in the prefix, a number or (B, 1)."""
+    """(B, 1, T, S), True where a token at position at (B, T) sees position s: s <= at, or s lies
+    within the prefix, a number or (B, 1) (Du et al. 2022, 2.1.1)."""
     last = at.clamp(min=prefix - 1)[..., None]
     return (torch.arange(S, device=at.device) <= last).unsqueeze(1)
 
 
 def glm_rope(positions, prefix, config):
-    """The rotary table of a head whose two halves turn by two positions (GLM-130B, 2.2), for
-    `apply_rope`: pairs i < D/4 by the place in the prefix, which stands still at its end; the
+    """The rotary table, for `apply_rope`, of a head whose halves turn by two positions (Du et al.
+    2022, 2.2.1): pairs i < D/4 by the place in the prefix, which stands still at its end; the
     others by the place behind it, which is 0 within and 1 for sop.
 
     The release made its speeds in fp16, and learnt with them."""
@@ -457,11 +457,12 @@ class GLMFeedForward(nn.Module):
 
 
 class GLMBlock(Block):
-    """DeepNorm (GLM-130B, 2.1; Wang et al. 2022, eq. 2): alpha n + f(n) of n = norm(x), f the
-    attention, then the feed-forward. What f is added to is the norm's output, not its input."""
+    """DeepNorm, norm(alpha x + f(x)) with alpha = sqrt(2 L) (GLM-130B, 2.1), f the attention, then
+    the feed-forward. Each norm stands at the beginning of the next part: what f's output is added
+    to is normed."""
 
     Norm, FeedForward = LayerNorm, GLMFeedForward
-    alpha = math.sqrt(2 * 28)  # of the release's 28 layers: its code takes it for any number
+    alpha = math.sqrt(2 * 28)  # L of the release, which its code takes for any number of layers
 
     def forward(self, x, rope, context, keep=None):  # as of `Block`
         n = self.input_layernorm(x)

@@ -2,6 +2,7 @@
 ours: one pass, packed rows, the cache, gradients, and the folders that there are of it."""
 
 import json
+import sys
 from io import BytesIO
 
 import numpy as np
@@ -10,7 +11,6 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from conftest import RECORDS
-from test_train import command
 
 import generate as G
 import lora as L
@@ -634,9 +634,15 @@ def test_what_training_shows_is_what_asking_shows(base):
     assert tokenizer.decode(row.ids[first:]) == record["output"]
 
 
-@pytest.mark.parametrize("how", ["lora", "full", pytest.param("int8", marks=pytest.mark.slow)])
-def test_train_then_ask(base, tmp_path, how):
+@pytest.mark.parametrize("how", ["lora", "full", "int8"])
+def test_train_then_ask(base, tmp_path, how, monkeypatch, capsys):
     """Two steps, whose loss is that of plain code; what was trained answers."""
+
+    def command(script, *args):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, args)])
+        script.main()
+        return capsys.readouterr().out
+
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
     lines = (
         {"context": f"问题：{r['instruction']}\n回答: ", "target": r["output"]} for r in RECORDS
@@ -646,8 +652,7 @@ def test_train_then_ask(base, tmp_path, how):
     more = (*more, "--lora_dropout", 0, "--dtype", "fp32", "--val_set_size", 0, "--max_steps", 2)
     more = (*more, "--prompt_template_name", "med_chatglm", "--learning_rate", 1e-3)
     paths = ("--base_model", base, "--data_path", data, "--output_dir", out)
-    done = command("train.py", *paths, *more, "--batch_size", len(RECORDS))
-    assert done.returncode == 0, done.stderr
+    command(T, *paths, *more, "--batch_size", len(RECORDS))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert log[1]["loss"] < log[0]["loss"]
     if how == "full":
@@ -656,8 +661,7 @@ def test_train_then_ask(base, tmp_path, how):
         ask = ("--base_model", base, "--lora_weights", out)
     if how == "lora":
         assert abs(log[0]["loss"] - plain_loss(base)) < 1e-4
-    done = command("generate.py", RECORDS[0]["instruction"], *ask, "--max_new_tokens", 8)
-    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert command(G, RECORDS[0]["instruction"], *ask, "--max_new_tokens", 8).strip()
 
 
 def plain_loss(base):

@@ -54,7 +54,6 @@ from tqdm import tqdm
 from lora import load_adapter, lora_linears, merge, quantize, share_rows
 from model import (
     DTYPES,
-    FORMS,
     TOKENIZERS,
     Checkpoint,
     Parser,
@@ -815,30 +814,25 @@ def load_tokenizer(folder):
 # Templates: a conversation as texts and special tokens
 
 # tokens that end an answer besides EOS, in the vocabularies that have them
-ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
-ENDS += ("<|user|>", "<|observation|>")
+ENDS = {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"}
+ENDS |= {"<|user|>", "<|observation|>"}
+# The texts of a template that has none of its own: BenTsao's, with several turns in one
+# instruction.
+FORMS = {
+    "system": "{system}\n",
+    "turn": " <user>: {opening}{user} <bot>: {answer}",
+    "question": " <user>: {opening}{user}",
+    "lone": "{opening}{user}",
+    "answer": "{assistant}",
+    "last": "{assistant}{eos}",
+    "thoughts": "",
+}
 
 
 def eos_ids(tokenizer):
     """The ids that end an answer."""
-    ends = (tokenizer.special[name] for name in ENDS if name in tokenizer.special)
-    return sorted({tokenizer.eos_id, *ends})
-
-
-# the places in a template's texts, and one that a text must have
-PLACES = {"bos", "eos", "system", "turns", "instruction", "input", "user", "answer", "assistant"}
-PLACES |= {"thoughts", "n", "i"}
-NEEDED = {
-    "prompt_no_input": {"instruction"},
-    "prompt_input": {"instruction"},
-    "prompt": {"instruction", "user"},
-    "system": {"system"},
-    "turn": {"user"},
-    "question": {"user"},
-    "answer": {"assistant"},
-    "last": {"assistant"},
-    "thoughts": {"thoughts"},
-}
+    ends = ENDS & tokenizer.special.keys()
+    return sorted({tokenizer.eos_id, *(tokenizer.special[name] for name in ends)})
 
 
 class Segment(NamedTuple):
@@ -850,33 +844,38 @@ class Segment(NamedTuple):
 
 
 def load_template(name):
-    """The template of a bare name in data/templates, or of a path. It has either BenTsao's texts,
-    prompt_no_input and prompt_input (by default the same), or those of a chat:
+    """The template of a bare name in data/templates, or of a path. It has BenTsao's prompt_no_input
+    and prompt_input (by default the same), with {instruction} and {input}, or a chat's texts:
 
-      prompt          with the places {system}, {turns} and {user}, of the last question
-      turn            an earlier question with its {answer}, the {n}th; {i} counts from 0
-      answer, last    an earlier answer, and the last one (by default the same)
-      system          around a system text; default_system, where none is given
-      thoughts        what stands before an answer (nothing in it: the model is not to think)
-      special         the special tokens that these texts name and the tokenizer must have
-      trim            roles whose texts lose the blanks around them
+      prompt          up to the answer: {system}, {turns}, and {user}, the last question
+      turn            an earlier {user} and its {answer}; {n} counts them from 1, {i} from 0
+      answer, last    around {assistant}: an earlier answer, and the last one (by default the same)
+      system          around {system}; where prompt has no place for it, it is the {opening} of the
+                      first question. default_system: the text if none is given
+      thoughts        around {thoughts}, before an answer; empty they tell a model not to think
+      special         the special tokens in these texts, which the tokenizer must have
+      chat_template   the same in Jinja, for other programs
 
-    Raises ValueError for a text without its places."""
+    {instruction} is {turns} and `question`, or `lone` if there is one turn; {bos} and {eos} are the
+    tokenizer's; {user!s} is without the blanks around it. Raises ValueError for a template that
+    loses a part of a conversation."""
     path = Path(name) if str(name).endswith(".json") else DATA / "templates" / f"{name}.json"
     template = read_json_file(path)
     if "prompt" not in template:
-        template.setdefault("prompt_input", template.setdefault("prompt_no_input"))
-    for key in template.keys() & NEEDED.keys():
-        text = str(template[key])
-        with suppress(ValueError):  # a single brace
-            parts = [part[1:] for part in Formatter().parse(text) if part[1] is not None]
-            found = {f"{name}{spec}{conversion or ''}" for name, spec, conversion in parts}
-            if found <= PLACES and found & NEEDED[key]:
-                continue
+        template.setdefault("prompt_input", template.get("prompt_no_input"))
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    trial = [{"role": role, "content": role} for role in roles]
+    try:
+        for trial[3]["input"] in "", "?":
+            texts = [segment.text for part in render(template, trial) for segment in part]
+            for role in roles:
+                if "".join(texts).count(role) < roles.count(role):
+                    raise ValueError(f"no place for {role}")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path}: {key} is {text!r:.200}, wanted a text with {{{max(NEEDED[key])}}}; braces "
-            f"other than of {' '.join(sorted(PLACES))} are doubled"
-        )
+            f"{path}: {error!r:.200}; wanted prompt_no_input with {{instruction}}, or prompt with "
+            "{system}, {turns} and {user}; other braces are doubled"
+        ) from None
     return template
 
 
@@ -884,9 +883,9 @@ def default_template(tokenizer):
     """The name of the template whose special tokens a tokenizer has, of several the one with most;
     med_template if there is none."""
     fits = [(0, "med_template")]
-    for path in sorted((DATA / "templates").glob("*.json")):
-        special = read_json_file(path).get("special", ())
-        if special and {*special} <= tokenizer.special.keys():
+    for path in (DATA / "templates").glob("*.json"):
+        special = {*read_json_file(path).get("special", ())}
+        if special and special <= tokenizer.special.keys():
             fits.append((len(special), path.stem))
     return max(fits)[1]
 
@@ -895,77 +894,57 @@ def fill(forms, form, target=False, **values):
     """A text of a template as Segments, its fields replaced by texts or by other Segments. Special
     tokens are looked for in the template's own text, and never in what somebody wrote."""
     names, segments = "|".join(map(re.escape, forms.get("special", ()))) or "(?!)", []
-    for literal, name, *_ in Formatter().parse(form):
-        for i, part in enumerate(re.split(f"({names})", literal)):
-            segments.append(Segment(part, i % 2 == 1, target))
-        value = values.get(name, "")
-        if name in ("bos", "eos"):
-            value = [Segment(name, True, target)]
-        segments += value if isinstance(value, list) else [Segment(str(value), False, target)]
+    values |= {name: [Segment(name, True, target)] for name in ("bos", "eos")}
+    for literal, name, more, conversion in Formatter().parse(form):
+        parts = enumerate(re.split(f"({names})", literal))
+        segments += [Segment(part, i % 2 == 1, target) for i, part in parts]
+        if name is not None:
+            value = values[name + more + (conversion or "").removeprefix("s")]
+            value = value.strip() if conversion else value
+            segments += value if isinstance(value, list) else [Segment(str(value), False, target)]
     return [segment for segment in segments if segment.text]
 
 
-def split_thoughts(message):
-    """(thoughts, text) of an assistant's message: they are its reasoning_content, or stand before
-    the text, within <think> and </think>."""
-    thoughts, text = message.get("reasoning_content"), message["content"]
-    if thoughts is None and "</think>" in text:
-        thoughts, *_, text = text.split("</think>")
-        thoughts, text = thoughts.rpartition("<think>")[2], text.lstrip("\n")
-    return (thoughts or "").strip("\n"), text
-
-
-def join_system(messages):
-    """The messages without a system text: it opens the first question, on a line of its own."""
-    if messages[0]["role"] != "system":
-        return messages
-    system, first, *rest = messages
-    return [first | {"content": f"{system['content']}\n{first['content']}"}, *rest]
-
-
-def split_messages(forms, messages):
-    """(system text or None, questions, [(thoughts, answer), ...]) of a conversation's messages."""
-    if "system" not in forms:
-        messages = join_system(messages)
-    trim = forms["trim"]
-    messages = [m | {"content": m["content"].strip()} if m["role"] in trim else m for m in messages]
-    system = forms["default_system"]
-    if messages[0]["role"] == "system":
-        system = messages.pop(0)["content"]
-    answers = [("", m["content"]) for m in messages[1::2]]
-    if forms["thoughts"]:
-        answers = list(map(split_thoughts, messages[1::2]))
-    return system, messages[::2], answers
+def split_thoughts(text):
+    """(thoughts, text) of an answer with <think>thoughts</think> before the text."""
+    thoughts, mark, rest = text.rpartition("</think>")
+    return thoughts.rpartition("<think>")[2].strip("\n"), rest.lstrip("\n") if mark else rest
 
 
 def render(template, messages, several=False):
     """(prompt, answer) of a conversation as lists of Segments; the answer is empty where the last
     message is a question. several: in the form of several turns, even if there is one."""
     forms = FORMS | {"last": template.get("answer", FORMS["last"])} | template
-    system, questions, answers = split_messages(forms, messages)
-    # The turns before the last question; their thoughts are left out.
-    turns = []
-    for i, (question, (_, text)) in enumerate(zip(questions[:-1], answers)):
-        said = fill(forms, forms["answer"], True, assistant=text)
-        turns += fill(forms, forms["turn"], user=question["content"], answer=said, n=i + 1, i=i)
-
-    # The last question.
-    n, user, input = len(questions), questions[-1]["content"], questions[-1].get("input", "")
-    if input and "prompt" in forms:
-        user = f"{user}\n{input}"
-    fields = {"turns": turns, "user": user, "instruction": user, "input": input, "n": n, "i": n - 1}
-    if several or turns:
-        fields["instruction"] = turns + fill(forms, forms["question"], **fields)
+    system, fields = forms.get("default_system"), {"system": [], "turns": []}
+    if messages[0]["role"] == "system":
+        system, messages = messages[0]["content"], messages[1:]
     if system is not None:
         fields["system"] = fill(forms, forms["system"], system=system)
-    form = forms.get("prompt") or "{bos}" + forms["prompt_input" if input else "prompt_no_input"]
-    prompt = fill(forms, form, **fields)
+    questions, answers = messages[::2], [("", m["content"]) for m in messages[1::2]]
+    if forms["thoughts"]:
+        answers = [split_thoughts(text) for _, text in answers]
 
-    # Its answer. Thoughts are learnt; that there are none belongs to the prompt, and is not.
-    thoughts, text = answers[-1] if len(answers) == n else ("", None)
+    # One question after the other; the one before goes to the turns, its thoughts are left out.
+    for i, question in enumerate(questions):
+        if i:
+            fields["answer"] = fill(forms, forms["answer"], True, assistant=answers[i - 1][1])
+            fields["turns"] = fields["turns"] + fill(forms, forms["turn"], **fields)
+        user, input = question["content"], question.get("input", "")
+        fields |= {"user": user, "input": input, "i": i, "n": i + 1}
+        fields["opening"] = [] if i else fields["system"]
+    shape = "prompt_input" if input else "prompt_no_input"
+    if input and "prompt" in forms:
+        fields["user"] += "\n" + input
+    last = forms["question" if several or i else "lone"]
+    fields["instruction"] = fields["turns"] + fill(forms, last, **fields)
+    prompt = fill(forms, forms.get("prompt") or "{bos}" + forms[shape], **fields)
+
+    # Thoughts are learnt. That there are none belongs to the prompt, and is not.
+    asked = len(answers) == i
+    thoughts, text = ("", "") if asked else answers[i]
     block = fill(forms, forms["thoughts"], bool(thoughts), thoughts=thoughts)
-    if text is None:
-        return prompt + block * (not forms.get("thinking")), []
+    if asked:
+        return prompt + ([] if forms.get("thinking") else block), []
     text = text.lstrip("\n") if block else text
     answer = fill(forms, forms["last"], True, assistant=text)
     return (prompt, block + answer) if thoughts else (prompt + block, answer)
@@ -978,26 +957,26 @@ def encode_segments(tokenizer, segments, first=True):
     ids, mask = [], []
     special = {name: [id] for name, id in tokenizer.special.items()}
     special |= {"bos": tokenizer.opening, "eos": [tokenizer.eos_id]}
+    missing = {segment.text for segment in segments if segment.special} - special.keys()
+    if missing:
+        raise ValueError(
+            f"the template wants {min(missing)}, which the base's tokenizer does not have; choose "
+            "another template"
+        )
     for is_special, side_by_side in groupby(segments, lambda segment: segment.special):
-        if not is_special:
+        if is_special:
+            new = [(id, target) for name, _, target in side_by_side for id in special[name]]
+        else:
             alone = first and ids in ([], tokenizer.opening)
-            new, targets = encode_texts(tokenizer, list(side_by_side), alone)
-            ids, mask = ids + new, mask + targets
-            continue
-        for name, _, target in side_by_side:
-            if name not in special:
-                raise ValueError(
-                    f"the template wants the special token {name}, which this tokenizer does not "
-                    "have; choose another template"
-                )
-            ids += special[name]
-            mask += [target] * len(special[name])
+            new = encode_texts(tokenizer, list(side_by_side), alone)
+        ids += [id for id, _ in new]
+        mask += [target for _, target in new]
     return ids, mask
 
 
 def encode_texts(tokenizer, segments, alone):
-    """(ids, mask) of texts as one; alone: at the beginning. A token is a target if a part of it
-    belongs to one."""
+    """[(id, is target), ...] of texts as one; alone: at the beginning. A token is a target if a
+    part of it belongs to one."""
     encode = tokenizer.encode if alone else tokenizer.encode_answer
     text, stop = "".join(segment.text for segment in segments), 0
     ids = encode(text)
@@ -1005,32 +984,13 @@ def encode_texts(tokenizer, segments, alone):
     for segment in segments:
         start, stop = stop, stop + len(segment.text)
         if segment.target:
-            # What the text before a place has in common with all of it ends there, or a token
-            # reaches across.
+            # What a text up to a place has in common with the whole ends there, or before a token
+            # that reaches across.
             before, within = encode(text[:start]), encode(text[:stop])
             first, last = (len(os.path.commonprefix([ids, part])) for part in (before, within))
             last += last < len(within)
             mask[first:last] = [True] * (last - first)
-    return ids, mask
-
-
-def conversation(record):
-    """(messages, whether they stand in the form of several turns) of a record. BenTsao's literature
-    rows are one text, which is cut at its marks."""
-    instruction, answer = record["instruction"], record.get("output")
-    several = instruction.startswith(" <user>: ")
-    if "messages" in record:
-        return record["messages"], several
-    texts = re.split(" <(?:user|bot)>: ", instruction)[1:]
-    pairs = list(zip_longest(texts[::2], texts[1::2]))
-    # Unless it cannot be put together again: then a mark stands where none belongs.
-    if not several or render_turns(pairs) != instruction:
-        texts, several = [instruction], False
-    texts += [] if answer is None else [answer]
-    roles = cycle(("user", "assistant"))
-    messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
-    messages[-1 if answer is None else -2]["input"] = record.get("input") or ""
-    return messages, several
+    return list(zip(ids, mask))
 
 
 # ==================================================================================================
@@ -1043,6 +1003,16 @@ def render_turns(turns):
     *earlier, (question, _) = turns
     said = [f" <user>: {user} <bot>: {bot}" for user, bot in earlier]
     return "".join(said) + f" <user>: {question}"
+
+
+def split_turns(instruction):
+    """[user, bot, ..., user], the texts of an instruction in that form; else [instruction]."""
+    if instruction.startswith("<user>: "):  # BenTsao's infer_literature.py leaves the space out
+        instruction = " " + instruction
+    texts = re.split(" <(?:user|bot)>: ", instruction)[1:]
+    pairs = list(zip_longest(texts[::2], texts[1::2]))
+    # A mark that stands where none belongs is text.
+    return texts if pairs and render_turns(pairs) == instruction else [instruction]
 
 
 def read_records(path):
@@ -1084,13 +1054,15 @@ ROLES |= {role: role for role in ("system", "user", "assistant")}
 
 def read_chat(messages):
     """OpenAI's messages [{role, content}] or ShareGPT's [{from, value}] as the former: a system
-    text or none, then user and assistant in turn, perhaps with reasoning_content."""
+    text or none, then user and assistant in turn. Thoughts apart from a text, as
+    reasoning_content, come before it in <think>."""
     found = []
     for m in messages:
-        text = plain_text(m.get("content", m.get("value")))
-        found.append({"role": ROLES[m.get("role", m.get("from"))], "content": text})
+        role, text = ROLES[m.get("role", m.get("from"))], m.get("content", m.get("value"))
+        text = plain_text(text)
         if m.get("reasoning_content"):
-            found[-1]["reasoning_content"] = plain_text(m["reasoning_content"])
+            text = f"<think>\n{m['reasoning_content']}\n</think>\n\n{text}"
+        found.append({"role": role, "content": text})
     # An assistant's text may end it, or a question that waits for one.
     if not re.fullmatch("s?u(au)*a?", "".join(m["role"][0] for m in found)):
         raise ValueError("wanted user and assistant in turn, before them one system text or none")
@@ -1108,11 +1080,12 @@ def plain_text(content):
 
 def read_messages(row):
     """The messages of a record in any form of `read_instructions`; the last is a user's where a
-    question waits for its answer. Raises ValueError for a record in none of them."""
-    given = row.get("messages") or row.get("conversations")
+    question waits for its answer, and the last question has the record's input. Raises ValueError
+    for a record in none of them."""
+    messages = row.get("messages") or row.get("conversations")
     try:
-        if given:
-            messages = read_chat(given)
+        if messages:
+            messages = read_chat(messages)
         else:
             if "context" in row and "instruction" not in row:
                 # Med-ChatGLM's own labels go: the template brings others
@@ -1120,20 +1093,29 @@ def read_messages(row):
                 texts = [question, row.get("target")]
             else:
                 texts = [text for user, bot in row.get("history") or () for text in (user, bot)]
-                texts += [row["instruction"], row.get("output")]
+                texts += [*split_turns(row["instruction"]), row.get("output")]
             roles = cycle(("user", "assistant"))
             messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
         # An answer that is not there yet.
         if messages[-1]["role"] == "assistant" and messages[-1]["content"] is None:
             messages.pop()
         # Raises for what is no text.
-        "".join([*(text for m in messages for text in m.values()), row.get("input") or ""])
+        "".join([*(m["content"] for m in messages), row.get("input") or ""])
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
             "wanted texts as instruction and output (and input), or messages of user and assistant "
             f"in turn ({type(error).__name__}: {error})"
         ) from None
+    if row.get("input"):
+        messages[-1 - (messages[-1]["role"] == "assistant")]["input"] = row["input"]
     return messages
+
+
+def conversation(record):
+    """(messages, whether they stand in the form of several turns) of a record that was read."""
+    messages = read_messages(record)
+    first, mark = messages[0]["content"], " <user>: "
+    return messages, record["instruction"].startswith(mark) and not first.startswith(mark)
 
 
 def read_instructions(path, answers=False):
@@ -1141,43 +1123,40 @@ def read_instructions(path, answers=False):
     LLaMA-Factory's `history` of [question, answer] pairs or without; OpenAI's `messages`;
     ShareGPT's `conversations`; Med-ChatGLM's {context, target}; BenTsao's literature rows. If one
     has several turns, the instructions of all are put in the form of those rows (`render_turns`),
-    as a chat of several turns is; `messages` has the turns apart, and a system text and thoughts.
-    With answers, each must end in one. Raises ValueError naming the line or record."""
+    as a chat of several turns is. With answers, each must end in one. Raises ValueError naming the
+    line or record."""
     records = []
     for where, row in read_records(path):
         try:
             to_json(row)  # half a character would be met when the answer is written
             messages = read_messages(row)
-            role, text, *_ = messages[-1].values()
-            if answers and not (role == "assistant" and text.strip()):
+            last = messages[-1]
+            if answers and not (last["role"] == "assistant" and last["content"].strip()):
                 raise ValueError("the answer is empty or missing, and teaches nothing")
         except ValueError as error:
             raise ValueError(f"{path} {where}: {error}") from None
         records.append((row, messages))
     # One conversation makes the whole file one of conversations.
-    conversations = any(len(join_system(messages)) > 2 for _, messages in records)
+    roles = [[m["role"] for m in messages] for _, messages in records]
+    conversations = any(own.count("user") > 1 for own in roles)
     return [make_instruction(row, messages, conversations) for row, messages in records]
 
 
 def make_instruction(row, messages, conversations):
     """A record as instruction, input and output; conversations: the instruction in the form of
-    BenTsao's literature rows."""
-    texts = [m["content"] for m in join_system(messages)]
-    output = {} if len(texts) % 2 else {"output": texts.pop()}
-    question, input = texts[-1], row.get("input") or ""
-    if question.startswith("<user>: "):  # BenTsao's infer_literature.py leaves the space out
-        question = " " + question
-    literature = question.startswith(" <user>: ")
-    if conversations and not literature:
-        if input:
-            messages[-1 - len(output)]["content"] += "\n" + input
-            texts[-1] += "\n" + input
-        question, input = render_turns(list(zip_longest(texts[::2], texts[1::2]))), ""
-    apart = (
-        {"messages": messages} if conversations or {"messages", "conversations"} & {*row} else {}
-    )
-    apart = {} if literature else apart
-    return {**row, "instruction": question, "input": input, **output, **apart}
+    BenTsao's literature rows. `messages` has the turns where these do not tell them."""
+    *_, question = [m for m in messages if m["role"] == "user"]
+    several = conversations and not question["content"].startswith(" <user>: ")
+    if several and "input" in question:
+        question["content"] += "\n" + question.pop("input")
+    answer = [m["content"] for m in messages[-1:] if m["role"] == "assistant"]
+    asked = messages[: len(messages) - len(answer)]
+    bare = dict.fromkeys(("prompt_no_input", "prompt_input"), "{instruction}")
+    segments, _ = render(bare, asked, several)
+    text = "".join(segment.text for segment in segments if not segment.special)
+    record = {**row, "instruction": text, "input": question.get("input", "")}
+    record |= {"output": text for text in answer}
+    return record if read_messages(record) == messages else record | {"messages": messages}
 
 
 # ==================================================================================================
@@ -1776,7 +1755,7 @@ def read_question(messages):
     read = read_messages({"messages": messages})
     # A field that has a value and no effect would mislead: tool_calls, say.
     unknown = {key for message in messages for key in message if message[key]}
-    unknown -= {"role", "content", "name", "reasoning_content"}
+    unknown -= {"role", "content", "name"}
     if unknown:
         raise ValueError(f"messages: {min(unknown)} is not supported")
     if read[-1]["role"] != "user":

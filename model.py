@@ -43,7 +43,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from string import Formatter
 
 import torch
 import torch.distributed as dist
@@ -1082,80 +1081,34 @@ def tell_transformers(tokenizer, settings):
             write_json(settings, wanted)
 
 
-# The texts of a prompt template that has none of its own (`generate.load_template`): several turns
-# stand in one instruction, as in BenTsao's literature rows.
-FORMS = {
-    "turn": " <user>: {user} <bot>: {answer}",
-    "question": " <user>: {user}",
-    "answer": "{assistant}",
-    "last": "{assistant}{eos}",
-    "thoughts": "",
-    "default_system": None,
-    "trim": (),
-}
-
-
-def chat_template(template):
-    """A prompt template in Jinja, as transformers, vLLM and llama.cpp read it: what
-    `generate.render` makes of messages."""
-    forms = FORMS | {"last": template.get("answer", FORMS["last"])} | template
-    expressions = {
-        "bos": "bos_token or ''",
-        "eos": "eos_token or ''",
-        "system": "system",
-        "user": "messages[2 * i].content",
-        "assistant": "messages[2 * i + 1].content",
-        "n": "i + 1",
-        "i": "i",
-    }
-    for role in forms["trim"]:
-        expressions[role] += "|trim"
-    if "system" not in forms:  # it opens the first question
-        expressions["user"] = (
-            "(system + '\\n' if system and i == 0 else '') + messages[2 * i].content"
-        )
-    if forms["thoughts"]:
-        expressions["assistant"] += ".split('</think>')[-1].lstrip('\\n')"
-
-    def jinja(form, **parts):
-        """A text of the template; its fields become parts, or the values of expressions."""
-        text = ""
-        for literal, name, *_ in Formatter().parse(form):
-            text += "{{ " + json.dumps(literal, ensure_ascii=False) + " }}" if literal else ""
-            if name:
-                text += parts.get(name, "{{ " + expressions.get(name, "''") + " }}")
-        return text
-
-    answer, default = jinja(forms["answer"]), forms["default_system"]
-    turns = "{% for i in range(count - 1) %}" + jinja(forms["turn"], answer=answer)
-    turns += "{% endfor %}{% set i = count - 1 %}"
-    several, one = turns + jinja(forms["question"]), "{% set i = 0 %}" + jinja("{user}")
-    prompt = jinja(
-        forms.get("prompt") or "{bos}" + forms["prompt_no_input"],
-        system="{% if system is not none %}" + jinja(forms.get("system", "")) + "{% endif %}",
-        instruction="{% if count > 1 %}" + several + "{% else %}" + one + "{% endif %}",
-        turns=turns,
-    )
-    return (
-        "{% set system = " + ("none" if default is None else json.dumps(default)) + " %}"
-        "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
-        "{% set messages = messages[1:] %}{% endif %}"
-        "{% set count = (messages|length + 1) // 2 %}" + prompt + "{% if not enable_thinking %}"
-        "" + jinja(forms["thoughts"], thoughts="") + "{% endif %}"
-        "{% if messages|length % 2 == 0 %}" + jinja(forms["last"]) + "{% endif %}"
-    )
+# A plain prompt in Jinja, between what stands before and behind the instruction: what
+# `generate.render` makes of it.
+PLAIN_CHAT = """\
+{% set opening = '' %}{% if messages[0].role == 'system' %}\
+{% set opening = messages[0].content + '\\n' %}{% set messages = messages[1:] %}{% endif %}\
+{{ (bos_token or '') + BEFORE }}{% for message in messages %}{% if message.role == 'user' %}\
+{{ (' <user>: ' if messages|length > 2 else '') + (opening if loop.first else '') }}\
+{{ message.content + (BEHIND if loop.index0 + 2 >= messages|length else ' <bot>: ') }}\
+{% else %}{{ message.content + ((eos_token or '') if loop.last else '') }}{% endif %}{% endfor %}"""
 
 
 def write_chat_template(folder, template):
-    """Let the tokenizer_config.json of a folder have a prompt template; a base's own chat template
-    stays, unless the model was tuned with a plain one."""
-    file, theirs = Path(folder) / "tokenizer_config.json", [*Path(folder).glob("chat_template*")]
-    settings = read_json_file(file) if file.is_file() else {}
-    if "prompt" in template and (theirs or "chat_template" in settings):
+    """Give the tokenizer_config.json of a folder a prompt template in Jinja, as transformers, vLLM
+    and llama.cpp read it. A base's own stays, unless the model was tuned with a plain prompt."""
+    file, others = Path(folder) / "tokenizer_config.json", [*Path(folder).glob("chat_template*")]
+    settings, text = read_json_file(file) if file.is_file() else {}, template.get("chat_template")
+    if "prompt_no_input" in template:
+        before, _, behind = (
+            template["prompt_no_input"].format(instruction="\0", input="").partition("\0")
+        )
+        text = PLAIN_CHAT.replace("BEFORE", json.dumps(before)).replace(
+            "BEHIND", json.dumps(behind)
+        )
+    elif not text or others or "chat_template" in settings:
         return
-    for other in theirs:
+    for other in others:
         other.unlink()
-    write_json(file, settings | {"chat_template": chat_template(template)})
+    write_json(file, settings | {"chat_template": text})
 
 
 # ==================================================================================================

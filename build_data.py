@@ -45,7 +45,7 @@ from tqdm import tqdm
 from generate import (
     DATA,
     conversation,
-    encode_segments,
+    encode_rendered,
     load_template,
     load_tokenizer,
     read_instructions,
@@ -1305,8 +1305,8 @@ def token_sections(records, tokenizer, template):
     prompts, rows, answers = [], [], Counter()
     for record in records:
         prompt, answer = render(template, *conversation(record))
-        ids, _ = encode_segments(tokenizer, answer, first=False)
-        prompts.append(len(encode_segments(tokenizer, prompt)[0]))
+        ids, _ = encode_rendered(tokenizer, answer, first=False)
+        prompts.append(len(encode_rendered(tokenizer, prompt)[0]))
         rows.append(prompts[-1] + len(ids))
         answers.update(ids)
     # A character outside the vocabulary becomes several tokens, its bytes.

@@ -40,10 +40,8 @@ from functools import cache, lru_cache
 from hashlib import sha256
 from heapq import heappop, heappush
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import accumulate, chain, cycle, groupby, zip_longest
+from itertools import accumulate, chain, cycle, zip_longest
 from pathlib import Path
-from string import Formatter
-from typing import NamedTuple
 from urllib.parse import unquote
 from uuid import uuid4
 
@@ -124,7 +122,7 @@ def render_prompt(tokenizer, template, messages, several=False):
     Asking, chatting and serving make it here, and training makes the same of the same parts."""
     answered = messages[-1]["role"] == "assistant"
     prompt, _ = render(template, messages[:-1] if answered else messages, several)
-    return encode_segments(tokenizer, prompt)[0]
+    return encode_rendered(tokenizer, prompt)[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -826,6 +824,10 @@ FORMS = {
     "answer": "{assistant}",
     "last": "{assistant}{eos}",
     "thoughts": "",
+    "thinking": False,
+    "default_system": None,
+    "special": (),
+    "trim": (),
 }
 
 
@@ -835,42 +837,33 @@ def eos_ids(tokenizer):
     return sorted({tokenizer.eos_id, *(tokenizer.special[name] for name in ends)})
 
 
-class Segment(NamedTuple):
-    """A part of a rendered conversation: a text, or a special token by its name."""
-
-    text: str
-    special: bool
-    target: bool  # of training
-
-
 def load_template(name):
     """The template of a bare name in data/templates, or of a path. It has BenTsao's prompt_no_input
     and prompt_input (by default the same), with {instruction} and {input}, or a chat's texts:
 
       prompt          up to the answer: {system}, {turns}, and {user}, the last question
       turn            an earlier {user} and its {answer}; {n} counts them from 1, {i} from 0
-      answer, last    around {assistant}: an earlier answer, and the last one (by default the same)
+      answer, last    around {assistant}: an earlier answer, and the last one
       system          around {system}; where prompt has no place for it, it is the {opening} of the
                       first question. default_system: the text if none is given
       thoughts        around {thoughts}, before an answer; empty they tell a model not to think
       special         the special tokens in these texts, which the tokenizer must have
+      trim            the roles whose texts lose the blanks around them
       chat_template   the same in Jinja, for other programs
 
     {instruction} is {turns} and `question`, or `lone` if there is one turn; {bos} and {eos} are the
-    tokenizer's; {user!s} is without the blanks around it. Raises ValueError for a template that
-    loses a part of a conversation."""
+    tokenizer's. Raises ValueError for a template that loses a part of a conversation."""
     path = Path(name) if str(name).endswith(".json") else DATA / "templates" / f"{name}.json"
     template = read_json_file(path)
     if "prompt" not in template:
         template.setdefault("prompt_input", template.get("prompt_no_input"))
     roles = ["system", "user", "assistant", "user", "assistant"]
-    trial = [{"role": role, "content": role} for role in roles]
+    trial = [{"role": role, "content": role.upper()} for role in roles]
     try:
         for trial[3]["input"] in "", "?":
-            texts = [segment.text for part in render(template, trial) for segment in part]
-            for role in roles:
-                if "".join(texts).count(role) < roles.count(role):
-                    raise ValueError(f"no place for {role}")
+            text = "".join(render(template, trial))
+            if any(text.count(role.upper()) < roles.count(role) for role in roles):
+                raise ValueError(f"a conversation becomes {text!r}")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: {error!r:.200}; wanted prompt_no_input with {{instruction}}, or prompt with "
@@ -890,107 +883,110 @@ def default_template(tokenizer):
     return max(fits)[1]
 
 
-def fill(forms, form, target=False, **values):
-    """A text of a template as Segments, its fields replaced by texts or by other Segments. Special
-    tokens are looked for in the template's own text, and never in what somebody wrote."""
-    names, segments = "|".join(map(re.escape, forms.get("special", ()))) or "(?!)", []
-    values |= {name: [Segment(name, True, target)] for name in ("bos", "eos")}
-    for literal, name, more, conversion in Formatter().parse(form):
-        parts = enumerate(re.split(f"({names})", literal))
-        segments += [Segment(part, i % 2 == 1, target) for i, part in parts]
-        if name is not None:
-            value = values[name + more + (conversion or "").removeprefix("s")]
-            value = value.strip() if conversion else value
-            segments += value if isinstance(value, list) else [Segment(str(value), False, target)]
-    return [segment for segment in segments if segment.text]
+# In a rendered text these stand around the name of a special token, before what is a target of
+# training, and behind it.
+SPECIAL, TARGET, CONTEXT = "\0", "\1", "\2"
 
 
-def split_thoughts(text):
-    """(thoughts, text) of an answer with <think>thoughts</think> before the text."""
-    thoughts, mark, rest = text.rpartition("</think>")
-    return thoughts.rpartition("<think>")[2].strip("\n"), rest.lstrip("\n") if mark else rest
+def fill(forms, name, fields):
+    """A text of a template with its fields. Special tokens are looked for in the template's own
+    text, and never in what somebody wrote."""
+    names = "|".join(map(re.escape, forms["special"])) or "(?!)"
+    return re.sub(names, r"\0\g<0>\0", forms[name]).format(**fields)
 
 
 def render(template, messages, several=False):
-    """(prompt, answer) of a conversation as lists of Segments; the answer is empty where the last
-    message is a question. several: in the form of several turns, even if there is one."""
-    forms = FORMS | {"last": template.get("answer", FORMS["last"])} | template
-    system, fields = forms.get("default_system"), {"system": [], "turns": []}
-    if messages[0]["role"] == "system":
-        system, messages = messages[0]["content"], messages[1:]
+    """(prompt, answer) of a conversation as texts with the marks above; the answer is empty where
+    the last message is a question. several: in the form of several turns, even if there is one.
+    Raises ValueError for a mark in a message."""
+    forms = FORMS | template
+    texts = [m["content"].strip() if m["role"] in forms["trim"] else m["content"] for m in messages]
+    if {SPECIAL, TARGET, CONTEXT} & {*"".join(texts)}:
+        raise ValueError("a text has one of the characters U+0000, U+0001 and U+0002")
+    fields = {"bos": "\0bos\0", "eos": "\0eos\0", "system": "", "turns": ""}
+    system = texts.pop(0) if messages[0]["role"] == "system" else forms["default_system"]
     if system is not None:
-        fields["system"] = fill(forms, forms["system"], system=system)
-    questions, answers = messages[::2], [("", m["content"]) for m in messages[1::2]]
-    if forms["thoughts"]:
-        answers = [split_thoughts(text) for _, text in answers]
+        fields["system"] = fill(forms, "system", fields | {"system": system})
 
-    # One question after the other; the one before goes to the turns, its thoughts are left out.
-    for i, question in enumerate(questions):
+    # One question after the other: the one before goes to the turns, without its thoughts.
+    answers = [split_thoughts(forms, text) for text in texts[1::2]]
+    for i, user in enumerate(texts[::2]):
         if i:
-            fields["answer"] = fill(forms, forms["answer"], True, assistant=answers[i - 1][1])
-            fields["turns"] = fields["turns"] + fill(forms, forms["turn"], **fields)
-        user, input = question["content"], question.get("input", "")
-        fields |= {"user": user, "input": input, "i": i, "n": i + 1}
-        fields["opening"] = [] if i else fields["system"]
-    shape = "prompt_input" if input else "prompt_no_input"
-    if input and "prompt" in forms:
-        fields["user"] += "\n" + input
-    last = forms["question" if several or i else "lone"]
-    fields["instruction"] = fields["turns"] + fill(forms, last, **fields)
-    prompt = fill(forms, forms.get("prompt") or "{bos}" + forms[shape], **fields)
+            fields["assistant"] = answers[i - 1][1]
+            fields["answer"] = TARGET + fill(forms, "answer", fields) + CONTEXT
+            fields["turns"] += fill(forms, "turn", fields)
+        fields |= {"user": user, "i": i, "n": i + 1, "opening": "" if i else fields["system"]}
+    asked = messages[-1]["role"] == "user"
+    prompt = render_question(forms, fields, messages[-1 if asked else -2].get("input"), several)
 
     # Thoughts are learnt. That there are none belongs to the prompt, and is not.
-    asked = len(answers) == i
-    thoughts, text = ("", "") if asked else answers[i]
-    block = fill(forms, forms["thoughts"], bool(thoughts), thoughts=thoughts)
-    if asked:
-        return prompt + ([] if forms.get("thinking") else block), []
-    text = text.lstrip("\n") if block else text
-    answer = fill(forms, forms["last"], True, assistant=text)
-    return (prompt, block + answer) if thoughts else (prompt + block, answer)
+    fields["thoughts"], fields["assistant"] = ("", "") if asked else answers[i]
+    block = fill(forms, "thoughts", fields)
+    if block:
+        fields["assistant"] = fields["assistant"].lstrip("\n")
+    answer = "" if asked else fill(forms, "last", fields)
+    if fields["thoughts"]:
+        return prompt, block + answer
+    return prompt + block * (not asked or not forms["thinking"]), answer
 
 
-def encode_segments(tokenizer, segments, first=True):
-    """(ids, mask) of Segments; mask[t] is True where token t is a target. Texts that stand side by
-    side are encoded as one. first: nothing stands before them. Raises ValueError for a special
-    token that the tokenizer lacks."""
-    ids, mask = [], []
-    special = {name: [id] for name, id in tokenizer.special.items()}
-    special |= {"bos": tokenizer.opening, "eos": [tokenizer.eos_id]}
-    missing = {segment.text for segment in segments if segment.special} - special.keys()
-    if missing:
-        raise ValueError(
-            f"the template wants {min(missing)}, which the base's tokenizer does not have; choose "
-            "another template"
-        )
-    for is_special, side_by_side in groupby(segments, lambda segment: segment.special):
-        if is_special:
-            new = [(id, target) for name, _, target in side_by_side for id in special[name]]
-        else:
-            alone = first and ids in ([], tokenizer.opening)
-            new = encode_texts(tokenizer, list(side_by_side), alone)
-        ids += [id for id, _ in new]
-        mask += [target for _, target in new]
-    return ids, mask
+def render_question(forms, fields, input, several):
+    """The prompt, when all but the last question's input stands in fields."""
+    fields["input"] = input or ""
+    if input and "prompt" in forms:
+        fields["user"] += "\n" + input
+    last = fill(forms, "question" if several or fields["turns"] else "lone", fields)
+    fields["instruction"] = fields["turns"] + last
+    if "prompt" in forms:
+        return fill(forms, "prompt", fields)
+    return fields["bos"] + fill(forms, "prompt_input" if input else "prompt_no_input", fields)
 
 
-def encode_texts(tokenizer, segments, alone):
-    """[(id, is target), ...] of texts as one; alone: at the beginning. A token is a target if a
-    part of it belongs to one."""
-    encode = tokenizer.encode if alone else tokenizer.encode_answer
-    text, stop = "".join(segment.text for segment in segments), 0
-    ids = encode(text)
-    mask = [False] * len(ids)
-    for segment in segments:
-        start, stop = stop, stop + len(segment.text)
-        if segment.target:
-            # What a text up to a place has in common with the whole ends there, or before a token
+def split_thoughts(forms, text):
+    """(thoughts, answer) of an answer with <think>thoughts</think> before it, where a template has
+    a place for them."""
+    thoughts, mark, answer = text.rpartition("</think>")
+    if not (mark and forms["thoughts"]):
+        return "", text
+    return thoughts.rpartition("<think>")[2].strip("\n"), answer.lstrip("\n")
+
+
+def encode_rendered(tokenizer, text, first=True):
+    """(ids, mask) of a rendered text; mask[t] is True where token t, or a part of it, is a target.
+    Texts are encoded from one special token to the next. first: nothing stands before them. Raises
+    ValueError for a special token that the tokenizer lacks."""
+    ids, mask, is_target = [], [], False
+
+    def special(name):
+        id = tokenizer.special.get(name)
+        found = {name: [id], "bos": tokenizer.opening, "eos": [tokenizer.eos_id]}[name]
+        if found == [None]:
+            raise ValueError(
+                f"the template wants {name}, which the base's tokenizer does not have; choose "
+                "another template"
+            )
+        return found
+
+    for i, part in enumerate(text.split(SPECIAL)):
+        at_start = first and ids in ([], tokenizer.opening)
+        encode = tokenizer.encode if at_start else tokenizer.encode_answer
+        encode = special if i % 2 else encode
+        texts, before, start = re.split("[\1\2]", part), "", 0
+        new = encode("".join(texts))
+        targets = [False] * len(new)
+        for j, piece in enumerate(texts):
+            is_target ^= j > 0
+            # What the text up to a mark has in common with all of it ends there, or before a token
             # that reaches across.
-            before, within = encode(text[:start]), encode(text[:stop])
-            first, last = (len(os.path.commonprefix([ids, part])) for part in (before, within))
-            last += last < len(within)
-            mask[first:last] = [True] * (last - first)
-    return list(zip(ids, mask))
+            before += piece
+            within = encode(before)
+            common = len(os.path.commonprefix([new, within]))
+            stop = common + (common < len(within))
+            if is_target:
+                targets[start:stop] = [True] * (stop - start)
+            start = common
+        ids, mask = ids + new, mask + targets
+    return ids, mask
 
 
 # ==================================================================================================
@@ -1145,17 +1141,17 @@ def read_instructions(path, answers=False):
 def make_instruction(row, messages, conversations):
     """A record as instruction, input and output; conversations: the instruction in the form of
     BenTsao's literature rows. `messages` has the turns where these do not tell them."""
-    *_, question = [m for m in messages if m["role"] == "user"]
+    answered = messages[-1]["role"] == "assistant"
+    asked = messages[:-1] if answered else messages
+    question = asked[-1]
     several = conversations and not question["content"].startswith(" <user>: ")
     if several and "input" in question:
         question["content"] += "\n" + question.pop("input")
-    answer = [m["content"] for m in messages[-1:] if m["role"] == "assistant"]
-    asked = messages[: len(messages) - len(answer)]
     bare = dict.fromkeys(("prompt_no_input", "prompt_input"), "{instruction}")
-    segments, _ = render(bare, asked, several)
-    text = "".join(segment.text for segment in segments if not segment.special)
+    text = re.sub("\0bos\0|[\1\2]", "", render(bare, asked, several)[0])
     record = {**row, "instruction": text, "input": question.get("input", "")}
-    record |= {"output": text for text in answer}
+    if answered:
+        record["output"] = messages[-1]["content"]
     return record if read_messages(record) == messages else record | {"messages": messages}
 
 

@@ -49,7 +49,7 @@ from generate import (
     answer_batch,
     conversation,
     default_template,
-    encode_segments,
+    encode_rendered,
     load_base,
     load_template,
     load_tokenizer,
@@ -109,9 +109,9 @@ def encode_example(tokenizer, template, record, config):
 
     The answer and its end are targets. The end is one even where the answer is cut: it is how a
     model learns to stop."""
-    segments, said = render(template, *conversation(record))
-    prompt, earlier = encode_segments(tokenizer, segments)
-    (*answer, end), _ = encode_segments(tokenizer, said, first=False)
+    asked, said = render(template, *conversation(record))
+    prompt, earlier = encode_rendered(tokenizer, asked)
+    (*answer, end), _ = encode_rendered(tokenizer, said, first=False)
     answer = cut_answer(tokenizer, answer, config.cutoff_len - len(prompt) - 1)
     if not answer:
         return None

@@ -62,7 +62,7 @@ from generate import (  # noqa: E402
     Tokenizer,
     answer_file,
     conversation,
-    encode_segments,
+    encode_rendered,
     load_base,
     load_template,
     pick_device,
@@ -291,8 +291,8 @@ def continuation_logprobs(model, prompt, continuations):
 def bits(candidate, record):
     """-log2 p(reference, EOS | prompt) of a record."""
     prompt, answer = render(candidate.template, *conversation(record))
-    prompt, _ = encode_segments(candidate.tokenizer, prompt)
-    reference, _ = encode_segments(candidate.tokenizer, answer, first=False)
+    prompt, _ = encode_rendered(candidate.tokenizer, prompt)
+    reference, _ = encode_rendered(candidate.tokenizer, answer, first=False)
     return -continuation_logprobs(candidate.model, prompt, [reference])[0] / math.log(2)
 
 

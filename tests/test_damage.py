@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from conftest import make_config
 from safetensors.torch import load_file, save_file
 from test_checkpoints import equal, hugging_face, meta_state, our_names, write_bin, write_meta
 
@@ -469,8 +470,15 @@ def test_mixed_dtypes_are_cast_to_the_one_named(tmp_path, good, monkeypatch):
 
 
 def test_a_tokenizer_of_another_size_is_named_with_both_sizes(tmp_path, good, base):
+    """Fewer rows than pieces, or thousands more: Chinese-LLaMA's weights beside LLaMA's tokenizer.
+    A few more are padding."""
+    size = G.load_tokenizer(base).vocab_size
+    for rows in (size - 1, size + 5000):
+        folder = tmp_path / str(rows)
+        M.save_model(M.LLaMA(make_config(vocab_size=rows)), folder, base)
+        with pytest.raises(ValueError, match=f"{size} pieces, the model {rows} embedding rows"):
+            G.load_base(folder, "cpu", torch.float32)
     shutil.copytree(good / "single", tmp_path / "m")
     shutil.copyfile(base / "tokenizer.model", tmp_path / "m" / "tokenizer.model")
-    size = G.load_tokenizer(base).vocab_size
-    with pytest.raises(ValueError, match=f"{size} pieces, the model 304 embedding rows"):
-        G.load_base(tmp_path / "m", "cpu", torch.float32)
+    model, tokenizer = G.load_base(tmp_path / "m", "cpu", torch.float32)
+    assert model.config.vocab_size == 304 > tokenizer.vocab_size

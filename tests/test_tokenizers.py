@@ -117,9 +117,6 @@ def test_bentsaos_records_as_tiktoken_encodes_them(real, kind):
     texts = [record["instruction"] + "\n" + record["output"] for record in records]
     assert len(texts) == 8658
     assert [ours.encode(text) for text in texts] == [theirs.encode_ordinary(text) for text in texts]
-    count = sum(len(ours.encode_answer(record["output"])) + 1 for record in records)
-    characters = sum(len(record["output"]) for record in records)
-    assert f"{count / characters:.2f}" == {"llama3": "0.91", "qwen": "0.68"}[kind]
 
 
 def test_special_ids_are_the_published_ones(real):

@@ -594,21 +594,29 @@ class BytePairs:
     ids      {piece: id}, pieces in LETTERS
     ranks    {a + between + b: rank} of the neighbours a, b that merge, lowest first
     pattern  what a word is
+    whole    the pieces that a word is, if it can, without merging
     nfc      the text is brought to Unicode's form C first
-    whole    a word that is a piece is taken as it is"""
 
-    def __init__(self, ids, ranks, between, pattern, nfc=False, whole=True):
-        self.ids, self.ranks, self.between, self.nfc, self.whole = ids, ranks, between, nfc, whole
+    Raises ValueError for what does not fit together."""
+
+    def __init__(self, ids, ranks, between, pattern, whole, nfc=False):
+        self.ids, self.ranks, self.between, self.whole, self.nfc = ids, ranks, between, whole, nfc
         self.texts = {id: piece for piece, id in ids.items()}
         self.merged = lru_cache(1 << 16)(self.merge)
         # In a group, so that split() keeps what it finds.
         escapes = r"\[(?:\\.|[^]])+\]|\\(?:[sS]|[pP]\{\w\})"
         self.words = re.compile(f"({re.sub(escapes, expand, pattern)})")
+        made = {pair.replace(between, "") for pair in ranks}.union(LETTERS.values())
+        if self.words.groups > 1 or made - ids.keys():
+            raise ValueError("a pattern with groups, or pieces that are not in the vocabulary")
 
     def encode(self, text):
         text = unicodedata.normalize("NFC", text) if self.nfc else text
-        words = filter(None, self.words.split(text))
-        return [id for word in words for id in self.merged(word)]
+        ids = []
+        for word in filter(None, self.words.split(text)):
+            # A long word is hardly met again, and would fill the memory.
+            ids += self.merged(word) if len(word) < 100 else self.merge(word)
+        return ids
 
     def decode(self, ids):
         letters = "".join(self.texts[id] for id in ids)
@@ -617,7 +625,7 @@ class BytePairs:
     def merge(self, word):
         """Ids of a word. A queue, since a word may be as long as a client wants: n log n steps."""
         letters = spell(word.encode())
-        if self.whole and letters in self.ids:
+        if letters in self.whole:
             return [self.ids[letters]]
         # The parts form a ring with END, which merges with none, and so do those used up.
         parts, n = [*letters, END], len(letters)
@@ -644,18 +652,18 @@ class BytePairs:
 
 class ByteTokenizer(Tokenizer):
     """BytePairs behind the interface of Tokenizer. special, {name: id}, are all tokens that were
-    added to the pieces, begin (or None) and end the names of two; the ids in `shown` are shown
-    where a model writes them."""
+    added to the pieces, begin and end the names of BOS, if there is one, and of EOS; the ids in
+    `shown` are shown where a model writes them. Raises ValueError."""
 
     def __init__(self, pieces, special, begin, end, shown=()):
+        if end not in special:
+            raise ValueError(f"eos_token in tokenizer_config.json is {end!r}, no special token")
         self.pieces = self.answer_pieces = pieces
         self.special = special
-        for name, id in special.items():
-            pieces.ids.pop(name, None)  # no text is one
-            pieces.texts[id] = spell(name.encode())
+        pieces.texts |= {id: spell(name.encode()) for name, id in special.items()}
         self.texts = pieces.texts.keys() - special.values() | {*shown}
         self.bos_id, self.eos_id = special.get(begin), special[end]
-        self.opening = [special[begin]] if begin else []
+        self.opening = [] if self.bos_id is None else [self.bos_id]
         self.vocab_size = max(pieces.texts) + 1
 
     def width(self, id):
@@ -665,7 +673,8 @@ class ByteTokenizer(Tokenizer):
 def read_tokenizer_json(path, settings):
     """The ByteTokenizer of Hugging Face's tokenizer.json, with what tokenizer_config.json says.
     Raises ValueError for other kinds."""
-    match read_json_file(path):
+    spec = read_json_file(path)
+    match spec:
         case {
             "normalizer": None | {"type": "NFC"} as nfc,
             "pre_tokenizer": {
@@ -679,12 +688,14 @@ def read_tokenizer_json(path, settings):
         }:
             pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in merges)
             ranks = {pair: rank for rank, pair in enumerate(pairs)}
-            whole = model.get("ignore_merges", False)
-            pieces = BytePairs(ids, ranks, " ", pattern, nfc, whole)
             special = {token["content"]: token["id"] for token in added}
             shown = [token["id"] for token in added if not token["special"]]
-            ends = settings.get("bos_token"), settings["eos_token"]
-            return ByteTokenizer(pieces, special, *ends, shown)
+            whole = ids.keys() - special.keys() if model.get("ignore_merges") else ()
+            pieces = BytePairs(ids, ranks, " ", pattern, whole, nfc)
+            # A BOS stands in front of a text only where the post-processor puts it.
+            begin, end = settings.get("bos_token"), settings.get("eos_token")
+            begin = begin if str(begin) in str(spec.get("post_processor")) else None
+            return ByteTokenizer(pieces, special, begin, end, shown)
     raise ValueError("wanted byte-level BPE as Qwen and Llama-3 have it, or a tokenizer.model")
 
 
@@ -710,19 +721,19 @@ def read_tiktoken(path, kind):
     """The ByteTokenizer of a file of pieces in base64, each with its rank, which is its id."""
     lines = (line.split() for line in Path(path).read_bytes().splitlines() if line)
     ids = {spell(b64decode(piece)): int(rank) for piece, rank in lines}
-    special = {name: len(ids) + i for i, name in enumerate(BEHIND[kind].split())}
-    begin = "<|begin_of_text|>" if kind == "llama" else None
+    names, begin = BEHIND[kind].split(), "<|begin_of_text|>"
+    special = {name: len(ids) + i for i, name in enumerate(names)}
     words = WORDS.replace("{1,3}", "") if kind == "qwen" else WORDS
-    end = "<|end_of_text|>" if begin else "<|endoftext|>"
-    return ByteTokenizer(BytePairs(ids, ids, "", words), special, begin, end)
+    end = names[begin in names]  # the first, but for BOS
+    return ByteTokenizer(BytePairs(ids, ids, "", words, ids), special, begin, end)
 
 
 class ChatGLMTokenizer(Tokenizer):
     """ChatGLM2's and ChatGLM3's: tokens in no file behind the pieces, and a space in front of a
     text wherever it stands."""
 
-    def __init__(self, path, more=b""):
-        super().__init__(path, more)
+    def __init__(self, path):
+        super().__init__(path)
         self.answer_pieces = self.pieces
         names = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>"
         for name in names.split():
@@ -788,14 +799,14 @@ def load_tokenizer(folder):
         elif re.match(rb"[\w+/=]+ \d+\s", file.read_bytes()):
             tokenizer = read_tiktoken(file, kind)
         elif file.name == "ice_text.model":
-            tokenizer = ChatGLM6BTokenizer(file)
+            tokenizer, added = ChatGLM6BTokenizer(file), {}  # those of an older vocabulary
         else:
             tokenizer = ChatGLMTokenizer(file) if kind == "chatglm" else Tokenizer(file)
         # Tokens added since, such as Alpaca's [PAD].
-        tokenizer.special |= added
-        for id in added.values():
-            tokenizer.texts.discard(id)
-            tokenizer.vocab_size = max(tokenizer.vocab_size, id + 1)
+        for name in added.keys() - tokenizer.special:
+            tokenizer.special[name] = added[name]
+            tokenizer.texts.discard(added[name])
+            tokenizer.vocab_size = max(tokenizer.vocab_size, added[name] + 1)
     except Exception as error:  # a damaged file makes its reader raise nearly all there are
         raise ValueError(f"{file} is no tokenizer that is known here ({error!r:.300})") from None
     if -1 in (tokenizer.bos_id, tokenizer.eos_id):

@@ -16,7 +16,16 @@ import pytest
 import sentencepiece
 from conftest import RECORDS, make_config
 from sentencepiece import sentencepiece_model_pb2 as protobuf
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -203,6 +212,15 @@ def test_a_trained_tokenizer_json_as_tokenizers_reads_it(form, tmp_path):
         ids = theirs.encode(text.replace("<|", "")).ids
         assert ours.encode(text.replace("<|", "")) == ids, ascii(text)
         assert ours.decode(ids) == theirs.decode(ids)
+    # BOS where the post-processor puts it, and not where tokenizer_config.json alone names it
+    settings = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    write(tmp_path / "tokenizer_config.json", settings)
+    assert G.load_tokenizer(tmp_path).encode("黄芪", bos=True) == theirs.encode("黄芪").ids
+    theirs.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    assert G.load_tokenizer(tmp_path).encode("黄芪", bos=True) == theirs.encode("黄芪").ids
     draw = random.Random(0)
     for _ in range(200):  # halves of characters, special ids, ids shown
         ids = [draw.randrange(ours.vocab_size) for _ in range(12)]
@@ -225,13 +243,22 @@ def test_special_tokens_are_ids_and_never_text(tmp_path):
     }
     # thoughts are shown, as transformers shows them; ids of rows behind the vocabulary are nothing
     assert ours.decode([1, 600, *ours.encode("中"), 601, 2, 602, 9999]) == "<think>中</think>"
+    # a base that was saved again names them once more; a piece may be an added token as well
+    write(tmp_path / "added_tokens.json", {"<think>": 600, "<|im_end|>": 2, "[PAD]": 602})
+    again = G.load_tokenizer(tmp_path)
+    assert again.vocab_size == 603 and again.decode([600, 602, 2]) == "<think>"
+    (tmp_path / "added_tokens.json").unlink()
+    theirs.add_tokens(["的功效是"])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    again = G.load_tokenizer(tmp_path)
+    assert again.decode(again.encode("的功效是")) == "的功效是"
     # with ignore_merges a special token is no word either
     theirs.add_special_tokens(["PAD"])
     spec = json.loads(theirs.to_str())
     spec["model"]["ignore_merges"] = True
-    spec["model"]["vocab"]["PAD"] = 602
+    pad = spec["model"]["vocab"]["PAD"] = theirs.token_to_id("PAD")
     write(tmp_path / "tokenizer.json", spec)
-    assert 602 not in G.load_tokenizer(tmp_path).encode("PAD")
+    assert pad not in G.load_tokenizer(tmp_path).encode("PAD")
 
 
 def test_half_a_character_is_never_shown(tmp_path):
@@ -392,6 +419,9 @@ def test_chatglm_6b_reads_both_forms_of_its_file(ice, form):
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(ice / "new" / "ice_text.model"))
     first = pieces.piece_to_id("[MASK]")
     assert [tokenizer.special[name] - first for name in CONTROL] == [*range(8)]
+    # Med-ChatGLM's folder has ids of the vocabulary with image rows in added_tokens.json
+    write(ice / form / "added_tokens.json", {"<eop>": 150005})
+    assert G.load_tokenizer(ice / form).vocab_size == first + 344
     assert tokenizer.vocab_size == first + 344 and tokenizer.eos_id == first + 5
     for text in TEXTS:
         ids = published(pieces, text)
@@ -432,14 +462,20 @@ def test_tokenizers_of_other_kinds_are_refused_in_one_line(tmp_path):
     llama = Tokenizer(models.BPE({"<0x00>": 0}, [], byte_fallback=True))
     llama.pre_tokenizer = pre_tokenizers.Metaspace()
     split, level = good["pre_tokenizer"]["pretokenizers"]
+
+    def words(pattern):
+        return split | {"pattern": {"Regex": pattern}}
+
     for name, spec in {
         "unigram": json.loads(unigram.to_str()),
         "wordpiece": json.loads(word.to_str()),
         "llama": json.loads(llama.to_str()),
         "pattern": good | {"pre_tokenizer": {"pretokenizers": [level]}},
-        "groups": good
-        | {"pre_tokenizer": {"pretokenizers": [split | {"pattern": {"Regex": r"\p{Lu}+"}}, level]}},
-        "no merges": good | {"model": {"vocab": {}, "merges": [1]}},
+        "categories": good | {"pre_tokenizer": {"pretokenizers": [words(r"\p{Lu}+"), level]}},
+        "groups": good | {"pre_tokenizer": {"pretokenizers": [words(r"(a)|b"), level]}},
+        "merges": good | {"model": good["model"] | {"merges": [["a", "\u9ec4"]]}},
+        "no letters": good | {"model": {"vocab": {}, "merges": []}},
+        "no pairs": good | {"model": {"vocab": {}, "merges": [1]}},
         "lowercase": good | {"normalizer": {"type": "Lowercase"}},
         "damaged": '{"model"',
         "list": [],

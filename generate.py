@@ -40,7 +40,7 @@ from functools import cache, lru_cache
 from hashlib import sha256
 from heapq import heappop, heappush
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from urllib.parse import unquote
 from uuid import uuid4
@@ -543,15 +543,13 @@ def stream(tokenizer, request, step=None):
 NO_SPACE_IN_FRONT = b"\x1a\x02\x18\x00"
 
 
-def byte_letters():
-    """The letter that stands for each byte in a tokenizer.json: itself where Latin-1 prints it, the
-    others from U+0100 on (Radford et al. 2019)."""
-    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printed]
-    return {b: chr(b) for b in printed} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-LETTERS = byte_letters()
+# The letter that stands for each byte in a tokenizer.json: itself where Latin-1 prints it, for the
+# others those from U+0100 on, in order (Radford et al. 2019).
+SPARE = count(256)
+LETTERS = {
+    byte: chr(byte if chr(byte).isprintable() and byte != ord(" ") else next(SPARE))
+    for byte in range(256)
+}
 BYTES = {ord(letter): byte for byte, letter in LETTERS.items()}
 
 
@@ -699,14 +697,13 @@ def read_tokenizer_json(path, settings):
     raise ValueError("wanted byte-level BPE as Qwen and Llama-3 have it, or a tokenizer.model")
 
 
-# What a word is to Llama-3 and GLM-4, after OpenAI's cl100k_base. To Qwen each digit is one.
+# What a word is to Llama-3 and GLM-4 (OpenAI's cl100k_base)
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # By config.json's model_type: the tokens behind the pieces of tiktoken's file, which holds none.
 BEHIND = {
-    "qwen": "<|endoftext|> <|im_start|> <|im_end|>",
     "chatglm": "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> "
     "<|assistant|> <|observation|> <|begin_of_image|> <|end_of_image|> <|begin_of_video|> "
     "<|end_of_video|>",
@@ -723,9 +720,8 @@ def read_tiktoken(path, kind):
     ids = {spell(b64decode(piece)): int(rank) for piece, rank in lines}
     names, begin = BEHIND[kind].split(), "<|begin_of_text|>"
     special = {name: len(ids) + i for i, name in enumerate(names)}
-    words = WORDS.replace("{1,3}", "") if kind == "qwen" else WORDS
     end = names[begin in names]  # the first, but for BOS
-    return ByteTokenizer(BytePairs(ids, ids, "", words, ids), special, begin, end)
+    return ByteTokenizer(BytePairs(ids, ids, "", WORDS, ids), special, begin, end)
 
 
 class ChatGLMTokenizer(Tokenizer):

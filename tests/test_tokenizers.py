@@ -540,7 +540,6 @@ def test_all_files_of_a_tokenizer_are_copied(tmp_path):
         "special_tokens_map.json",
         "added_tokens.json",
         "chat_template.jinja",
-        "qwen.tiktoken",
     ]
     for name in names:
         write(tmp_path / "base" / name, "{}")

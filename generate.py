@@ -40,7 +40,7 @@ from functools import cache, lru_cache
 from hashlib import sha256
 from heapq import heappop, heappush
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import accumulate, chain, cycle, zip_longest
+from itertools import chain, count, cycle, zip_longest
 from pathlib import Path
 from urllib.parse import unquote
 from uuid import uuid4
@@ -100,17 +100,6 @@ class Tokenizer:
         """Ids of a text behind a prompt: without the space that SentencePiece puts in front."""
         text.encode()
         return self.answer_pieces.encode(text)
-
-    def width(self, id):
-        """Bytes of text that an id stands for."""
-        piece = self.pieces.id_to_piece(id).replace("\u2581", " ")
-        return 1 if self.pieces.is_byte(id) else len(piece.encode())
-
-    def byte_ends(self, ids, text):
-        """Where each of the ids of a text ends in it, in bytes (0 or less: before it begins)."""
-        ends = [*accumulate(self.width(i) if i in self.texts else 0 for i in ids)]
-        # counted from the end: the space that may stand in front is none of the text
-        return [e - ends[-1] + len(text.encode()) for e in ends]
 
     def decode(self, ids):
         """The text of ids: U+FFFD for half a character, none for special ids and unknown ones."""
@@ -548,15 +537,13 @@ def stream(tokenizer, request, step=None, strip=True):
 NO_SPACE_IN_FRONT = b"\x1a\x02\x18\x00"
 
 
-def byte_letters():
-    """The letter that stands for each byte in a tokenizer.json: itself where Latin-1 prints it, the
-    others from U+0100 on (Radford et al. 2019)."""
-    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printed]
-    return {b: chr(b) for b in printed} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-LETTERS = byte_letters()
+# The letter that stands for each byte in a tokenizer.json: itself where Latin-1 prints it, for the
+# others those from U+0100 on, in order (Radford et al. 2019).
+SPARE = count(256)
+LETTERS = {
+    byte: chr(byte if chr(byte).isprintable() and byte != ord(" ") else next(SPARE))
+    for byte in range(256)
+}
 BYTES = {ord(letter): byte for byte, letter in LETTERS.items()}
 
 
@@ -599,21 +586,29 @@ class BytePairs:
     ids      {piece: id}, pieces in LETTERS
     ranks    {a + between + b: rank} of the neighbours a, b that merge, lowest first
     pattern  what a word is
+    whole    the pieces that a word is, if it can, without merging
     nfc      the text is brought to Unicode's form C first
-    whole    a word that is a piece is taken as it is"""
 
-    def __init__(self, ids, ranks, between, pattern, nfc=False, whole=True):
-        self.ids, self.ranks, self.between, self.nfc, self.whole = ids, ranks, between, nfc, whole
+    Raises ValueError for what does not fit together."""
+
+    def __init__(self, ids, ranks, between, pattern, whole, nfc=False):
+        self.ids, self.ranks, self.between, self.whole, self.nfc = ids, ranks, between, whole, nfc
         self.texts = {id: piece for piece, id in ids.items()}
         self.merged = lru_cache(1 << 16)(self.merge)
         # In a group, so that split() keeps what it finds.
         escapes = r"\[(?:\\.|[^]])+\]|\\(?:[sS]|[pP]\{\w\})"
         self.words = re.compile(f"({re.sub(escapes, expand, pattern)})")
+        made = {pair.replace(between, "") for pair in ranks}.union(LETTERS.values())
+        if self.words.groups > 1 or made - ids.keys():
+            raise ValueError("a pattern with groups, or pieces that are not in the vocabulary")
 
     def encode(self, text):
         text = unicodedata.normalize("NFC", text) if self.nfc else text
-        words = filter(None, self.words.split(text))
-        return [id for word in words for id in self.merged(word)]
+        ids = []
+        for word in filter(None, self.words.split(text)):
+            # A long word is hardly met again, and would fill the memory.
+            ids += self.merged(word) if len(word) < 100 else self.merge(word)
+        return ids
 
     def decode(self, ids):
         letters = "".join(self.texts[id] for id in ids)
@@ -622,7 +617,7 @@ class BytePairs:
     def merge(self, word):
         """Ids of a word. A queue, since a word may be as long as a client wants: n log n steps."""
         letters = spell(word.encode())
-        if self.whole and letters in self.ids:
+        if letters in self.whole:
             return [self.ids[letters]]
         # The parts form a ring with END, which merges with none, and so do those used up.
         parts, n = [*letters, END], len(letters)
@@ -649,28 +644,26 @@ class BytePairs:
 
 class ByteTokenizer(Tokenizer):
     """BytePairs behind the interface of Tokenizer. special, {name: id}, are all tokens that were
-    added to the pieces, begin (or None) and end the names of two; the ids in `shown` are shown
-    where a model writes them."""
+    added to the pieces, begin and end the names of BOS, if there is one, and of EOS; the ids in
+    `shown` are shown where a model writes them. Raises ValueError."""
 
     def __init__(self, pieces, special, begin, end, shown=()):
+        if end not in special:
+            raise ValueError(f"eos_token in tokenizer_config.json is {end!r}, no special token")
         self.pieces = self.answer_pieces = pieces
         self.special = special
-        for name, id in special.items():
-            pieces.ids.pop(name, None)  # no text is one
-            pieces.texts[id] = spell(name.encode())
+        pieces.texts |= {id: spell(name.encode()) for name, id in special.items()}
         self.texts = pieces.texts.keys() - special.values() | {*shown}
         self.bos_id, self.eos_id = special.get(begin), special[end]
-        self.opening = [special[begin]] if begin else []
+        self.opening = [] if self.bos_id is None else [self.bos_id]
         self.vocab_size = max(pieces.texts) + 1
-
-    def width(self, id):
-        return len(self.pieces.texts[id])
 
 
 def read_tokenizer_json(path, settings):
     """The ByteTokenizer of Hugging Face's tokenizer.json, with what tokenizer_config.json says.
     Raises ValueError for other kinds."""
-    match read_json_file(path):
+    spec = read_json_file(path)
+    match spec:
         case {
             "normalizer": None | {"type": "NFC"} as nfc,
             "pre_tokenizer": {
@@ -684,23 +677,24 @@ def read_tokenizer_json(path, settings):
         }:
             pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in merges)
             ranks = {pair: rank for rank, pair in enumerate(pairs)}
-            whole = model.get("ignore_merges", False)
-            pieces = BytePairs(ids, ranks, " ", pattern, nfc, whole)
             special = {token["content"]: token["id"] for token in added}
             shown = [token["id"] for token in added if not token["special"]]
-            ends = settings.get("bos_token"), settings["eos_token"]
-            return ByteTokenizer(pieces, special, *ends, shown)
+            whole = ids.keys() - special.keys() if model.get("ignore_merges") else ()
+            pieces = BytePairs(ids, ranks, " ", pattern, whole, nfc)
+            # A BOS stands in front of a text only where the post-processor puts it.
+            begin, end = settings.get("bos_token"), settings.get("eos_token")
+            begin = begin if str(begin) in str(spec.get("post_processor")) else None
+            return ByteTokenizer(pieces, special, begin, end, shown)
     raise ValueError("wanted byte-level BPE as Qwen and Llama-3 have it, or a tokenizer.model")
 
 
-# What a word is to Llama-3 and GLM-4, after OpenAI's cl100k_base. To Qwen each digit is one.
+# What a word is to Llama-3 and GLM-4 (OpenAI's cl100k_base)
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # By config.json's model_type: the tokens behind the pieces of tiktoken's file, which holds none.
 BEHIND = {
-    "qwen": "<|endoftext|> <|im_start|> <|im_end|>",
     "chatglm": "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> "
     "<|assistant|> <|observation|> <|begin_of_image|> <|end_of_image|> <|begin_of_video|> "
     "<|end_of_video|>",
@@ -715,19 +709,18 @@ def read_tiktoken(path, kind):
     """The ByteTokenizer of a file of pieces in base64, each with its rank, which is its id."""
     lines = (line.split() for line in Path(path).read_bytes().splitlines() if line)
     ids = {spell(b64decode(piece)): int(rank) for piece, rank in lines}
-    special = {name: len(ids) + i for i, name in enumerate(BEHIND[kind].split())}
-    begin = "<|begin_of_text|>" if kind == "llama" else None
-    words = WORDS.replace("{1,3}", "") if kind == "qwen" else WORDS
-    end = "<|end_of_text|>" if begin else "<|endoftext|>"
-    return ByteTokenizer(BytePairs(ids, ids, "", words), special, begin, end)
+    names, begin = BEHIND[kind].split(), "<|begin_of_text|>"
+    special = {name: len(ids) + i for i, name in enumerate(names)}
+    end = names[begin in names]  # the first, but for BOS
+    return ByteTokenizer(BytePairs(ids, ids, "", WORDS, ids), special, begin, end)
 
 
 class ChatGLMTokenizer(Tokenizer):
     """ChatGLM2's and ChatGLM3's: tokens in no file behind the pieces, and a space in front of a
     text wherever it stands."""
 
-    def __init__(self, path, more=b""):
-        super().__init__(path, more)
+    def __init__(self, path):
+        super().__init__(path)
         self.answer_pieces = self.pieces
         names = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>"
         for name in names.split():
@@ -793,14 +786,14 @@ def load_tokenizer(folder):
         elif re.match(rb"[\w+/=]+ \d+\s", file.read_bytes()):
             tokenizer = read_tiktoken(file, kind)
         elif file.name == "ice_text.model":
-            tokenizer = ChatGLM6BTokenizer(file)
+            tokenizer, added = ChatGLM6BTokenizer(file), {}  # those of an older vocabulary
         else:
             tokenizer = ChatGLMTokenizer(file) if kind == "chatglm" else Tokenizer(file)
         # Tokens added since, such as Alpaca's [PAD].
-        tokenizer.special |= added
-        for id in added.values():
-            tokenizer.texts.discard(id)
-            tokenizer.vocab_size = max(tokenizer.vocab_size, id + 1)
+        for name in added.keys() - tokenizer.special:
+            tokenizer.special[name] = added[name]
+            tokenizer.texts.discard(added[name])
+            tokenizer.vocab_size = max(tokenizer.vocab_size, added[name] + 1)
     except Exception as error:  # a damaged file makes its reader raise nearly all there are
         raise ValueError(f"{file} is no tokenizer that is known here ({error!r:.300})") from None
     if -1 in (tokenizer.bos_id, tokenizer.eos_id):

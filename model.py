@@ -855,7 +855,7 @@ def find_base(name):
 
 
 # names of a tokenizer's file, the best first
-TOKENIZERS = ("tokenizer.model", "ice_text.model", "tokenizer.json", "qwen.tiktoken")
+TOKENIZERS = ("tokenizer.model", "ice_text.model", "tokenizer.json")
 
 
 def find_tokenizer(folder):
@@ -1055,8 +1055,8 @@ def save_model(model, folder, base=None):
 
 def copy_tokenizer(base, folder):
     """Copy a base's tokenizer, in all its files, and its chat template into a folder."""
-    names = "*.tiktoken vocab.json merges.txt tokenizer*.json special_tokens_map.json "
-    names += "added_tokens.json chat_template*"
+    names = "tokenizer*.json vocab.json merges.txt special_tokens_map.json added_tokens.json "
+    names += "chat_template*"
     files = [file for name in names.split() for file in Path(base).glob(name)]
     main = find_tokenizer(base)
     if main.is_file():

@@ -31,6 +31,7 @@ Names and layout are those of Hugging Face's checkpoints. Meta's are translated 
 import argparse
 import gc
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -895,6 +896,8 @@ def write_atomically(path, write):
     temporary = Path(f"{path}.tmp{os.getpid()}")
     try:
         write(temporary)
+        # Who may read the folder may read it: safetensors makes files for their owner alone.
+        temporary.chmod(temporary.parent.stat().st_mode & 0o666)
         fsync(temporary)
         os.replace(temporary, path)
         fsync(Path(path).parent)
@@ -904,14 +907,20 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+def write_text(path, text):
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
+def to_json(value, **options):
+    return json.dumps(value, ensure_ascii=False, **options)
+
+
+def write_json(path, value):
+    write_text(path, to_json(value, indent=2) + "\n")
+
+
 def write_json_lines(path, values):
-    lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    write_atomically(path, lambda p: p.write_text(lines, encoding="utf-8"))
+    write_text(path, "".join(to_json(value) + "\n" for value in values))
 
 
 @contextmanager
@@ -1044,19 +1053,19 @@ def copy_tokenizer(base, folder):
 
 
 # ==================================================================================================
-# Settings: a dataclass field carries its default, help and range; options and checks follow
+# Settings: a dataclass says name, type, default and range once; options and checks follow, and the
+# comment beside a field or above it is the option's help
 
 
-def setting(default, text, low=None, high=None, choices=None):
-    """A field of a settings dataclass: its default, its help, and its least and greatest value or
-    the values that there are."""
-    details = {"help": text, "low": low, "high": high, "choices": choices}
-    return field(default=default, metadata=details)
+def setting(default, low=None, high=None, choices=None):
+    """A field of a settings dataclass with its least and greatest value, or its choices."""
+    return field(default=default, metadata={"low": low, "high": high, "choices": choices})
 
 
 def check_settings(settings):
     """Raise ValueError naming the first field of a dataclass whose value is neither its default nor
-    of its annotated type and within its range. Numbers without a range are above 0."""
+    of its annotated type and within its range. A number without a range is above 0, or 0 where
+    that is its default."""
     for f in fields(settings):
         value, choices = getattr(settings, f.name), f.metadata.get("choices")
         wanted, fits = f.type.__name__, type(value) is f.type
@@ -1064,7 +1073,8 @@ def check_settings(settings):
             wanted, fits = " or ".join(choices), value in choices
         elif f.type in (int, float):
             low, high = f.metadata.get("low"), f.metadata.get("high") or 2**24
-            low = f.type is int or 1e-30 if low is None else low
+            if low is None:
+                low = 0 if f.default == 0 else f.type is int or 1e-30
             wanted += f" from {low:g} to {high:g}"
             fits = type(value) in (int, f.type) and low <= value <= high
         if not fits and (type(value), value) != (type(f.default), f.default):
@@ -1089,8 +1099,13 @@ class Parser(argparse.ArgumentParser):
         among the arguments: the dataclass has the default."""
         # `--x` alone is True; a tuple takes several words.
         kinds = {bool: {"nargs": "?", "const": True, "type": boolean}, tuple: {"nargs": "+"}}
+        # The comments above a field, and the one beside it.
+        comments = r"(?m)((?:^    #.*\n)*)^    (\w+): .*?(?:  #(.*))?$"
+        source = "".join(inspect.getsource(c) for cls in classes for c in cls.__mro__[:-1])
+        found = re.findall(comments, source)
+        helps = {name: re.sub(r"\s*# ", " ", above) + beside for above, name, beside in found}
         for f in [f for cls in classes for f in fields(cls)]:
-            text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+            text = f"{helps[f.name]} (default: {f.default})".replace("%", "%%")
             kind = kinds.get(f.type, {"type": f.type})
             self.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
 

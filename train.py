@@ -1280,6 +1280,7 @@ def main():
     # The data first: what is wrong with it is said before anything large is loaded.
     template = load_template(config.prompt_template_name)
     records, val_records = read_data(config)
+    shape = Checkpoint(find_base(config.base_model)).config  # before files that it might lack
     tokenizer = load_tokenizer(config.base_model)
     run = Run(config)
     if run.finished:
@@ -1289,8 +1290,7 @@ def main():
     val_rows, val_records = encode_records(tokenizer, template, val_records, config)
 
     # Then the model, as memory allows. The plan needs no weights, only the base's shape.
-    shape, dtype = Checkpoint(find_base(config.base_model)).config, pick_dtype(config.dtype, device)
-    limits = run.limits
+    limits, dtype = run.limits, pick_dtype(config.dtype, device)
     plan = plan_memory(shape, config, rows + val_rows, dtype, device, limits.tokens_at_once)
     print(
         f"memory: {plan.bytes / 2**30:.2f} GB by the estimate, {plan.tokens_at_once:,} tokens at "

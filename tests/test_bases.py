@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as H
 from numpy_glm import CHATGLM3, chatglm3, random_chatglm3, write_bins
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -50,7 +51,7 @@ BASES = {
     "glm-4-9b": (H.GlmConfig, {"head_dim": 16, "rope_parameters": WIDE}),
 }
 ONE_EACH = ["qwen2", "qwen3 head_dim", "mistral", "glm-4-9b"]
-IDS = torch.arange(2 * 90).view(2, 90) * 37 % 300
+IDS = torch.arange(2 * 90).view(2, 90) * 37 % 300 + 3  # no padding: its row has no gradient
 
 
 def transformers_model(name, seed=0):
@@ -441,6 +442,67 @@ def test_a_fused_adapter_of_another_width_is_refused(tmp_path, chatglm):
     chatglm_adapter(tmp_path / "theirs", ["query_key_value"], rows=16)
     with pytest.raises(ValueError, match="adapter_model.*self_attn.*another base"):
         L.load_adapter(M.load_model(chatglm[0]), tmp_path / "theirs")
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+ROWS = [  # of unequal length, with a common opening; the targets follow it
+    T.Row(IDS[0, :9].tolist() + IDS[1, :n].tolist(), [False] * 9 + [True] * n) for n in (4, 17, 30)
+]
+
+
+def gradients(model, rows):
+    """{name: gradient} of the summed loss of packed rows."""
+    T.loss_sum(model, *T.collate(rows, "cpu"), scale=1.0)
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_loss(hf, rows):
+    """The same, a row at a time."""
+    total = 0.0
+    for row in rows:
+        logits = hf(torch.tensor([row.ids[:-1]])).logits[0]
+        at = [i for i, target in enumerate(row.mask[1:]) if target]
+        labels = torch.tensor(row.ids[1:])[at]
+        total = total + F.cross_entropy(logits[at], labels, reduction="sum")
+    return total
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3 head_dim", "mistral"])
+def test_full_gradients_are_transformers(tmp_path, name):
+    """Packed rows with a shared opening, biases and norms of queries and keys too."""
+    hf = transformers_model(name)
+    hf.save_pretrained(tmp_path)
+    model = M.load_model(tmp_path).train().requires_grad_(True)
+    ours = gradients(model, ROWS)
+    plain_loss(hf, ROWS).backward()
+    wanted = {key.removeprefix("model."): p.grad for key, p in hf.named_parameters()}
+    assert ours.keys() == wanted.keys()
+    for key, grad in wanted.items():
+        assert (ours[key] - grad).abs().max() < 1e-4 * grad.abs().max() + 1e-5, key
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3 head_dim"])
+def test_lora_gradients_are_pefts(tmp_path, name):
+    hf = transformers_model(name)
+    hf.save_pretrained(tmp_path / "base")
+    peft_model = peft_adapter(tmp_path / "adapter", hf, ATTENTION)
+    model = M.load_model(tmp_path / "base")
+    L.load_adapter(model, tmp_path / "adapter")
+    for _, module in L.lora_linears(model):
+        module.lora_a.requires_grad_(True), module.lora_b.requires_grad_(True)
+    ours = gradients(model, ROWS)
+    for key, p in peft_model.named_parameters():
+        p.requires_grad_("lora_" in key)
+    plain_loss(peft_model, ROWS).backward()
+    assert len(ours) == 16
+    for key, grad in ours.items():
+        name, half = key.rsplit(".", 1)
+        letter = half[-1].upper()
+        parameter = f"base_model.model.model.{name}.lora_{letter}.default.weight"
+        wanted = peft_model.get_parameter(parameter).grad
+        assert (grad - wanted).abs().max() < 1e-4 * wanted.abs().max() + 1e-5, key
 
 
 # --------------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ from model import (
     read_json_file,
     run,
     setting,
+    to_json,
     write_json,
 )
 
@@ -123,18 +124,18 @@ class Decoding:
     """How an answer is chosen, by the command line or a client. Names and meanings are
     transformers'; greedy by default, as BenTsao's beams in effect are. Raises ValueError."""
 
-    max_new_tokens: int = setting(256, "tokens of an answer at most")
-    temperature: float = setting(0.0, "0 takes the likeliest token, above 0 samples", 0, 1e6)
-    top_k: int = setting(40, "sample among the k likeliest (0: all)", 0)
-    top_p: float = setting(0.75, "sample among the likeliest that hold this mass", high=1)
-    min_p: float = setting(0.0, "sample among those with this share of the likeliest's", 0, 1)
-    repetition_penalty: float = setting(1.0, "above 1: less of what is there", 1e-6, 1e6)
-    no_repeat_ngram_size: int = setting(0, "no run of so many tokens twice (0: any)", 0)
-    num_beams: int = setting(1, "beam search of this width, which does not sample")
-    length_penalty: float = setting(1.0, "of beams: score = sum / length ** this", -20, 20)
-    n: int = setting(1, "answers to each question")
-    seed: int = setting(None, "of samples; the next answer's is seed + 1", -(2**63), 2**63 - 1)
-    stop: tuple = setting((), "texts that end an answer and are no part of it")
+    max_new_tokens: int = 256  # tokens of an answer at most
+    temperature: float = setting(0.0, 0, 1e6)  # 0 takes the likeliest token, above 0 samples
+    top_k: int = setting(40, 0)  # sample among the k likeliest (0: all)
+    top_p: float = setting(0.75, high=1)  # sample among the likeliest that hold this mass
+    min_p: float = setting(0.0, 0, 1)  # sample among those with this share of the likeliest's
+    repetition_penalty: float = setting(1.0, 1e-6, 1e6)  # above 1: less of what is there
+    no_repeat_ngram_size: int = 0  # no run of so many tokens twice (0: any)
+    num_beams: int = 1  # beam search of this width, which does not sample
+    length_penalty: float = setting(1.0, -20, 20)  # of beams: score = sum / length ** this
+    n: int = 1  # answers to each question
+    seed: int = setting(None, -(2**63), 2**63 - 1)  # of samples; the next answer's is seed + 1
+    stop: tuple = ()  # texts that end an answer and are no part of it
 
     def __post_init__(self):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
@@ -1031,11 +1032,6 @@ def read_records(path):
     return [*rows.items()]
 
 
-def to_json(value):
-    """JSON in UTF-8. Raises ValueError for half a character, which is no Unicode text."""
-    return json.dumps(value, ensure_ascii=False).encode()
-
-
 # OpenAI's roles and ShareGPT's
 ROLES = {"developer": "system", "human": "user", "gpt": "assistant"}
 ROLES |= {role: role for role in ("system", "user", "assistant")}
@@ -1117,7 +1113,7 @@ def read_instructions(path, answers=False):
     records = []
     for where, row in read_records(path):
         try:
-            to_json(row)  # half a character would be met when the answer is written
+            to_json(row).encode()  # half a character would be met when the answer is written
             messages = read_messages(row)
             last = messages[-1]
             if answers and not (last["role"] == "assistant" and last["content"].strip()):
@@ -1306,7 +1302,7 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
         for line, request in zip(lines[done:], ended):
             answer = "".join(stream(tokenizer, request))
             line |= {"answer": answer, "finish_reason": request.finish_reason}
-            print(to_json(line).decode(), file=file, flush=True)
+            print(to_json(line), file=file, flush=True)
 
 
 # ==================================================================================================
@@ -1642,14 +1638,14 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, body, status=200, kind="application/json", **headers):
         """Send a response: bytes, or what becomes JSON."""
         if not isinstance(body, bytes):
-            body = to_json(body)
+            body = to_json(body).encode()
         self.begin(status, kind, Content_Length=len(body), **headers)
         if self.command != "HEAD":
             self.wfile.write(body)
 
     def event(self, value):
         """Send an event of a stream."""
-        self.wfile.write(b"data: " + to_json(value) + b"\n\n")
+        self.wfile.write(f"data: {to_json(value)}\n\n".encode())
 
     def refuse(self, error):
         """Send a Refused as OpenAI's error object. What the client still sends is read, or closing
@@ -1680,7 +1676,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(f"the body did not come within {self.server.seconds} seconds", 408)
         try:
             sent = json.loads(text.decode())
-            to_json(sent)  # half a character is no text
+            to_json(sent).encode()  # half a character is no text
             return {name: value for name, value in sent.items() if value is not None}
         except (ValueError, RecursionError, AttributeError) as error:
             raise Refused(f"the body is no JSON object in UTF-8 ({str(error)[:100]})") from None
@@ -1781,40 +1777,33 @@ def serve(server):
 class Options(Decoding):
     """The options of the command line."""
 
-    input: str = setting("", "context of the question (the template's {input})")
-    system: str = setting("", "system text before the question, or before a chat")
-    thinking: bool = setting(False, "let a model that can (Qwen3) think before it answers")
-    base_model: str = setting("", "folder of the base (empty: the one the adapter was trained on)")
-    lora_weights: str = setting("lora-tcm", "folder of the adapter")
-    use_lora: bool = setting(True, "False asks the base alone")
-    instruct_dir: str = setting("", "a file of questions, JSON array or lines; - is stdin")
-    output: str = setting(
-        "", "file for the answers to --instruct_dir, JSON lines; a run that was stopped goes on"
-    )
-    batch_size: int = setting(8, "answers decoded together; with --serve for each of its models")
-    prompt_template: str = setting(
-        "", "name in data/templates or path (empty: the adapter's own, else the base's)"
-    )
-    single_or_multi: str = setting(
-        "single",
-        "multi: a chat shows the model the turns before, in the template's form",
-        choices=("single", "multi"),
-    )
-    context: int = setting(2048, "tokens of question and answer at most (chat, --serve)")
-    serve: bool = setting(False, "OpenAI's API and a page")
-    host: str = setting("127.0.0.1", "address to listen on (in the environment: API_HOST)")
-    port: int = setting(8000, "and port, 0: a free one (API_PORT)", 0, 65535)
-    api_key: str = setting("", "key that clients must send (better in the environment: API_KEY)")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1")
-    dtype: str = setting("auto", "of the activations: auto, bf16, fp16, fp32")
-    base_dtype: str = setting("auto", "of the base as stored: auto (--dtype), fp32, int8, nf4, ...")
-    load_8bit: bool = setting(False, "the same as --base_dtype int8")
-    merge: bool = setting(
-        False,
-        "fold the adapter into the weights: faster by its two thin products a linear, but bf16 "
-        "rounds a part of the update away",
-    )
-    compile: bool = setting(False, "compile the step that decodes: pays for files of questions")
+    input: str = ""  # context of the question (the template's {input})
+    system: str = ""  # system text before the question, or before a chat
+    thinking: bool = False  # let a model that can (Qwen3) think before it answers
+    base_model: str = ""  # folder of the base (empty: the one the adapter was trained on)
+    lora_weights: str = "lora-tcm"  # folder of the adapter
+    use_lora: bool = True  # False asks the base alone
+    instruct_dir: str = ""  # a file of questions, JSON array or lines; - is stdin
+    # file for the answers to --instruct_dir, JSON lines; a run that was stopped goes on
+    output: str = ""
+    batch_size: int = 8  # answers decoded together; with --serve for each of its models
+    # name in data/templates or path (empty: the adapter's own, else the base's)
+    prompt_template: str = ""
+    # multi: a chat shows the model the turns before, in the template's form
+    single_or_multi: str = setting("single", choices=("single", "multi"))
+    context: int = 2048  # tokens of question and answer at most (chat, --serve)
+    serve: bool = False  # OpenAI's API and a page
+    host: str = "127.0.0.1"  # address to listen on (in the environment: API_HOST)
+    port: int = setting(8000, 0, 65535)  # and port, 0: a free one (API_PORT)
+    api_key: str = ""  # key that clients must send (better in the environment: API_KEY)
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    dtype: str = "auto"  # of the activations: auto, bf16, fp16, fp32
+    base_dtype: str = "auto"  # of the base as stored: auto (--dtype), fp32, int8, nf4, ...
+    load_8bit: bool = False  # the same as --base_dtype int8
+    # fold the adapter into the weights: faster by its two thin products a linear, but bf16
+    # rounds a part of the update away
+    merge: bool = False
+    compile: bool = False  # compile the step that decodes: pays for files of questions
 
 
 # options that a way to ask has no use for

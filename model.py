@@ -31,6 +31,7 @@ Names and layout are those of Hugging Face's checkpoints. Meta's are translated 
 import argparse
 import gc
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -521,7 +522,7 @@ def read_config(path, vocab_size=None):
 # {model_type: what its config.json means where it says nothing}: our fields, and keys of REFUSED
 NETWORKS = {
     "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "mistral": {"num_key_value_heads": 8},
     "qwen2": {"qkv_bias": True, "use_sliding_window": False},
     "qwen3": {"qk_norm": True, "head_dim": 128, "use_sliding_window": False},
     "glm": {"qkv_bias": True, "attention_bias": True, "partial_rotary_factor": 0.5},
@@ -537,13 +538,12 @@ CHATGLM_SHAPE = {
     "layernorm_epsilon": "rms_norm_eps",
     "seq_length": "max_position_embeddings",
 }
-# Keys by which config.json asks for another network, and what of it is missing here
+# Patterns of "key value" by which config.json asks for another network, and what is missing here
 REFUSED = {
     "num_experts|num_local_experts|n_routed_experts": "a mixture of experts",
     "quantization_config|quantization_bit": "quantised weights",
-    "use_sliding_window": "a sliding window",
-    "linear_.*|attn_type_list|full_attention_interval": "linear attention",
-    "layer_types": "layers of several kinds",
+    "linear_.*|layer_types .*linear_attention|attn_type_list": "linear attention",
+    "(use_)?sliding_window|layer_types .*sliding_attention": "a sliding window",
     "kv_lora_rank": "latent attention",
     "alibi": "ALiBi",
     "parallel_attn": "attention beside the feed-forward",
@@ -555,43 +555,42 @@ REFUSED = {
     "text_config|vision_config": "images",
     "inner_hidden_size": "the block and positions of ChatGLM-6B",
     "apply_residual_connection_post_layernorm": "residuals behind norms",
+    # GLM-4's ratios raise RoPE's base. The 32k versions' configs are alike, but ChatGLM2 divides
+    # positions by it, ChatGLM3 raises the base.
+    r"rope_ratio (?!(1|500|10000)\b)": "the positions of the 32k versions",
 }
 
 
 def config_from_hf(hf):
-    """The fields of config.json that we have; what asks for another network is refused."""
+    """The fields of config.json that we have. Raises ValueError naming what else it asks for."""
     # rope_scaling was before, rope_parameters is since transformers 5
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     scaling = rope.pop("rope_type", rope.pop("type", "default"))
-    kind = hf.get("model_type") or "llama"
+    kind = hf.get("model_type", "llama")
     own = {"hidden_act": "silu", "partial_rotary_factor": 1.0, **NETWORKS.get(kind, {})}
     hf = own | {CHATGLM_SHAPE.get(key, key): value for key, value in hf.items()} | rope
-    refuse(hf, own)
+    if not hf.get("use_sliding_window", True):  # Qwen2 says how wide it would be
+        hf["sliding_window"] = None
+    for pattern, feature in REFUSED.items():
+        refuse(hf, own, pattern, feature)
     if kind not in NETWORKS:
         raise ValueError(f"model_type is {kind!r}, wanted one of {' '.join(NETWORKS)}")
     hf.setdefault("rope_theta", 10000.0 * hf.get("rope_ratio", 1))  # as GLM-4 has it
     names = [f.name for f in fields(LLaMAConfig)]
     values = {name: hf[name] for name in names if hf.get(name) is not None}
-    rope = {key: value for key, value in rope.items() if key not in names}
+    rope.pop("rope_theta", 0), rope.pop("partial_rotary_factor", 0)
     values["rope_scaling"] = None if scaling == "default" else {"rope_type": scaling, **rope}
     values["model_type"] = kind.removeprefix("chat")  # transformers' name of ChatGLM2's network
     return LLaMAConfig(**values)
 
 
-def refuse(hf, own):
-    """Raise ValueError naming what config.json asks for and this network does not have, where it is
-    not what its model_type means anyway."""
-    # A window is as wide as it says, unless another key switches it; all layers may be plain.
-    window = hf.get("use_sliding_window", hf.get("sliding_window"))
-    others = {*(hf.get("layer_types") or ())} - {"full_attention"}
-    asked = hf | {"use_sliding_window": window, "layer_types": others}
-    for pattern, feature in REFUSED.items():
-        for key, value in asked.items():
-            if value and value != own.get(key) and re.fullmatch(pattern, key):
-                raise ValueError(f"{key} is {value!r:.60}: this network does not have {feature}")
-    # Alike in their configs, ChatGLM2-32k divides positions by it, ChatGLM3-32k raises the base.
-    if hf.get("rope_ratio", 1) != 1 and hf.get("vocab_size") == 65024:
-        raise ValueError(f"rope_ratio is {hf['rope_ratio']!r}, wanted 1: it may mean two things")
+def refuse(hf, own, pattern, feature):
+    """Raise ValueError if config.json asks for a feature by a value that is not its model_type's
+    own."""
+    for key, value in hf.items():
+        asked = value and value != own.get(key)
+        if asked and re.match(rf"({pattern})\b", f"{key} {value}"):
+            raise ValueError(f"{key} is {value!r:.60}: this network does not have {feature}")
 
 
 def config_from_meta(params, vocab_size):
@@ -917,6 +916,8 @@ def write_atomically(path, write):
     temporary = Path(f"{path}.tmp{os.getpid()}")
     try:
         write(temporary)
+        # Who may read the folder may read it: safetensors makes files for their owner alone.
+        temporary.chmod(temporary.parent.stat().st_mode & 0o666)
         fsync(temporary)
         os.replace(temporary, path)
         fsync(Path(path).parent)
@@ -926,14 +927,20 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+def write_text(path, text):
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
+def to_json(value, **options):
+    return json.dumps(value, ensure_ascii=False, **options)
+
+
+def write_json(path, value):
+    write_text(path, to_json(value, indent=2) + "\n")
+
+
 def write_json_lines(path, values):
-    lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    write_atomically(path, lambda p: p.write_text(lines, encoding="utf-8"))
+    write_text(path, "".join(to_json(value) + "\n" for value in values))
 
 
 @contextmanager
@@ -1112,19 +1119,19 @@ def write_chat_template(folder, template):
 
 
 # ==================================================================================================
-# Settings: a dataclass field carries its default, help and range; options and checks follow
+# Settings: a dataclass says name, type, default and range once; options and checks follow, and the
+# comment beside a field or above it is the option's help
 
 
-def setting(default, text, low=None, high=None, choices=None):
-    """A field of a settings dataclass: its default, its help, and its least and greatest value or
-    the values that there are."""
-    details = {"help": text, "low": low, "high": high, "choices": choices}
-    return field(default=default, metadata=details)
+def setting(default, low=None, high=None, choices=None):
+    """A field of a settings dataclass with its least and greatest value, or its choices."""
+    return field(default=default, metadata={"low": low, "high": high, "choices": choices})
 
 
 def check_settings(settings):
     """Raise ValueError naming the first field of a dataclass whose value is neither its default nor
-    of its annotated type and within its range. Numbers without a range are above 0."""
+    of its annotated type and within its range. A number without a range is above 0, or 0 where
+    that is its default."""
     for f in fields(settings):
         value, choices = getattr(settings, f.name), f.metadata.get("choices")
         wanted, fits = f.type.__name__, type(value) is f.type
@@ -1132,7 +1139,8 @@ def check_settings(settings):
             wanted, fits = " or ".join(choices), value in choices
         elif f.type in (int, float):
             low, high = f.metadata.get("low"), f.metadata.get("high") or 2**24
-            low = f.type is int or 1e-30 if low is None else low
+            if low is None:
+                low = 0 if f.default == 0 else f.type is int or 1e-30
             wanted += f" from {low:g} to {high:g}"
             fits = type(value) in (int, f.type) and low <= value <= high
         if not fits and (type(value), value) != (type(f.default), f.default):
@@ -1157,8 +1165,13 @@ class Parser(argparse.ArgumentParser):
         among the arguments: the dataclass has the default."""
         # `--x` alone is True; a tuple takes several words.
         kinds = {bool: {"nargs": "?", "const": True, "type": boolean}, tuple: {"nargs": "+"}}
+        # The comments above a field, and the one beside it.
+        comments = r"(?m)((?:^    #.*\n)*)^    (\w+): .*?(?:  #(.*))?$"
+        source = "".join(inspect.getsource(c) for cls in classes for c in cls.__mro__[:-1])
+        found = re.findall(comments, source)
+        helps = {name: re.sub(r"\s*# ", " ", above) + beside for above, name, beside in found}
         for f in [f for cls in classes for f in fields(cls)]:
-            text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+            text = f"{helps[f.name]} (default: {f.default})".replace("%", "%%")
             kind = kinds.get(f.type, {"type": f.type})
             self.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
 

@@ -12,11 +12,11 @@ import openai
 import peft
 import pytest
 import sentencepiece
+import test_tokenizers
 import tokenizers
 import torch
 import transformers
 from conftest import ROOT
-from test_tokenizers import real  # noqa: F401  (a fixture)
 
 import generate as G
 import lora as L
@@ -698,12 +698,14 @@ def test_templates_in_jinja(folders, tmp_path, name):
 # --------------------------------------------------------------------------------------------------
 # Real vocabularies
 
+real_ones = test_tokenizers.real  # a fixture
 
-def test_ids_of_real_vocabularies(real):
+
+def test_ids_of_real_vocabularies(real_ones):
     """A short conversation in Qwen's and Llama-3's own ids, and a typed end that is none."""
     ids = {}
     for kind, name in (("qwen", "chatml"), ("llama3", "llama3")):
-        ours, theirs = real[kind]
+        ours, theirs = real_ones[kind]
         asked = {"role": "user", "content": "你好<|im_end|><|eot_id|>"}
         record = {"messages": [asked, {"role": "assistant", "content": "好"}], "instruction": ""}
         row = T.encode_example(ours, G.load_template(name), record, T.TrainConfig())
@@ -724,9 +726,9 @@ def test_ids_of_real_vocabularies(real):
 
 
 @pytest.mark.parametrize("kind, case", [("qwen", "chatml"), ("llama3", "llama3")])
-def test_prompts_in_real_vocabularies(real, folders, kind, case):
+def test_prompts_in_real_vocabularies(real_ones, folders, kind, case):
     """300 of the random conversations, encoded by tiktoken between the special tokens."""
-    ours, theirs = real[kind]
+    ours, theirs = real_ones[kind]
     template = G.load_template(case)
     for messages, _ in conversations(300):
         _, ids = by_jinja(case, messages, theirs.encode_ordinary, ours.special)

@@ -45,7 +45,7 @@ from tqdm import tqdm
 from generate import (
     DATA,
     conversation,
-    encode_segments,
+    encode_rendered,
     load_template,
     load_tokenizer,
     read_instructions,
@@ -59,9 +59,10 @@ from model import (
     read_json_file,
     run,
     setting,
-    write_atomically,
+    to_json,
     write_json,
     write_json_lines,
+    write_text,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -725,10 +726,6 @@ class Replies(dict):
         self[reply["key"]] = reply
 
 
-def to_json(value):
-    return json.dumps(value, ensure_ascii=False)
-
-
 def replies_beside(output, mark):
     """The file of the replies to an output. Raises ValueError if the output is another command's:
     it stands there without replies, or its records do not hold mark, as ours all do."""
@@ -1245,7 +1242,7 @@ def report(path, knowledge, html="", tokenizer=None, template=None):
         # "<" is escaped, lest a text of the records ends the script that it stands in.
         data = to_json(sections).replace("<", "\\u003c")
         text = page.safe_substitute(title=Path(path).name, data=data)
-        write_atomically(html, lambda p: p.write_text(text, encoding="utf-8"))
+        write_text(html, text)
         print(f"{html}: the same as a page")
 
 
@@ -1305,8 +1302,8 @@ def token_sections(records, tokenizer, template):
     prompts, rows, answers = [], [], Counter()
     for record in records:
         prompt, answer = render(template, *conversation(record))
-        ids, _ = encode_segments(tokenizer, answer, first=False)
-        prompts.append(len(encode_segments(tokenizer, prompt)[0]))
+        ids, _ = encode_rendered(tokenizer, answer, first=False)
+        prompts.append(len(encode_rendered(tokenizer, prompt)[0]))
         rows.append(prompts[-1] + len(ids))
         answers.update(ids)
     # A character outside the vocabulary becomes several tokens, its bytes.
@@ -1343,21 +1340,21 @@ def above_limits(lengths):
 class Api:
     """How an LLM is asked, and where its replies go."""
 
-    model: str = setting("", "name of the model at the endpoint (must be given)")
-    output: str = setting("", "file of the results; the replies stand beside it (must be given)")
-    base_url: str = setting("", "an OpenAI-compatible endpoint (empty: OPENAI_BASE_URL, or OpenAI)")
-    dry_run: bool = setting(False, "show prompts, number of requests, tokens, cost; ask nothing")
-    batch: bool = setting(False, "through the Batch API: half the price, within 24 hours")
-    temperature: float = setting(1.0, "of the sampling; left out where the model refuses it", 0)
-    max_tokens: int = setting(2048, "tokens of a reply at most")
-    concurrency: int = setting(16, "requests in flight")
-    timeout: float = setting(120.0, "seconds without a byte until a request is given up")
-    retries: int = setting(6, "further tries of a request", 0)
-    max_requests: int = setting(0, "stop after so many, each try counted (0: no limit)", 0)
-    max_cost: float = setting(0.0, "dollars for replies and what may be billed (0: no limit)", 0)
-    price_in: float = setting(0.0, "dollars for a million prompt tokens", 0)
-    price_out: float = setting(0.0, "dollars for a million reply tokens", 0)
-    poll: float = setting(30.0, "seconds between two looks at a batch", 0)
+    model: str = ""  # name of the model at the endpoint (must be given)
+    output: str = ""  # file of the results; the replies stand beside it (must be given)
+    base_url: str = ""  # an OpenAI-compatible endpoint (empty: OPENAI_BASE_URL, or OpenAI)
+    dry_run: bool = False  # show prompts, number of requests, tokens, cost; ask nothing
+    batch: bool = False  # through the Batch API: half the price, within 24 hours
+    temperature: float = setting(1.0, 0)  # of the sampling; left out where the model refuses it
+    max_tokens: int = 2048  # tokens of a reply at most
+    concurrency: int = 16  # requests in flight
+    timeout: float = 120.0  # seconds without a byte until a request is given up
+    retries: int = setting(6, 0)  # further tries of a request
+    max_requests: int = 0  # stop after so many, each try counted (0: no limit)
+    max_cost: float = 0.0  # dollars for replies and what may be billed (0: no limit)
+    price_in: float = 0.0  # dollars for a million prompt tokens
+    price_out: float = 0.0  # dollars for a million reply tokens
+    poll: float = setting(30.0, 0)  # seconds between two looks at a batch
 
     def __post_init__(self):
         check_settings(self)
@@ -1373,8 +1370,8 @@ class Api:
 class Source:
     """What records are made from."""
 
-    knowledge: str = setting(f"{DATA}/knowledge.jsonl", "knowledge base: CMeKG's form or triples")
-    seed: int = setting(0, "of every random choice", -1e18, 1e18)
+    knowledge: str = f"{DATA}/knowledge.jsonl"  # knowledge base: CMeKG's form or triples
+    seed: int = setting(0, -1e18, 1e18)  # of every random choice
 
     __post_init__ = check_settings
 
@@ -1383,10 +1380,10 @@ class Source:
 class Offline(Source):
     """Instruction records from forms, split by entity."""
 
-    forms: str = setting(f"{DATA}/forms.json", "questions and statements by relation")
-    output_dir: str = setting(str(DATA), "folder for train.jsonl and heldout.jsonl")
-    heldout: float = setting(0.1, "share of the entities held out", high=0.99)
-    questions: int = setting(2, "question forms per fact (held out: 1)")
+    forms: str = f"{DATA}/forms.json"  # questions and statements by relation
+    output_dir: str = str(DATA)  # folder for train.jsonl and heldout.jsonl
+    heldout: float = setting(0.1, high=0.99)  # share of the entities held out
+    questions: int = 2  # question forms per fact (held out: 1)
 
     def run(self):
         forms = read_forms(self.forms)
@@ -1403,16 +1400,16 @@ class Offline(Source):
 class Asked(Api, Source):
     """What the commands share that ask an LLM for records."""
 
-    prompts: str = setting(f"{DATA}/prompts", "folder of prompt forms")
-    count: int = setting(100, "prompts; a greater count goes on where a smaller one ended")
+    prompts: str = f"{DATA}/prompts"  # folder of prompt forms
+    count: int = 100  # prompts; a greater count goes on where a smaller one ended
 
 
 @dataclass
 class Knowledge(Asked):
     """An LLM writes instruction records from facts."""
 
-    forms: str = setting(f"{DATA}/forms.json", "questions and statements by relation")
-    mix: str = setting("", "weights of the forms, as single=3,vignette=1 (empty: their own)")
+    forms: str = f"{DATA}/forms.json"  # questions and statements by relation
+    mix: str = ""  # weights of the forms, as single=3,vignette=1 (empty: their own)
 
     def run(self):
         prompts = read_prompts(self.prompts)
@@ -1427,7 +1424,7 @@ class Knowledge(Asked):
 class Literature(Asked):
     """An LLM writes dialogues about conclusions of papers."""
 
-    literature: str = setting(f"{DATA}/literature.jsonl", "lines of 标题, 疾病, 结论")
+    literature: str = f"{DATA}/literature.jsonl"  # lines of 标题, 疾病, 结论
 
     def run(self):
         jobs = literature_jobs(self, read_prompts(self.prompts))
@@ -1438,7 +1435,7 @@ class Literature(Asked):
 class SelfInstruct(Asked):
     """An LLM writes new tasks after seed tasks."""
 
-    seed_tasks: str = setting(f"{DATA}/seed_tasks.jsonl", "alpaca records")
+    seed_tasks: str = f"{DATA}/seed_tasks.jsonl"  # alpaca records
 
     def run(self):
         seeds = read_instructions(self.seed_tasks, answers=True)
@@ -1450,10 +1447,10 @@ class SelfInstruct(Asked):
 class Stats:
     """What a file of records holds."""
 
-    knowledge: str = setting(Source.knowledge, "the one that the records were made from")
-    tokenizer: str = setting("", "folder of a base with its tokenizer: also lengths in tokens")
-    prompt_template_name: str = setting("med_template", "template of the prompts then counted")
-    html: str = setting("", "file for the report as a page")
+    knowledge: str = Source.knowledge  # the one that the records were made from
+    tokenizer: str = ""  # folder of a base with its tokenizer: also lengths in tokens
+    prompt_template_name: str = "med_template"  # template of the prompts then counted
+    html: str = ""  # file for the report as a page
 
     def run(self, file):
         tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else None

@@ -40,10 +40,8 @@ from functools import cache, lru_cache
 from hashlib import sha256
 from heapq import heappop, heappush
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import accumulate, chain, cycle, groupby, zip_longest
+from itertools import chain, count, cycle, zip_longest
 from pathlib import Path
-from string import Formatter
-from typing import NamedTuple
 from urllib.parse import unquote
 from uuid import uuid4
 
@@ -54,7 +52,6 @@ from tqdm import tqdm
 from lora import load_adapter, lora_linears, merge, quantize, share_rows
 from model import (
     DTYPES,
-    FORMS,
     TOKENIZERS,
     Checkpoint,
     Parser,
@@ -66,6 +63,7 @@ from model import (
     read_json_file,
     run,
     setting,
+    to_json,
     write_json,
 )
 
@@ -104,17 +102,6 @@ class Tokenizer:
         text.encode()
         return self.answer_pieces.encode(text)
 
-    def width(self, id):
-        """Bytes of text that an id stands for."""
-        piece = self.pieces.id_to_piece(id).replace("\u2581", " ")
-        return 1 if self.pieces.is_byte(id) else len(piece.encode())
-
-    def byte_ends(self, ids, text):
-        """Where each of the ids of a text ends in it, in bytes (0 or less: before it begins)."""
-        ends = [*accumulate(self.width(i) if i in self.texts else 0 for i in ids)]
-        # counted from the end: the space that may stand in front is none of the text
-        return [e - ends[-1] + len(text.encode()) for e in ends]
-
     def decode(self, ids):
         """The text of ids: U+FFFD for half a character, none for special ids and unknown ones."""
         return self.pieces.decode([i for i in ids if i in self.texts])
@@ -125,7 +112,7 @@ def render_prompt(tokenizer, template, messages, several=False):
     Asking, chatting and serving make it here, and training makes the same of the same parts."""
     answered = messages[-1]["role"] == "assistant"
     prompt, _ = render(template, messages[:-1] if answered else messages, several)
-    return encode_segments(tokenizer, prompt)[0]
+    return encode_rendered(tokenizer, prompt)[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -137,18 +124,18 @@ class Decoding:
     """How an answer is chosen, by the command line or a client. Names and meanings are
     transformers'; greedy by default, as BenTsao's beams in effect are. Raises ValueError."""
 
-    max_new_tokens: int = setting(256, "tokens of an answer at most")
-    temperature: float = setting(0.0, "0 takes the likeliest token, above 0 samples", 0, 1e6)
-    top_k: int = setting(40, "sample among the k likeliest (0: all)", 0)
-    top_p: float = setting(0.75, "sample among the likeliest that hold this mass", high=1)
-    min_p: float = setting(0.0, "sample among those with this share of the likeliest's", 0, 1)
-    repetition_penalty: float = setting(1.0, "above 1: less of what is there", 1e-6, 1e6)
-    no_repeat_ngram_size: int = setting(0, "no run of so many tokens twice (0: any)", 0)
-    num_beams: int = setting(1, "beam search of this width, which does not sample")
-    length_penalty: float = setting(1.0, "of beams: score = sum / length ** this", -20, 20)
-    n: int = setting(1, "answers to each question")
-    seed: int = setting(None, "of samples; the next answer's is seed + 1", -(2**63), 2**63 - 1)
-    stop: tuple = setting((), "texts that end an answer and are no part of it")
+    max_new_tokens: int = 256  # tokens of an answer at most
+    temperature: float = setting(0.0, 0, 1e6)  # 0 takes the likeliest token, above 0 samples
+    top_k: int = setting(40, 0)  # sample among the k likeliest (0: all)
+    top_p: float = setting(0.75, high=1)  # sample among the likeliest that hold this mass
+    min_p: float = setting(0.0, 0, 1)  # sample among those with this share of the likeliest's
+    repetition_penalty: float = setting(1.0, 1e-6, 1e6)  # above 1: less of what is there
+    no_repeat_ngram_size: int = 0  # no run of so many tokens twice (0: any)
+    num_beams: int = 1  # beam search of this width, which does not sample
+    length_penalty: float = setting(1.0, -20, 20)  # of beams: score = sum / length ** this
+    n: int = 1  # answers to each question
+    seed: int = setting(None, -(2**63), 2**63 - 1)  # of samples; the next answer's is seed + 1
+    stop: tuple = ()  # texts that end an answer and are no part of it
 
     def __post_init__(self):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
@@ -553,15 +540,13 @@ def stream(tokenizer, request, step=None, strip=True):
 NO_SPACE_IN_FRONT = b"\x1a\x02\x18\x00"
 
 
-def byte_letters():
-    """The letter that stands for each byte in a tokenizer.json: itself where Latin-1 prints it, the
-    others from U+0100 on (Radford et al. 2019)."""
-    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printed]
-    return {b: chr(b) for b in printed} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-LETTERS = byte_letters()
+# The letter that stands for each byte in a tokenizer.json: itself where Latin-1 prints it, for the
+# others those from U+0100 on, in order (Radford et al. 2019).
+SPARE = count(256)
+LETTERS = {
+    byte: chr(byte if chr(byte).isprintable() and byte != ord(" ") else next(SPARE))
+    for byte in range(256)
+}
 BYTES = {ord(letter): byte for byte, letter in LETTERS.items()}
 
 
@@ -604,21 +589,29 @@ class BytePairs:
     ids      {piece: id}, pieces in LETTERS
     ranks    {a + between + b: rank} of the neighbours a, b that merge, lowest first
     pattern  what a word is
+    whole    the pieces that a word is, if it can, without merging
     nfc      the text is brought to Unicode's form C first
-    whole    a word that is a piece is taken as it is"""
 
-    def __init__(self, ids, ranks, between, pattern, nfc=False, whole=True):
-        self.ids, self.ranks, self.between, self.nfc, self.whole = ids, ranks, between, nfc, whole
+    Raises ValueError for what does not fit together."""
+
+    def __init__(self, ids, ranks, between, pattern, whole, nfc=False):
+        self.ids, self.ranks, self.between, self.whole, self.nfc = ids, ranks, between, whole, nfc
         self.texts = {id: piece for piece, id in ids.items()}
         self.merged = lru_cache(1 << 16)(self.merge)
         # In a group, so that split() keeps what it finds.
         escapes = r"\[(?:\\.|[^]])+\]|\\(?:[sS]|[pP]\{\w\})"
         self.words = re.compile(f"({re.sub(escapes, expand, pattern)})")
+        made = {pair.replace(between, "") for pair in ranks}.union(LETTERS.values())
+        if self.words.groups > 1 or made - ids.keys():
+            raise ValueError("a pattern with groups, or pieces that are not in the vocabulary")
 
     def encode(self, text):
         text = unicodedata.normalize("NFC", text) if self.nfc else text
-        words = filter(None, self.words.split(text))
-        return [id for word in words for id in self.merged(word)]
+        ids = []
+        for word in filter(None, self.words.split(text)):
+            # A long word is hardly met again, and would fill the memory.
+            ids += self.merged(word) if len(word) < 100 else self.merge(word)
+        return ids
 
     def decode(self, ids):
         letters = "".join(self.texts[id] for id in ids)
@@ -627,7 +620,7 @@ class BytePairs:
     def merge(self, word):
         """Ids of a word. A queue, since a word may be as long as a client wants: n log n steps."""
         letters = spell(word.encode())
-        if self.whole and letters in self.ids:
+        if letters in self.whole:
             return [self.ids[letters]]
         # The parts form a ring with END, which merges with none, and so do those used up.
         parts, n = [*letters, END], len(letters)
@@ -654,28 +647,26 @@ class BytePairs:
 
 class ByteTokenizer(Tokenizer):
     """BytePairs behind the interface of Tokenizer. special, {name: id}, are all tokens that were
-    added to the pieces, begin (or None) and end the names of two; the ids in `shown` are shown
-    where a model writes them."""
+    added to the pieces, begin and end the names of BOS, if there is one, and of EOS; the ids in
+    `shown` are shown where a model writes them. Raises ValueError."""
 
     def __init__(self, pieces, special, begin, end, shown=()):
+        if end not in special:
+            raise ValueError(f"eos_token in tokenizer_config.json is {end!r}, no special token")
         self.pieces = self.answer_pieces = pieces
         self.special = special
-        for name, id in special.items():
-            pieces.ids.pop(name, None)  # no text is one
-            pieces.texts[id] = spell(name.encode())
+        pieces.texts |= {id: spell(name.encode()) for name, id in special.items()}
         self.texts = pieces.texts.keys() - special.values() | {*shown}
         self.bos_id, self.eos_id = special.get(begin), special[end]
-        self.opening = [special[begin]] if begin else []
+        self.opening = [] if self.bos_id is None else [self.bos_id]
         self.vocab_size = max(pieces.texts) + 1
-
-    def width(self, id):
-        return len(self.pieces.texts[id])
 
 
 def read_tokenizer_json(path, settings):
     """The ByteTokenizer of Hugging Face's tokenizer.json, with what tokenizer_config.json says.
     Raises ValueError for other kinds."""
-    match read_json_file(path):
+    spec = read_json_file(path)
+    match spec:
         case {
             "normalizer": None | {"type": "NFC"} as nfc,
             "pre_tokenizer": {
@@ -689,23 +680,24 @@ def read_tokenizer_json(path, settings):
         }:
             pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in merges)
             ranks = {pair: rank for rank, pair in enumerate(pairs)}
-            whole = model.get("ignore_merges", False)
-            pieces = BytePairs(ids, ranks, " ", pattern, nfc, whole)
             special = {token["content"]: token["id"] for token in added}
             shown = [token["id"] for token in added if not token["special"]]
-            ends = settings.get("bos_token"), settings["eos_token"]
-            return ByteTokenizer(pieces, special, *ends, shown)
+            whole = ids.keys() - special.keys() if model.get("ignore_merges") else ()
+            pieces = BytePairs(ids, ranks, " ", pattern, whole, nfc)
+            # A BOS stands in front of a text only where the post-processor puts it.
+            begin, end = settings.get("bos_token"), settings.get("eos_token")
+            begin = begin if str(begin) in str(spec.get("post_processor")) else None
+            return ByteTokenizer(pieces, special, begin, end, shown)
     raise ValueError("wanted byte-level BPE as Qwen and Llama-3 have it, or a tokenizer.model")
 
 
-# What a word is to Llama-3 and GLM-4, after OpenAI's cl100k_base. To Qwen each digit is one.
+# What a word is to Llama-3 and GLM-4 (OpenAI's cl100k_base)
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # By config.json's model_type: the tokens behind the pieces of tiktoken's file, which holds none.
 BEHIND = {
-    "qwen": "<|endoftext|> <|im_start|> <|im_end|>",
     "chatglm": "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> "
     "<|assistant|> <|observation|> <|begin_of_image|> <|end_of_image|> <|begin_of_video|> "
     "<|end_of_video|>",
@@ -720,19 +712,18 @@ def read_tiktoken(path, kind):
     """The ByteTokenizer of a file of pieces in base64, each with its rank, which is its id."""
     lines = (line.split() for line in Path(path).read_bytes().splitlines() if line)
     ids = {spell(b64decode(piece)): int(rank) for piece, rank in lines}
-    special = {name: len(ids) + i for i, name in enumerate(BEHIND[kind].split())}
-    begin = "<|begin_of_text|>" if kind == "llama" else None
-    words = WORDS.replace("{1,3}", "") if kind == "qwen" else WORDS
-    end = "<|end_of_text|>" if begin else "<|endoftext|>"
-    return ByteTokenizer(BytePairs(ids, ids, "", words), special, begin, end)
+    names, begin = BEHIND[kind].split(), "<|begin_of_text|>"
+    special = {name: len(ids) + i for i, name in enumerate(names)}
+    end = names[begin in names]  # the first, but for BOS
+    return ByteTokenizer(BytePairs(ids, ids, "", WORDS, ids), special, begin, end)
 
 
 class ChatGLMTokenizer(Tokenizer):
     """ChatGLM2's and ChatGLM3's: tokens in no file behind the pieces, and a space in front of a
     text wherever it stands."""
 
-    def __init__(self, path, more=b""):
-        super().__init__(path, more)
+    def __init__(self, path):
+        super().__init__(path)
         self.answer_pieces = self.pieces
         names = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>"
         for name in names.split():
@@ -798,15 +789,14 @@ def load_tokenizer(folder):
         elif re.match(rb"[\w+/=]+ \d+\s", file.read_bytes()):
             tokenizer = read_tiktoken(file, kind)
         elif file.name == "ice_text.model":
-            # Where image tokens were counted, added ids are those of a longer vocabulary.
-            tokenizer, added = ChatGLM6BTokenizer(file), {}
+            tokenizer, added = ChatGLM6BTokenizer(file), {}  # those of an older vocabulary
         else:
             tokenizer = ChatGLMTokenizer(file) if kind == "chatglm" else Tokenizer(file)
         # Tokens added since, such as Alpaca's [PAD].
-        tokenizer.special |= added
-        for id in added.values():
-            tokenizer.texts.discard(id)
-            tokenizer.vocab_size = max(tokenizer.vocab_size, id + 1)
+        for name in added.keys() - tokenizer.special:
+            tokenizer.special[name] = added[name]
+            tokenizer.texts.discard(added[name])
+            tokenizer.vocab_size = max(tokenizer.vocab_size, added[name] + 1)
     except Exception as error:  # a damaged file makes its reader raise nearly all there are
         raise ValueError(f"{file} is no tokenizer that is known here ({error!r:.300})") from None
     if -1 in (tokenizer.bos_id, tokenizer.eos_id):
@@ -818,68 +808,63 @@ def load_tokenizer(folder):
 # Templates: a conversation as texts and special tokens
 
 # tokens that end an answer besides EOS, in the vocabularies that have them
-ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
-ENDS += ("<|user|>", "<|observation|>")
+ENDS = {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"}
+ENDS |= {"<|user|>", "<|observation|>"}
+# The texts of a template that has none of its own: BenTsao's, with several turns in one
+# instruction.
+FORMS = {
+    "system": "{system}\n",
+    "turn": " <user>: {opening}{user} <bot>: {answer}",
+    "question": " <user>: {opening}{user}",
+    "lone": "{opening}{user}",
+    "answer": "{assistant}",
+    "last": "{assistant}{eos}",
+    "thoughts": "",
+    "thinking": False,
+    "default_system": None,
+    "special": (),
+    "trim": (),
+}
 
 
 def eos_ids(tokenizer):
     """The ids that end an answer."""
-    ends = (tokenizer.special[name] for name in ENDS if name in tokenizer.special)
-    return sorted({tokenizer.eos_id, *ends})
-
-
-# the places in a template's texts, and one that a text must have
-PLACES = {"bos", "eos", "system", "turns", "instruction", "input", "user", "answer", "assistant"}
-PLACES |= {"thoughts", "n", "i"}
-NEEDED = {
-    "prompt_no_input": {"instruction"},
-    "prompt_input": {"instruction"},
-    "prompt": {"instruction", "user"},
-    "system": {"system"},
-    "turn": {"user"},
-    "question": {"user"},
-    "answer": {"assistant"},
-    "last": {"assistant"},
-    "thoughts": {"thoughts"},
-}
-
-
-class Segment(NamedTuple):
-    """A part of a rendered conversation: a text, or a special token by its name."""
-
-    text: str
-    special: bool
-    target: bool  # of training
+    ends = ENDS & tokenizer.special.keys()
+    return sorted({tokenizer.eos_id, *(tokenizer.special[name] for name in ends)})
 
 
 def load_template(name):
-    """The template of a bare name in data/templates, or of a path. It has either BenTsao's texts,
-    prompt_no_input and prompt_input (by default the same), or those of a chat:
+    """The template of a bare name in data/templates, or of a path. It has BenTsao's prompt_no_input
+    and prompt_input (by default the same), with {instruction} and {input}, or a chat's texts:
 
-      prompt          with the places {system}, {turns} and {user}, of the last question
-      turn            an earlier question with its {answer}, the {n}th; {i} counts from 0
-      answer, last    an earlier answer, and the last one (by default the same)
-      system          around a system text; default_system, where none is given
-      thoughts        what stands before an answer (nothing in it: the model is not to think)
-      special         the special tokens that these texts name and the tokenizer must have
-      trim            roles whose texts lose the blanks around them
+      prompt          up to the answer: {system}, {turns}, and {user}, the last question
+      turn            an earlier {user} and its {answer}; {n} counts them from 1, {i} from 0
+      answer, last    around {assistant}: an earlier answer, and the last one
+      system          around {system}; where prompt has no place for it, it is the {opening} of the
+                      first question. default_system: the text if none is given
+      thoughts        around {thoughts}, before an answer; empty they tell a model not to think
+      special         the special tokens in these texts, which the tokenizer must have
+      trim            the roles whose texts lose the blanks around them
+      chat_template   the same in Jinja, for other programs
 
-    Raises ValueError for a text without its places."""
+    {instruction} is {turns} and `question`, or `lone` if there is one turn; {bos} and {eos} are the
+    tokenizer's. Raises ValueError for a template that loses a part of a conversation."""
     path = Path(name) if str(name).endswith(".json") else DATA / "templates" / f"{name}.json"
     template = read_json_file(path)
     if "prompt" not in template:
-        template.setdefault("prompt_input", template.setdefault("prompt_no_input"))
-    for key in template.keys() & NEEDED.keys():
-        text = str(template[key])
-        with suppress(ValueError):  # a single brace
-            parts = [part[1:] for part in Formatter().parse(text) if part[1] is not None]
-            found = {f"{name}{spec}{conversion or ''}" for name, spec, conversion in parts}
-            if found <= PLACES and found & NEEDED[key]:
-                continue
+        template.setdefault("prompt_input", template.get("prompt_no_input"))
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    trial = [{"role": role, "content": role.upper()} for role in roles]
+    try:
+        for trial[3]["input"] in "", "?":
+            text = "".join(render(template, trial))
+            if any(text.count(role.upper()) < roles.count(role) for role in roles):
+                raise ValueError(f"a conversation becomes {text!r}")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path}: {key} is {text!r:.200}, wanted a text with {{{max(NEEDED[key])}}}; braces "
-            f"other than of {' '.join(sorted(PLACES))} are doubled"
-        )
+            f"{path}: {error!r:.200}; wanted prompt_no_input with {{instruction}}, or prompt with "
+            "{system}, {turns} and {user}; other braces are doubled"
+        ) from None
     return template
 
 
@@ -887,153 +872,117 @@ def default_template(tokenizer):
     """The name of the template whose special tokens a tokenizer has, of several the one with most;
     med_template if there is none."""
     fits = [(0, "med_template")]
-    for path in sorted((DATA / "templates").glob("*.json")):
-        special = read_json_file(path).get("special", ())
-        if special and {*special} <= tokenizer.special.keys():
+    for path in (DATA / "templates").glob("*.json"):
+        special = {*read_json_file(path).get("special", ())}
+        if special and special <= tokenizer.special.keys():
             fits.append((len(special), path.stem))
     return max(fits)[1]
 
 
-def fill(forms, form, target=False, **values):
-    """A text of a template as Segments, its fields replaced by texts or by other Segments. Special
-    tokens are looked for in the template's own text, and never in what somebody wrote."""
-    names, segments = "|".join(map(re.escape, forms.get("special", ()))) or "(?!)", []
-    for literal, name, *_ in Formatter().parse(form):
-        for i, part in enumerate(re.split(f"({names})", literal)):
-            segments.append(Segment(part, i % 2 == 1, target))
-        value = values.get(name, "")
-        if name in ("bos", "eos"):
-            value = [Segment(name, True, target)]
-        segments += value if isinstance(value, list) else [Segment(str(value), False, target)]
-    return [segment for segment in segments if segment.text]
+# In a rendered text these stand around the name of a special token, before what is a target of
+# training, and behind it.
+SPECIAL, TARGET, CONTEXT = "\0", "\1", "\2"
 
 
-def split_thoughts(message):
-    """(thoughts, text) of an assistant's message: they are its reasoning_content, or stand before
-    the text, within <think> and </think>."""
-    thoughts, text = message.get("reasoning_content"), message["content"]
-    if thoughts is None and "</think>" in text:
-        thoughts, *_, text = text.split("</think>")
-        thoughts, text = thoughts.rpartition("<think>")[2], text.lstrip("\n")
-    return (thoughts or "").strip("\n"), text
-
-
-def join_system(messages):
-    """The messages without a system text: it opens the first question, on a line of its own."""
-    if messages[0]["role"] != "system":
-        return messages
-    system, first, *rest = messages
-    return [first | {"content": f"{system['content']}\n{first['content']}"}, *rest]
-
-
-def split_messages(forms, messages):
-    """(system text or None, questions, [(thoughts, answer), ...]) of a conversation's messages."""
-    if "system" not in forms:
-        messages = join_system(messages)
-    trim = forms["trim"]
-    messages = [m | {"content": m["content"].strip()} if m["role"] in trim else m for m in messages]
-    system = forms["default_system"]
-    if messages[0]["role"] == "system":
-        system = messages.pop(0)["content"]
-    answers = [("", m["content"]) for m in messages[1::2]]
-    if forms["thoughts"]:
-        answers = list(map(split_thoughts, messages[1::2]))
-    return system, messages[::2], answers
+def fill(forms, name, fields):
+    """A text of a template with its fields. Special tokens are looked for in the template's own
+    text, and never in what somebody wrote."""
+    names = "|".join(map(re.escape, forms["special"])) or "(?!)"
+    return re.sub(names, r"\0\g<0>\0", forms[name]).format(**fields)
 
 
 def render(template, messages, several=False):
-    """(prompt, answer) of a conversation as lists of Segments; the answer is empty where the last
-    message is a question. several: in the form of several turns, even if there is one."""
-    forms = FORMS | {"last": template.get("answer", FORMS["last"])} | template
-    system, questions, answers = split_messages(forms, messages)
-    # The turns before the last question; their thoughts are left out.
-    turns = []
-    for i, (question, (_, text)) in enumerate(zip(questions[:-1], answers)):
-        said = fill(forms, forms["answer"], True, assistant=text)
-        turns += fill(forms, forms["turn"], user=question["content"], answer=said, n=i + 1, i=i)
-
-    # The last question.
-    n, user, input = len(questions), questions[-1]["content"], questions[-1].get("input", "")
-    if input and "prompt" in forms:
-        user = f"{user}\n{input}"
-    fields = {"turns": turns, "user": user, "instruction": user, "input": input, "n": n, "i": n - 1}
-    if several or turns:
-        fields["instruction"] = turns + fill(forms, forms["question"], **fields)
+    """(prompt, answer) of a conversation as texts with the marks above; the answer is empty where
+    the last message is a question. several: in the form of several turns, even if there is one.
+    Raises ValueError for a mark in a message."""
+    forms = FORMS | template
+    texts = [m["content"].strip() if m["role"] in forms["trim"] else m["content"] for m in messages]
+    if {SPECIAL, TARGET, CONTEXT} & {*"".join(texts)}:
+        raise ValueError("a text has one of the characters U+0000, U+0001 and U+0002")
+    fields = {"bos": "\0bos\0", "eos": "\0eos\0", "system": "", "turns": ""}
+    system = texts.pop(0) if messages[0]["role"] == "system" else forms["default_system"]
     if system is not None:
-        fields["system"] = fill(forms, forms["system"], system=system)
-    form = forms.get("prompt") or "{bos}" + forms["prompt_input" if input else "prompt_no_input"]
-    prompt = fill(forms, form, **fields)
+        fields["system"] = fill(forms, "system", fields | {"system": system})
 
-    # Its answer. Thoughts are learnt; that there are none belongs to the prompt, and is not.
-    thoughts, text = answers[-1] if len(answers) == n else ("", None)
-    block = fill(forms, forms["thoughts"], bool(thoughts), thoughts=thoughts)
-    if text is None:
-        return prompt + block * (not forms.get("thinking")), []
-    text = text.lstrip("\n") if block else text
-    answer = fill(forms, forms["last"], True, assistant=text)
-    return (prompt, block + answer) if thoughts else (prompt + block, answer)
+    # One question after the other: the one before goes to the turns, without its thoughts.
+    answers = [split_thoughts(forms, text) for text in texts[1::2]]
+    for i, user in enumerate(texts[::2]):
+        if i:
+            fields["assistant"] = answers[i - 1][1]
+            fields["answer"] = TARGET + fill(forms, "answer", fields) + CONTEXT
+            fields["turns"] += fill(forms, "turn", fields)
+        fields |= {"user": user, "i": i, "n": i + 1, "opening": "" if i else fields["system"]}
+    asked = messages[-1]["role"] == "user"
+    prompt = render_question(forms, fields, messages[-1 if asked else -2].get("input"), several)
+
+    # Thoughts are learnt. That there are none belongs to the prompt, and is not.
+    fields["thoughts"], fields["assistant"] = ("", "") if asked else answers[i]
+    block = fill(forms, "thoughts", fields)
+    if block:
+        fields["assistant"] = fields["assistant"].lstrip("\n")
+    answer = "" if asked else fill(forms, "last", fields)
+    if fields["thoughts"]:
+        return prompt, block + answer
+    return prompt + block * (not asked or not forms["thinking"]), answer
 
 
-def encode_segments(tokenizer, segments, first=True):
-    """(ids, mask) of Segments; mask[t] is True where token t is a target. Texts that stand side by
-    side are encoded as one. first: nothing stands before them. Raises ValueError for a special
-    token that the tokenizer lacks."""
-    ids, mask = [], []
-    special = {name: [id] for name, id in tokenizer.special.items()}
-    special |= {"bos": tokenizer.opening, "eos": [tokenizer.eos_id]}
-    for is_special, side_by_side in groupby(segments, lambda segment: segment.special):
-        if not is_special:
-            alone = first and ids in ([], tokenizer.opening)
-            new, targets = encode_texts(tokenizer, list(side_by_side), alone)
-            ids, mask = ids + new, mask + targets
-            continue
-        for name, _, target in side_by_side:
-            if name not in special:
-                raise ValueError(
-                    f"the template wants the special token {name}, which this tokenizer does not "
-                    "have; choose another template"
-                )
-            ids += special[name]
-            mask += [target] * len(special[name])
+def render_question(forms, fields, input, several):
+    """The prompt, when all but the last question's input stands in fields."""
+    fields["input"] = input or ""
+    if input and "prompt" in forms:
+        fields["user"] += "\n" + input
+    last = fill(forms, "question" if several or fields["turns"] else "lone", fields)
+    fields["instruction"] = fields["turns"] + last
+    if "prompt" in forms:
+        return fill(forms, "prompt", fields)
+    return fields["bos"] + fill(forms, "prompt_input" if input else "prompt_no_input", fields)
+
+
+def split_thoughts(forms, text):
+    """(thoughts, answer) of an answer with <think>thoughts</think> before it, where a template has
+    a place for them."""
+    thoughts, mark, answer = text.rpartition("</think>")
+    if not (mark and forms["thoughts"]):
+        return "", text
+    return thoughts.rpartition("<think>")[2].strip("\n"), answer.lstrip("\n")
+
+
+def encode_rendered(tokenizer, text, first=True):
+    """(ids, mask) of a rendered text; mask[t] is True where token t, or a part of it, is a target.
+    Texts are encoded from one special token to the next. first: nothing stands before them. Raises
+    ValueError for a special token that the tokenizer lacks."""
+    ids, mask, is_target = [], [], False
+
+    def special(name):
+        id = tokenizer.special.get(name)
+        found = {name: [id], "bos": tokenizer.opening, "eos": [tokenizer.eos_id]}[name]
+        if found == [None]:
+            raise ValueError(
+                f"the template wants {name}, which the base's tokenizer does not have; choose "
+                "another template"
+            )
+        return found
+
+    for i, part in enumerate(text.split(SPECIAL)):
+        at_start = first and ids in ([], tokenizer.opening)
+        encode = tokenizer.encode if at_start else tokenizer.encode_answer
+        encode = special if i % 2 else encode
+        texts, before, start = re.split("[\1\2]", part), "", 0
+        new = encode("".join(texts))
+        targets = [False] * len(new)
+        for j, piece in enumerate(texts):
+            is_target ^= j > 0
+            # What the text up to a mark has in common with all of it ends there, or before a token
+            # that reaches across.
+            before += piece
+            within = encode(before)
+            common = len(os.path.commonprefix([new, within]))
+            stop = common + (common < len(within))
+            if is_target:
+                targets[start:stop] = [True] * (stop - start)
+            start = common
+        ids, mask = ids + new, mask + targets
     return ids, mask
-
-
-def encode_texts(tokenizer, segments, alone):
-    """(ids, mask) of texts as one; alone: at the beginning. A token is a target if a part of it
-    belongs to one."""
-    encode = tokenizer.encode if alone else tokenizer.encode_answer
-    text, stop = "".join(segment.text for segment in segments), 0
-    ids = encode(text)
-    mask = [False] * len(ids)
-    for segment in segments:
-        start, stop = stop, stop + len(segment.text)
-        if segment.target:
-            # What the text before a place has in common with all of it ends there, or a token
-            # reaches across.
-            before, within = encode(text[:start]), encode(text[:stop])
-            first, last = (len(os.path.commonprefix([ids, part])) for part in (before, within))
-            last += last < len(within)
-            mask[first:last] = [True] * (last - first)
-    return ids, mask
-
-
-def conversation(record):
-    """(messages, whether they stand in the form of several turns) of a record. BenTsao's literature
-    rows are one text, which is cut at its marks."""
-    instruction, answer = record["instruction"], record.get("output")
-    several = instruction.startswith(" <user>: ")
-    if "messages" in record:
-        return record["messages"], several
-    texts = re.split(" <(?:user|bot)>: ", instruction)[1:]
-    pairs = list(zip_longest(texts[::2], texts[1::2]))
-    # Unless it cannot be put together again: then a mark stands where none belongs.
-    if not several or render_turns(pairs) != instruction:
-        texts, several = [instruction], False
-    texts += [] if answer is None else [answer]
-    roles = cycle(("user", "assistant"))
-    messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
-    messages[-1 if answer is None else -2]["input"] = record.get("input") or ""
-    return messages, several
 
 
 # ==================================================================================================
@@ -1046,6 +995,16 @@ def render_turns(turns):
     *earlier, (question, _) = turns
     said = [f" <user>: {user} <bot>: {bot}" for user, bot in earlier]
     return "".join(said) + f" <user>: {question}"
+
+
+def split_turns(instruction):
+    """[user, bot, ..., user], the texts of an instruction in that form; else [instruction]."""
+    if instruction.startswith("<user>: "):  # BenTsao's infer_literature.py leaves the space out
+        instruction = " " + instruction
+    texts = re.split(" <(?:user|bot)>: ", instruction)[1:]
+    pairs = list(zip_longest(texts[::2], texts[1::2]))
+    # A mark that stands where none belongs is text.
+    return texts if pairs and render_turns(pairs) == instruction else [instruction]
 
 
 def read_records(path):
@@ -1075,11 +1034,6 @@ def read_records(path):
     return [*rows.items()]
 
 
-def to_json(value):
-    """JSON in UTF-8. Raises ValueError for half a character, which is no Unicode text."""
-    return json.dumps(value, ensure_ascii=False).encode()
-
-
 # OpenAI's roles and ShareGPT's
 ROLES = {"developer": "system", "human": "user", "gpt": "assistant"}
 ROLES |= {role: role for role in ("system", "user", "assistant")}
@@ -1087,13 +1041,15 @@ ROLES |= {role: role for role in ("system", "user", "assistant")}
 
 def read_chat(messages):
     """OpenAI's messages [{role, content}] or ShareGPT's [{from, value}] as the former: a system
-    text or none, then user and assistant in turn, perhaps with reasoning_content."""
+    text or none, then user and assistant in turn. Thoughts apart from a text, as
+    reasoning_content, come before it in <think>."""
     found = []
     for m in messages:
-        text = plain_text(m.get("content", m.get("value")))
-        found.append({"role": ROLES[m.get("role", m.get("from"))], "content": text})
+        role, text = ROLES[m.get("role", m.get("from"))], m.get("content", m.get("value"))
+        text = plain_text(text)
         if m.get("reasoning_content"):
-            found[-1]["reasoning_content"] = plain_text(m["reasoning_content"])
+            text = f"<think>\n{m['reasoning_content']}\n</think>\n\n{text}"
+        found.append({"role": role, "content": text})
     # An assistant's text may end it, or a question that waits for one.
     if not re.fullmatch("s?u(au)*a?", "".join(m["role"][0] for m in found)):
         raise ValueError("wanted user and assistant in turn, before them one system text or none")
@@ -1111,11 +1067,12 @@ def plain_text(content):
 
 def read_messages(row):
     """The messages of a record in any form of `read_instructions`; the last is a user's where a
-    question waits for its answer. Raises ValueError for a record in none of them."""
-    given = row.get("messages") or row.get("conversations")
+    question waits for its answer, and the last question has the record's input. Raises ValueError
+    for a record in none of them."""
+    messages = row.get("messages") or row.get("conversations")
     try:
-        if given:
-            messages = read_chat(given)
+        if messages:
+            messages = read_chat(messages)
         else:
             if "context" in row and "instruction" not in row:
                 # Med-ChatGLM's own labels go: the template brings others
@@ -1123,20 +1080,29 @@ def read_messages(row):
                 texts = [question, row.get("target")]
             else:
                 texts = [text for user, bot in row.get("history") or () for text in (user, bot)]
-                texts += [row["instruction"], row.get("output")]
+                texts += [*split_turns(row["instruction"]), row.get("output")]
             roles = cycle(("user", "assistant"))
             messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
         # An answer that is not there yet.
         if messages[-1]["role"] == "assistant" and messages[-1]["content"] is None:
             messages.pop()
         # Raises for what is no text.
-        "".join([*(text for m in messages for text in m.values()), row.get("input") or ""])
+        "".join([*(m["content"] for m in messages), row.get("input") or ""])
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
             "wanted texts as instruction and output (and input), or messages of user and assistant "
             f"in turn ({type(error).__name__}: {error})"
         ) from None
+    if row.get("input"):
+        messages[-1 - (messages[-1]["role"] == "assistant")]["input"] = row["input"]
     return messages
+
+
+def conversation(record):
+    """(messages, whether they stand in the form of several turns) of a record that was read."""
+    messages = read_messages(record)
+    first, mark = messages[0]["content"], " <user>: "
+    return messages, record["instruction"].startswith(mark) and not first.startswith(mark)
 
 
 def read_instructions(path, answers=False):
@@ -1144,43 +1110,40 @@ def read_instructions(path, answers=False):
     LLaMA-Factory's `history` of [question, answer] pairs or without; OpenAI's `messages`;
     ShareGPT's `conversations`; Med-ChatGLM's {context, target}; BenTsao's literature rows. If one
     has several turns, the instructions of all are put in the form of those rows (`render_turns`),
-    as a chat of several turns is; `messages` has the turns apart, and a system text and thoughts.
-    With answers, each must end in one. Raises ValueError naming the line or record."""
+    as a chat of several turns is. With answers, each must end in one. Raises ValueError naming the
+    line or record."""
     records = []
     for where, row in read_records(path):
         try:
-            to_json(row)  # half a character would be met when the answer is written
+            to_json(row).encode()  # half a character would be met when the answer is written
             messages = read_messages(row)
-            role, text, *_ = messages[-1].values()
-            if answers and not (role == "assistant" and text.strip()):
+            last = messages[-1]
+            if answers and not (last["role"] == "assistant" and last["content"].strip()):
                 raise ValueError("the answer is empty or missing, and teaches nothing")
         except ValueError as error:
             raise ValueError(f"{path} {where}: {error}") from None
         records.append((row, messages))
     # One conversation makes the whole file one of conversations.
-    conversations = any(len(join_system(messages)) > 2 for _, messages in records)
+    roles = [[m["role"] for m in messages] for _, messages in records]
+    conversations = any(own.count("user") > 1 for own in roles)
     return [make_instruction(row, messages, conversations) for row, messages in records]
 
 
 def make_instruction(row, messages, conversations):
     """A record as instruction, input and output; conversations: the instruction in the form of
-    BenTsao's literature rows."""
-    texts = [m["content"] for m in join_system(messages)]
-    output = {} if len(texts) % 2 else {"output": texts.pop()}
-    question, input = texts[-1], row.get("input") or ""
-    if question.startswith("<user>: "):  # BenTsao's infer_literature.py leaves the space out
-        question = " " + question
-    literature = question.startswith(" <user>: ")
-    if conversations and not literature:
-        if input:
-            messages[-1 - len(output)]["content"] += "\n" + input
-            texts[-1] += "\n" + input
-        question, input = render_turns(list(zip_longest(texts[::2], texts[1::2]))), ""
-    apart = (
-        {"messages": messages} if conversations or {"messages", "conversations"} & {*row} else {}
-    )
-    apart = {} if literature else apart
-    return {**row, "instruction": question, "input": input, **output, **apart}
+    BenTsao's literature rows. `messages` has the turns where these do not tell them."""
+    answered = messages[-1]["role"] == "assistant"
+    asked = messages[:-1] if answered else messages
+    question = asked[-1]
+    several = conversations and not question["content"].startswith(" <user>: ")
+    if several and "input" in question:
+        question["content"] += "\n" + question.pop("input")
+    bare = dict.fromkeys(("prompt_no_input", "prompt_input"), "{instruction}")
+    text = re.sub("\0bos\0|[\1\2]", "", render(bare, asked, several)[0])
+    record = {**row, "instruction": text, "input": question.get("input", "")}
+    if answered:
+        record["output"] = messages[-1]["content"]
+    return record if read_messages(record) == messages else record | {"messages": messages}
 
 
 # ==================================================================================================
@@ -1341,7 +1304,7 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
         for line, request in zip(lines[done:], ended):
             answer = "".join(stream(tokenizer, request))
             line |= {"answer": answer, "finish_reason": request.finish_reason}
-            print(to_json(line).decode(), file=file, flush=True)
+            print(to_json(line), file=file, flush=True)
 
 
 # ==================================================================================================
@@ -1677,14 +1640,14 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, body, status=200, kind="application/json", **headers):
         """Send a response: bytes, or what becomes JSON."""
         if not isinstance(body, bytes):
-            body = to_json(body)
+            body = to_json(body).encode()
         self.begin(status, kind, Content_Length=len(body), **headers)
         if self.command != "HEAD":
             self.wfile.write(body)
 
     def event(self, value):
         """Send an event of a stream."""
-        self.wfile.write(b"data: " + to_json(value) + b"\n\n")
+        self.wfile.write(f"data: {to_json(value)}\n\n".encode())
 
     def refuse(self, error):
         """Send a Refused as OpenAI's error object. What the client still sends is read, or closing
@@ -1715,7 +1678,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(f"the body did not come within {self.server.seconds} seconds", 408)
         try:
             sent = json.loads(text.decode())
-            to_json(sent)  # half a character is no text
+            to_json(sent).encode()  # half a character is no text
             return {name: value for name, value in sent.items() if value is not None}
         except (ValueError, RecursionError, AttributeError) as error:
             raise Refused(f"the body is no JSON object in UTF-8 ({str(error)[:100]})") from None
@@ -1779,7 +1742,7 @@ def read_question(messages):
     read = read_messages({"messages": messages})
     # A field that has a value and no effect would mislead: tool_calls, say.
     unknown = {key for message in messages for key in message if message[key]}
-    unknown -= {"role", "content", "name", "reasoning_content"}
+    unknown -= {"role", "content", "name"}
     if unknown:
         raise ValueError(f"messages: {min(unknown)} is not supported")
     if read[-1]["role"] != "user":
@@ -1816,40 +1779,33 @@ def serve(server):
 class Options(Decoding):
     """The options of the command line."""
 
-    input: str = setting("", "context of the question (the template's {input})")
-    system: str = setting("", "system text before the question, or before a chat")
-    thinking: bool = setting(False, "let a model that can (Qwen3) think before it answers")
-    base_model: str = setting("", "folder of the base (empty: the one the adapter was trained on)")
-    lora_weights: str = setting("lora-tcm", "folder of the adapter")
-    use_lora: bool = setting(True, "False asks the base alone")
-    instruct_dir: str = setting("", "a file of questions, JSON array or lines; - is stdin")
-    output: str = setting(
-        "", "file for the answers to --instruct_dir, JSON lines; a run that was stopped goes on"
-    )
-    batch_size: int = setting(8, "answers decoded together; with --serve for each of its models")
-    prompt_template: str = setting(
-        "", "name in data/templates or path (empty: the adapter's own, else the base's)"
-    )
-    single_or_multi: str = setting(
-        "single",
-        "multi: a chat shows the model the turns before, in the template's form",
-        choices=("single", "multi"),
-    )
-    context: int = setting(2048, "tokens of question and answer at most (chat, --serve)")
-    serve: bool = setting(False, "OpenAI's API and a page")
-    host: str = setting("127.0.0.1", "address to listen on (in the environment: API_HOST)")
-    port: int = setting(8000, "and port, 0: a free one (API_PORT)", 0, 65535)
-    api_key: str = setting("", "key that clients must send (better in the environment: API_KEY)")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1")
-    dtype: str = setting("auto", "of the activations: auto, bf16, fp16, fp32")
-    base_dtype: str = setting("auto", "of the base as stored: auto (--dtype), fp32, int8, nf4, ...")
-    load_8bit: bool = setting(False, "the same as --base_dtype int8")
-    merge: bool = setting(
-        False,
-        "fold the adapter into the weights: faster by its two thin products a linear, but bf16 "
-        "rounds a part of the update away",
-    )
-    compile: bool = setting(False, "compile the step that decodes: pays for files of questions")
+    input: str = ""  # context of the question (the template's {input})
+    system: str = ""  # system text before the question, or before a chat
+    thinking: bool = False  # let a model that can (Qwen3) think before it answers
+    base_model: str = ""  # folder of the base (empty: the one the adapter was trained on)
+    lora_weights: str = "lora-tcm"  # folder of the adapter
+    use_lora: bool = True  # False asks the base alone
+    instruct_dir: str = ""  # a file of questions, JSON array or lines; - is stdin
+    # file for the answers to --instruct_dir, JSON lines; a run that was stopped goes on
+    output: str = ""
+    batch_size: int = 8  # answers decoded together; with --serve for each of its models
+    # name in data/templates or path (empty: the adapter's own, else the base's)
+    prompt_template: str = ""
+    # multi: a chat shows the model the turns before, in the template's form
+    single_or_multi: str = setting("single", choices=("single", "multi"))
+    context: int = 2048  # tokens of question and answer at most (chat, --serve)
+    serve: bool = False  # OpenAI's API and a page
+    host: str = "127.0.0.1"  # address to listen on (in the environment: API_HOST)
+    port: int = setting(8000, 0, 65535)  # and port, 0: a free one (API_PORT)
+    api_key: str = ""  # key that clients must send (better in the environment: API_KEY)
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    dtype: str = "auto"  # of the activations: auto, bf16, fp16, fp32
+    base_dtype: str = "auto"  # of the base as stored: auto (--dtype), fp32, int8, nf4, ...
+    load_8bit: bool = False  # the same as --base_dtype int8
+    # fold the adapter into the weights: faster by its two thin products a linear, but bf16
+    # rounds a part of the update away
+    merge: bool = False
+    compile: bool = False  # compile the step that decodes: pays for files of questions
 
 
 # options that a way to ask has no use for

@@ -73,7 +73,7 @@ class LoRAConfig:
 
     r: int = 8
     alpha: float = 16.0
-    dropout: float = setting(0.05, "on the update's input, while training", 0, 0.99)
+    dropout: float = setting(0.05, 0, 0.99)  # on the update's input, while training
     targets: tuple = ("q_proj", "v_proj")  # some of TARGETS, or "all"
     rslora: bool = False  # scale by alpha / sqrt(r) (Kalajdzievski 2023)
 
@@ -339,13 +339,12 @@ def quantize(model, kind, device=None, dtype=None):
 
 PREFIX = "base_model.model.model."  # of PEFT's keys: its wrapper's, and transformers' own "model."
 # what adapter_config.json may set: what is read here, what the tensors show, what changes nothing
-KNOWN = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias"}
 SOME = {"layers_to_transform", "layers_pattern", "exclude_modules"}  # in some layers only
-KNOWN |= SOME | {"init_lora_weights"}
-KNOWN |= {"task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
-KNOWN |= {"peft_version", "merge_weights", "megatron_core", "qalora_group_size"}
-
-
+KNOWN = SOME.union(
+    """peft_type r lora_alpha lora_dropout target_modules use_rslora bias init_lora_weights
+    task_type base_model_name_or_path revision inference_mode auto_mapping peft_version
+    merge_weights megatron_core qalora_group_size""".split()
+)
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin an adapter
 
 
@@ -536,12 +535,27 @@ def recover(base, difference, folder, dtype=None):
     return sum(sums), c.num_hidden_layers * table
 
 
-def export(base, adapter, folder, dtype, layout, max_bytes):
+@dataclass
+class Options:
+    """What the commands write, and of what."""
+
+    base_model: str = ""  # folder of the base, or its name in the hub's cache (must be given)
+    output_dir: str = ""  # new folder to write (must be given)
+    lora_weights: str = ""  # folder of the adapter (merge must have one)
+    weight_diff: str = ""  # folder of the difference (recover must have one)
+    dtype: str = setting("", choices=tuple(DTYPES))  # to write (empty: as stored)
+    layout: str = setting("hf", choices=tuple(SAVE))  # whose folder to write
+    max_shard_gb: float = SHARD_BYTES / 2**30  # GiB of a safetensors file (hf)
+
+    __post_init__ = check_settings
+
+
+def export(base, options):
     """Write a base, with an adapter merged into it if one is named, into a new folder."""
-    with new_folder(folder) as new:
-        model = load_model(base, dtype=dtype)
-        if adapter:
-            made_in = load_adapter(model, adapter).get("made_in", {})
+    with new_folder(options.output_dir) as new:
+        model = load_model(base, dtype=DTYPES.get(options.dtype))
+        if options.lora_weights:
+            made_in = load_adapter(model, options.lora_weights).get("made_in", {})
             errors = merge(model)
             worst = max(errors, key=errors.get)
             print(
@@ -549,48 +563,41 @@ def export(base, adapter, folder, dtype, layout, max_bytes):
                 f"{sum(errors.values()) / len(errors):.1%} on average, {errors[worst]:.1%} at most "
                 f"({worst})"
             )
-        SAVE[layout](model.config, model.named_parameters(), new, model.dtype, base, max_bytes)
-        if adapter and "template" in made_in:
+        size = int(options.max_shard_gb * 2**30)
+        SAVE[options.layout](model.config, model.named_parameters(), new, model.dtype, base, size)
+        if options.lora_weights and "template" in made_in:
             write_chat_template(new, made_in["template"])
-    print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters as {model.dtype}")
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{options.output_dir}: {count:,} parameters as {model.dtype}")
 
 
-def parse_arguments():
-    parser = Parser(
-        description="Fold an adapter into its base, write a base in another layout, apply a "
-        "weight difference."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    merge = commands.add_parser("merge", help="write base + adapter as one model")
-    export = commands.add_parser("export", help="write base (+ adapter) in a layout of choice")
-    recover = commands.add_parser("recover", help="write base + published weight difference")
-    for command in (merge, export, recover):
-        command.add_argument("--base_model", required=True, help="folder, or a hub's name in cache")
-        command.add_argument("--output_dir", required=True, help="new folder to write")
-        command.add_argument("--dtype", choices=DTYPES, help="to write (default: as stored)")
-    for command in (merge, export):
-        command.add_argument("--lora_weights", required=command is merge, help="of the adapter")
-        command.set_defaults(layout="hf", max_shard_gb=SHARD_BYTES / 2**30)
-    export.add_argument("--layout", choices=SAVE, help="whose folder to write")
-    export.add_argument("--max_shard_gb", type=float, help="GiB of a safetensors file (hf)")
-    recover.add_argument("--weight_diff", required=True, help="folder of the difference")
-    return parser.parse_args()
+# what each command must be given
+COMMANDS = {
+    "merge": "base_model output_dir lora_weights",
+    "export": "base_model output_dir",
+    "recover": "base_model output_dir weight_diff",
+}
 
 
 def main():
-    args = parse_arguments()
-    dtype, base, folder = DTYPES.get(args.dtype), find_base(args.base_model), args.output_dir
-    if args.command == "recover":
-        total, tables = recover(base, args.weight_diff, folder, dtype)
-        print(
-            f"{folder}: base + difference; with RoPE's tables, as old checkpoints held them, all "
-            f"sums to {total + tables:.4f}, the weights alone to {total:.4f}"
-        )
-    elif not 0 < args.max_shard_gb < math.inf:
-        raise ValueError(f"max_shard_gb is {args.max_shard_gb}, wanted a number above 0")
-    else:
-        size = int(args.max_shard_gb * 2**30)
-        export(base, args.lora_weights, folder, dtype, args.layout, size)
+    parser = Parser(description="Fold an adapter into its base, or write a base in another form.")
+    text = "merge: base + adapter; export: base (+ adapter); recover: base + published difference"
+    parser.add_argument("command", choices=COMMANDS, help=text)
+    parser.add_settings(Options)
+    given = vars(parser.parse_args())
+    command = given.pop("command")
+    for name in COMMANDS[command].split():
+        if not given.get(name):
+            raise ValueError(f"{command} wants --{name}")
+    options = Options(**given)
+    base, folder = find_base(options.base_model), options.output_dir
+    if command != "recover":
+        return export(base, options)
+    total, tables = recover(base, options.weight_diff, folder, DTYPES.get(options.dtype))
+    print(
+        f"{folder}: base + difference; with RoPE's tables, as old checkpoints held them, all "
+        f"sums to {total + tables:.4f}, the weights alone to {total:.4f}"
+    )
 
 
 if __name__ == "__main__":

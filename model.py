@@ -31,6 +31,7 @@ Names and layout are those of Hugging Face's checkpoints. Meta's are translated 
 import argparse
 import gc
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -43,7 +44,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from string import Formatter
 
 import torch
 import torch.distributed as dist
@@ -618,7 +618,7 @@ def read_config(path, vocab_size=None):
 # {model_type: what its config.json means where it says nothing}: our fields, and keys of REFUSED
 NETWORKS = {
     "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "mistral": {"num_key_value_heads": 8},
     "qwen2": {"qkv_bias": True, "use_sliding_window": False},
     "qwen3": {"qk_norm": True, "head_dim": 128, "use_sliding_window": False},
     "glm": {"qkv_bias": True, "attention_bias": True, "partial_rotary_factor": 0.5},
@@ -637,13 +637,12 @@ CHATGLM_SHAPE = {
     "layernorm_epsilon": "rms_norm_eps",
     "seq_length": "max_position_embeddings",
 }
-# Keys by which config.json asks for another network, and what of it is missing here
+# Patterns of "key value" by which config.json asks for another network, and what is missing here
 REFUSED = {
     "num_experts|num_local_experts|n_routed_experts": "a mixture of experts",
     "quantization_config|quantization_bit": "quantised weights",
-    "use_sliding_window": "a sliding window",
-    "linear_.*|attn_type_list|full_attention_interval": "linear attention",
-    "layer_types": "layers of several kinds",
+    "linear_.*|layer_types .*linear_attention|attn_type_list": "linear attention",
+    "(use_)?sliding_window|layer_types .*sliding_attention": "a sliding window",
     "kv_lora_rank": "latent attention",
     "alibi": "ALiBi",
     "parallel_attn": "attention beside the feed-forward",
@@ -655,25 +654,31 @@ REFUSED = {
     "text_config|vision_config": "images",
     "pre_seq_len": "a prefix trained by P-tuning",
     "apply_residual_connection_post_layernorm": "residuals behind norms",
+    # GLM-4's ratios raise RoPE's base. The 32k versions' configs are alike, but ChatGLM2 divides
+    # positions by it, ChatGLM3 raises the base.
+    r"rope_ratio (?!(1|500|10000)\b)": "the positions of the 32k versions",
 }
 
 
 def config_from_hf(hf):
-    """The fields of config.json that we have; what asks for another network is refused."""
+    """The fields of config.json that we have. Raises ValueError naming what else it asks for."""
     # rope_scaling was before, rope_parameters is since transformers 5
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     scaling = rope.pop("rope_type", rope.pop("type", "default"))
-    kind = hf.get("model_type") or "llama"
+    kind = hf.get("model_type", "llama")
     kind = "chatglm1" if "inner_hidden_size" in hf else kind
     own = {"hidden_act": "silu", "partial_rotary_factor": 1.0, **NETWORKS.get(kind, {})}
     hf = own | {CHATGLM_SHAPE.get(key, key): value for key, value in hf.items()} | rope
-    refuse(hf, own)
+    if not hf.get("use_sliding_window", True):  # Qwen2 says how wide it would be
+        hf["sliding_window"] = None
+    for pattern, feature in REFUSED.items():
+        refuse(hf, own, pattern, feature)
     if kind not in NETWORKS:
         raise ValueError(f"model_type is {kind!r}, wanted one of {' '.join(NETWORKS)}")
     hf.setdefault("rope_theta", 10000.0 * hf.get("rope_ratio", 1))  # as GLM-4 has it
     names = [f.name for f in fields(LLaMAConfig)]
     values = {name: hf[name] for name in names if hf.get(name) is not None}
-    rope = {key: value for key, value in rope.items() if key not in names}
+    rope.pop("rope_theta", 0), rope.pop("partial_rotary_factor", 0)
     values["rope_scaling"] = None if scaling == "default" else {"rope_type": scaling, **rope}
     # transformers' name of ChatGLM2's network
     values["model_type"] = "glm" if kind == "chatglm" else kind
@@ -682,20 +687,13 @@ def config_from_hf(hf):
     return LLaMAConfig(**values)
 
 
-def refuse(hf, own):
-    """Raise ValueError naming what config.json asks for and this network does not have, where it is
-    not what its model_type means anyway."""
-    # A window is as wide as it says, unless another key switches it; all layers may be plain.
-    window = hf.get("use_sliding_window", hf.get("sliding_window"))
-    others = {*(hf.get("layer_types") or ())} - {"full_attention"}
-    asked = hf | {"use_sliding_window": window, "layer_types": others}
-    for pattern, feature in REFUSED.items():
-        for key, value in asked.items():
-            if value and value != own.get(key) and re.fullmatch(pattern, key):
-                raise ValueError(f"{key} is {value!r:.60}: this network does not have {feature}")
-    # Alike in their configs, ChatGLM2-32k divides positions by it, ChatGLM3-32k raises the base.
-    if hf.get("rope_ratio", 1) != 1 and hf.get("vocab_size") == 65024:
-        raise ValueError(f"rope_ratio is {hf['rope_ratio']!r}, wanted 1: it may mean two things")
+def refuse(hf, own, pattern, feature):
+    """Raise ValueError if config.json asks for a feature by a value that is not its model_type's
+    own."""
+    for key, value in hf.items():
+        asked = value and value != own.get(key)
+        if asked and re.match(rf"({pattern})\b", f"{key} {value}"):
+            raise ValueError(f"{key} is {value!r:.60}: this network does not have {feature}")
 
 
 def config_from_meta(params, vocab_size):
@@ -964,7 +962,7 @@ def find_base(name):
 
 
 # names of a tokenizer's file, the best first
-TOKENIZERS = ("tokenizer.model", "ice_text.model", "tokenizer.json", "qwen.tiktoken")
+TOKENIZERS = ("tokenizer.model", "ice_text.model", "tokenizer.json")
 
 
 def find_tokenizer(folder):
@@ -1026,6 +1024,8 @@ def write_atomically(path, write):
     temporary = Path(f"{path}.tmp{os.getpid()}")
     try:
         write(temporary)
+        # Who may read the folder may read it: safetensors makes files for their owner alone.
+        temporary.chmod(temporary.parent.stat().st_mode & 0o666)
         fsync(temporary)
         os.replace(temporary, path)
         fsync(Path(path).parent)
@@ -1035,14 +1035,20 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+def write_text(path, text):
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
+def to_json(value, **options):
+    return json.dumps(value, ensure_ascii=False, **options)
+
+
+def write_json(path, value):
+    write_text(path, to_json(value, indent=2) + "\n")
+
+
 def write_json_lines(path, values):
-    lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    write_atomically(path, lambda p: p.write_text(lines, encoding="utf-8"))
+    write_text(path, "".join(to_json(value) + "\n" for value in values))
 
 
 @contextmanager
@@ -1164,8 +1170,8 @@ def save_model(model, folder, base=None):
 
 def copy_tokenizer(base, folder):
     """Copy a base's tokenizer, in all its files, and its chat template into a folder."""
-    names = "*.tiktoken vocab.json merges.txt tokenizer*.json special_tokens_map.json "
-    names += "added_tokens.json chat_template*"
+    names = "tokenizer*.json vocab.json merges.txt special_tokens_map.json added_tokens.json "
+    names += "chat_template*"
     files = [file for name in names.split() for file in Path(base).glob(name)]
     main = find_tokenizer(base)
     if main.is_file():
@@ -1190,96 +1196,50 @@ def tell_transformers(tokenizer, settings):
             write_json(settings, wanted)
 
 
-# The texts of a prompt template that has none of its own (`generate.load_template`): several turns
-# stand in one instruction, as in BenTsao's literature rows.
-FORMS = {
-    "turn": " <user>: {user} <bot>: {answer}",
-    "question": " <user>: {user}",
-    "answer": "{assistant}",
-    "last": "{assistant}{eos}",
-    "thoughts": "",
-    "default_system": None,
-    "trim": (),
-}
-
-
-def chat_template(template):
-    """A prompt template in Jinja, as transformers, vLLM and llama.cpp read it: what
-    `generate.render` makes of messages."""
-    forms = FORMS | {"last": template.get("answer", FORMS["last"])} | template
-    expressions = {
-        "bos": "bos_token or ''",
-        "eos": "eos_token or ''",
-        "system": "system",
-        "user": "messages[2 * i].content",
-        "assistant": "messages[2 * i + 1].content",
-        "n": "i + 1",
-        "i": "i",
-    }
-    for role in forms["trim"]:
-        expressions[role] += "|trim"
-    if "system" not in forms:  # it opens the first question
-        expressions["user"] = (
-            "(system + '\\n' if system and i == 0 else '') + messages[2 * i].content"
-        )
-    if forms["thoughts"]:
-        expressions["assistant"] += ".split('</think>')[-1].lstrip('\\n')"
-
-    def jinja(form, **parts):
-        """A text of the template; its fields become parts, or the values of expressions."""
-        text = ""
-        for literal, name, *_ in Formatter().parse(form):
-            text += "{{ " + json.dumps(literal, ensure_ascii=False) + " }}" if literal else ""
-            if name:
-                text += parts.get(name, "{{ " + expressions.get(name, "''") + " }}")
-        return text
-
-    answer, default = jinja(forms["answer"]), forms["default_system"]
-    turns = "{% for i in range(count - 1) %}" + jinja(forms["turn"], answer=answer)
-    turns += "{% endfor %}{% set i = count - 1 %}"
-    several, one = turns + jinja(forms["question"]), "{% set i = 0 %}" + jinja("{user}")
-    prompt = jinja(
-        forms.get("prompt") or "{bos}" + forms["prompt_no_input"],
-        system="{% if system is not none %}" + jinja(forms.get("system", "")) + "{% endif %}",
-        instruction="{% if count > 1 %}" + several + "{% else %}" + one + "{% endif %}",
-        turns=turns,
-    )
-    return (
-        "{% set system = " + ("none" if default is None else json.dumps(default)) + " %}"
-        "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
-        "{% set messages = messages[1:] %}{% endif %}"
-        "{% set count = (messages|length + 1) // 2 %}" + prompt + "{% if not enable_thinking %}"
-        "" + jinja(forms["thoughts"], thoughts="") + "{% endif %}"
-        "{% if messages|length % 2 == 0 %}" + jinja(forms["last"]) + "{% endif %}"
-    )
+# A plain prompt in Jinja, between what stands before and behind the instruction: what
+# `generate.render` makes of it.
+PLAIN_CHAT = """\
+{% set opening = '' %}{% if messages[0].role == 'system' %}\
+{% set opening = messages[0].content + '\\n' %}{% set messages = messages[1:] %}{% endif %}\
+{{ (bos_token or '') + BEFORE }}{% for message in messages %}{% if message.role == 'user' %}\
+{{ (' <user>: ' if messages|length > 2 else '') + (opening if loop.first else '') }}\
+{{ message.content + (BEHIND if loop.index0 + 2 >= messages|length else ' <bot>: ') }}\
+{% else %}{{ message.content + ((eos_token or '') if loop.last else '') }}{% endif %}{% endfor %}"""
 
 
 def write_chat_template(folder, template):
-    """Let the tokenizer_config.json of a folder have a prompt template; a base's own chat template
-    stays, unless the model was tuned with a plain one."""
-    file, theirs = Path(folder) / "tokenizer_config.json", [*Path(folder).glob("chat_template*")]
-    settings = read_json_file(file) if file.is_file() else {}
-    if "prompt" in template and (theirs or "chat_template" in settings):
+    """Give the tokenizer_config.json of a folder a prompt template in Jinja, as transformers, vLLM
+    and llama.cpp read it. A base's own stays, unless the model was tuned with a plain prompt."""
+    file, others = Path(folder) / "tokenizer_config.json", [*Path(folder).glob("chat_template*")]
+    settings, text = read_json_file(file) if file.is_file() else {}, template.get("chat_template")
+    if "prompt_no_input" in template:
+        before, _, behind = (
+            template["prompt_no_input"].format(instruction="\0", input="").partition("\0")
+        )
+        text = PLAIN_CHAT.replace("BEFORE", json.dumps(before)).replace(
+            "BEHIND", json.dumps(behind)
+        )
+    elif not text or others or "chat_template" in settings:
         return
-    for other in theirs:
+    for other in others:
         other.unlink()
-    write_json(file, settings | {"chat_template": chat_template(template)})
+    write_json(file, settings | {"chat_template": text})
 
 
 # ==================================================================================================
-# Settings: a dataclass field carries its default, help and range; options and checks follow
+# Settings: a dataclass says name, type, default and range once; options and checks follow, and the
+# comment beside a field or above it is the option's help
 
 
-def setting(default, text, low=None, high=None, choices=None):
-    """A field of a settings dataclass: its default, its help, and its least and greatest value or
-    the values that there are."""
-    details = {"help": text, "low": low, "high": high, "choices": choices}
-    return field(default=default, metadata=details)
+def setting(default, low=None, high=None, choices=None):
+    """A field of a settings dataclass with its least and greatest value, or its choices."""
+    return field(default=default, metadata={"low": low, "high": high, "choices": choices})
 
 
 def check_settings(settings):
     """Raise ValueError naming the first field of a dataclass whose value is neither its default nor
-    of its annotated type and within its range. Numbers without a range are above 0."""
+    of its annotated type and within its range. A number without a range is above 0, or 0 where
+    that is its default."""
     for f in fields(settings):
         value, choices = getattr(settings, f.name), f.metadata.get("choices")
         wanted, fits = f.type.__name__, type(value) is f.type
@@ -1287,7 +1247,8 @@ def check_settings(settings):
             wanted, fits = " or ".join(choices), value in choices
         elif f.type in (int, float):
             low, high = f.metadata.get("low"), f.metadata.get("high") or 2**24
-            low = f.type is int or 1e-30 if low is None else low
+            if low is None:
+                low = 0 if f.default == 0 else f.type is int or 1e-30
             wanted += f" from {low:g} to {high:g}"
             fits = type(value) in (int, f.type) and low <= value <= high
         if not fits and (type(value), value) != (type(f.default), f.default):
@@ -1312,8 +1273,13 @@ class Parser(argparse.ArgumentParser):
         among the arguments: the dataclass has the default."""
         # `--x` alone is True; a tuple takes several words.
         kinds = {bool: {"nargs": "?", "const": True, "type": boolean}, tuple: {"nargs": "+"}}
+        # The comments above a field, and the one beside it.
+        comments = r"(?m)((?:^    #.*\n)*)^    (\w+): .*?(?:  #(.*))?$"
+        source = "".join(inspect.getsource(c) for cls in classes for c in cls.__mro__[:-1])
+        found = re.findall(comments, source)
+        helps = {name: re.sub(r"\s*# ", " ", above) + beside for above, name, beside in found}
         for f in [f for cls in classes for f in fields(cls)]:
-            text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+            text = f"{helps[f.name]} (default: {f.default})".replace("%", "%%")
             kind = kinds.get(f.type, {"type": f.type})
             self.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
 

@@ -49,7 +49,7 @@ from generate import (
     answer_batch,
     conversation,
     default_template,
-    encode_segments,
+    encode_rendered,
     load_base,
     load_template,
     load_tokenizer,
@@ -85,6 +85,7 @@ from model import (
     write_chat_template,
     write_json,
     write_json_lines,
+    write_text,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -109,9 +110,9 @@ def encode_example(tokenizer, template, record, config):
 
     The answer and its end are targets. The end is one even where the answer is cut: it is how a
     model learns to stop."""
-    segments, said = render(template, *conversation(record))
-    prompt, earlier = encode_segments(tokenizer, segments)
-    (*answer, end), _ = encode_segments(tokenizer, said, first=False)
+    asked, said = render(template, *conversation(record))
+    prompt, earlier = encode_rendered(tokenizer, asked)
+    (*answer, end), _ = encode_rendered(tokenizer, said, first=False)
     answer = cut_answer(tokenizer, answer, config.cutoff_len - len(prompt) - 1)
     if not answer:
         return None
@@ -400,20 +401,42 @@ def check_finite(model, batch, loss, norm, config):
     )
 
 
+class Lasting:
+    """A stream of output whose reader may leave: what is written from then on is lost, and nothing
+    else. So the end of `| tee log`, or of a terminal, is not the end of a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+
 @contextmanager
 def stop_signals():
-    """Within it SIGTERM and Ctrl-C only put their number into the list that it yields, so that the
-    step and its saving end first; a second one ends the process at once."""
+    """Within it SIGTERM, Ctrl-C and a closed terminal (SIGHUP) only put their number into the list
+    that it yields, so that the step and its saving end first; a second one ends the process at
+    once. One that is ignored, as nohup does it, stays so."""
     caught, before = [], {}
 
     def note(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")
+        with suppress(OSError):  # Ctrl-C has ended `tee` too, or the terminal is gone
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     with suppress(ValueError):  # in another thread than the main one there are no handlers
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, note)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
     try:
         yield caught
     finally:
@@ -426,26 +449,9 @@ def stop_signals():
 
 # Settings that may differ when a run goes on: they change no weight beyond the last bits, or their
 # file's content is compared and not its name.
-NOT_COMPARED = {
-    "base_model",
-    "data_path",
-    "val_path",
-    "prompt_template_name",
-    "output_dir",
-    "resume_from_checkpoint",
-    "micro_batch_tokens",
-    "recompute",
-    "device",
-    "memory_gb",
-    "dtype",
-    "eval_steps",
-    "save_steps",
-    "save_total_limit",
-    "num_answers",
-    "show",
-    "wandb_project",
-    "wandb_run_name",
-}
+NOT_COMPARED = """base_model data_path val_path prompt_template_name output_dir
+    resume_from_checkpoint micro_batch_tokens recompute device memory_gb dtype eval_steps save_steps
+    save_total_limit num_answers show wandb_project wandb_run_name overwrite""".split()
 
 
 class Run:
@@ -486,10 +492,10 @@ class Run:
                 print(f"no checkpoint in {self.folder} yet; beginning with step 1")
             return found
         if given.lower() in ("", "false", "none"):
-            if found not in (None, self.folder):
+            if found and not self.config.overwrite:
                 raise ValueError(
-                    f"{found} is of a run that did not finish; go on with "
-                    "--resume_from_checkpoint auto, or give another --output_dir"
+                    f"{found} holds a run; go on with --resume_from_checkpoint auto, give another "
+                    "--output_dir, or --overwrite it"
                 )
             return None
         start = Path(given)
@@ -739,8 +745,7 @@ def draw_curve(history, path):
         # The first point twice: so one alone is seen, as a line of no length with round ends.
         lines[key] = " ".join(points[:1] + points)
     frame = (DATA / "loss.svg").read_text(encoding="utf-8")
-    svg = frame.format(top=top, last=last, **lines)
-    write_atomically(path, lambda p: p.write_text(svg, encoding="utf-8"))
+    write_text(path, frame.format(top=top, last=last, **lines))
 
 
 # ==================================================================================================
@@ -1085,89 +1090,75 @@ class TrainConfig:
     bf16 instead of an 8-bit base."""
 
     # what is trained, and on what
-    base_model: str = setting("", "folder of the base (empty: data/tiny, with TINY's settings)")
-    data_path: tuple = setting(
-        (),
-        "training records, one file or several, in any form that read_instructions knows; "
-        "FILE:WEIGHT takes its records WEIGHT times (0.5: half of them, drawn by seed)",
-    )
-    val_path: str = setting("", "file of validation records (else val_set_size of data_path)")
-    val_set_size: int = setting(500, "records drawn from data_path for validation, by seed", 0)
-    prompt_template_name: str = setting(
-        "med_template",
-        "name in data/templates, or path (not given: by the special tokens of the base)",
-    )
-    cutoff_len: int = setting(512, "tokens of a row at most; a longer answer is cut, its EOS stays")
-    train_on: str = setting(
-        "last",
-        "targets in a conversation: its last answer, or all answers",
-        choices=("last", "all"),
-    )
-    train_on_inputs: bool = setting(False, "make the prompt's tokens targets too")
-    group_by_length: bool = setting(
-        False, "fill each step with rows of similar length (another order, less padding)"
-    )
-    full: bool = setting(False, "train all weights instead of an adapter")
-    lora_r: int = setting(8, "rank of the update")
-    lora_alpha: float = setting(16.0, "the update is scaled by alpha / r")
-    lora_dropout: float = setting(0.05, "on the update's input", 0, 0.99)
-    lora_target_modules: tuple = setting(
-        ("q_proj", "v_proj"),
-        "linears to adapt: q_proj k_proj v_proj o_proj gate_proj "
-        "up_proj down_proj, or all; also as '[q_proj,v_proj]'",
-    )
+
+    base_model: str = ""  # folder of the base (empty: data/tiny, with TINY's settings)
+    # training records, one file or several, in any form that read_instructions knows;
+    # FILE:WEIGHT takes its records WEIGHT times (0.5: half of them, drawn by seed)
+    data_path: tuple = ()
+    val_path: str = ""  # file of validation records (else val_set_size of data_path)
+    val_set_size: int = setting(500, 0)  # records drawn from data_path for validation, by seed
+    # name in data/templates, or path (not given: by the special tokens of the base)
+    prompt_template_name: str = "med_template"
+    cutoff_len: int = 512  # tokens of a row at most; a longer answer is cut, its EOS stays
+    # targets in a conversation: its last answer, or all answers
+    train_on: str = setting("last", choices=("last", "all"))
+    train_on_inputs: bool = False  # make the prompt's tokens targets too
+    # fill each step with rows of similar length (another order, less padding)
+    group_by_length: bool = False
+    full: bool = False  # train all weights instead of an adapter
+    lora_r: int = 8  # rank of the update
+    lora_alpha: float = 16.0  # the update is scaled by alpha / r
+    lora_dropout: float = setting(0.05, 0, 0.99)  # on the update's input
+    # linears to adapt: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj, or all; also
+    # as '[q_proj,v_proj]'
+    lora_target_modules: tuple = ("q_proj", "v_proj")
+
     # steps
-    batch_size: int = setting(128, "rows of one optimizer step")
-    num_epochs: int = setting(10, "passes over the data")
-    max_steps: int = setting(0, "optimizer steps at most (0: no limit but num_epochs)", 0)
-    learning_rate: float = setting(3e-4, "peak of AdamW's, after warm-up; falls linearly to 0")
-    warmup_steps: int = setting(100, "steps of linear warm-up, at most a tenth of all", 0)
-    weight_decay: float = setting(0.0, "AdamW's", 0)
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    seed: int = setting(42, "of split, order, A's first values and dropout", -(2**62), 2**62)
+
+    batch_size: int = 128  # rows of one optimizer step
+    num_epochs: int = 10  # passes over the data
+    max_steps: int = 0  # optimizer steps at most (0: no limit but num_epochs)
+    learning_rate: float = 3e-4  # peak of AdamW's, after warm-up; falls linearly to 0
+    warmup_steps: int = setting(100, 0)  # steps of linear warm-up, at most a tenth of all
+    weight_decay: float = 0.0  # AdamW's
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    seed: int = setting(42, -(2**62), 2**62)  # of split, order, A's first values and dropout
+
     # speed and memory
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1")
-    dtype: str = setting("auto", "of the activations", choices=("auto", *DTYPES))
-    base_dtype: str = setting(
-        "auto", "of the frozen base (auto: as dtype)", choices=("auto", *DTYPES, *QUANTISED)
-    )
-    micro_batch_size: int = setting(
-        0, "rows computed at once, at most (0: as many as micro_batch_tokens allows)", 0
-    )
-    micro_batch_tokens: int = setting(
-        0,
-        "tokens computed at once, at most, unless one row alone is longer (0: 8,192 on a GPU, "
-        "2,048 on a CPU, fewer where memory asks for it)",
-        0,
-    )
-    recompute: str = setting(
-        "auto",
-        "which blocks keep no activations, and compute them again for the gradient (auto: as "
-        "many as memory asks for)",
-        choices=("none", "full", "auto"),
-    )
-    memory_gb: float = setting(0.0, "memory to plan for, in 2^30 bytes (0: 92 % of all)", 0)
-    share_opening: bool = setting(
-        True,
-        "compute the tokens that all rows of a micro-batch begin with once (exact but for "
-        "dropout, whose mask they then share)",
-    )
-    compile: bool = setting(False, "torch.compile each block: pays on a GPU after a minute or two")
-    shard: bool = setting(False, "under torchrun: cut weights and moments over processes (FSDP2)")
+
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    dtype: str = setting("auto", choices=("auto", *DTYPES))  # of the activations
+    # of the frozen base (auto: as dtype)
+    base_dtype: str = setting("auto", choices=("auto", *DTYPES, *QUANTISED))
+    # rows computed at once, at most (0: as many as micro_batch_tokens allows)
+    micro_batch_size: int = 0
+    # tokens computed at once, at most, unless one row alone is longer (0: 8,192 on a GPU,
+    # 2,048 on a CPU, fewer where memory asks for it)
+    micro_batch_tokens: int = 0
+    # which blocks keep no activations, and compute them again for the gradient (auto: as many
+    # as memory asks for)
+    recompute: str = setting("auto", choices=("none", "full", "auto"))
+    memory_gb: float = 0.0  # memory to plan for, in 2^30 bytes (0: 92 % of all)
+    # compute the tokens that all rows of a micro-batch begin with once (exact but for
+    # dropout, whose mask they then share)
+    share_opening: bool = True
+    compile: bool = False  # torch.compile each block: pays on a GPU after a minute or two
+    shard: bool = False  # under torchrun: cut weights and moments over processes (FSDP2)
+
     # the run
-    output_dir: str = setting("lora-tcm", "folder for result, log.jsonl, loss.svg, checkpoints")
-    eval_steps: int = setting(200, "steps between validations (0: only at the end)", 0)
-    save_steps: int = setting(200, "steps between checkpoints (0: none)", 0)
-    save_total_limit: int = setting(3, "last checkpoints kept, besides the best (0: all)", 0)
-    resume_from_checkpoint: str = setting(
-        "",
-        "checkpoint-STEP folder to go on from, bit for bit; auto (or True): the last in "
-        "output_dir, or from the beginning if there is none",
-    )
-    num_answers: int = setting(3, "validation questions answered before and after", 0)
-    show: int = setting(0, "print so many rows token by token, targets marked, and end", 0)
-    wandb_project: str = setting("", "log to this Weights & Biases project (needs wandb)")
-    wandb_run_name: str = setting("", "name of the run, there and in run.json")
+
+    output_dir: str = "lora-tcm"  # folder for result, log.jsonl, loss.svg, checkpoints
+    overwrite: bool = False  # begin anew in an output_dir that holds a run
+    eval_steps: int = setting(200, 0)  # steps between validations (0: only at the end)
+    save_steps: int = setting(200, 0)  # steps between checkpoints (0: none)
+    save_total_limit: int = setting(3, 0)  # last checkpoints kept, besides the best (0: all)
+    # checkpoint-STEP folder to go on from, bit for bit; auto (or True): the last in
+    # output_dir, or from the beginning if there is none
+    resume_from_checkpoint: str = ""
+    num_answers: int = setting(3, 0)  # validation questions answered before and after
+    show: int = 0  # print so many rows token by token, targets marked, and end
+    wandb_project: str = ""  # log to this Weights & Biases project (needs wandb)
+    wandb_run_name: str = ""  # name of the run, there and in run.json
 
 
 # `python train.py` alone: a base of 5 million weights wants a far larger step than 7 billion do,
@@ -1294,6 +1285,7 @@ def compile_blocks(model):
 
 
 def main():
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     config = parse_config()
     check_config(config)
     if not config.output_dir:
@@ -1302,10 +1294,12 @@ def main():
     device = join_processes(pick_device(config.device))
 
     # The data first: what is wrong with it is said before anything large is loaded.
-    tokenizer = load_tokenizer(find_base(config.base_model))
+    base, (records, val_records) = find_base(config.base_model), read_data(config)
+    shape = Checkpoint(base).config  # before files that it might lack
+    check_targets(shape, config)
+    tokenizer = load_tokenizer(base)
     name = config.prompt_template_name or default_template(tokenizer)
     config, template = replace(config, prompt_template_name=name), load_template(name)
-    records, val_records = read_data(config)
     run = Run(config)
     if run.finished:
         print(f"the run in {config.output_dir} is finished, {len(run.history)} steps")
@@ -1316,9 +1310,7 @@ def main():
     val_rows, val_records = encode_records(tokenizer, template, val_records, config)
 
     # Then the model, as memory allows. The plan needs no weights, only the base's shape.
-    shape, dtype = Checkpoint(find_base(config.base_model)).config, pick_dtype(config.dtype, device)
-    limits = run.limits
-    check_targets(shape, config)
+    limits, dtype = run.limits, pick_dtype(config.dtype, device)
     plan = plan_memory(shape, config, rows + val_rows, dtype, device, limits.tokens_at_once)
     print(
         f"memory: {plan.bytes / 2**30:.2f} GB by the estimate, {plan.tokens_at_once:,} tokens at "

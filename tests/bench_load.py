@@ -134,8 +134,8 @@ def main():
                 )
             shutil.rmtree(ours)
         peak, seconds = measure(
-            f"L.export({str(folder / 'hf')!r}, None, {str(folder / 'exported')!r}, None, 'hf', "
-            f"{shard_bytes})"
+            f"L.export({str(folder / 'hf')!r}, L.Options(output_dir={str(folder / 'exported')!r}, "
+            f"max_shard_gb={shard_bytes / 2**30}))"
         )
         result["runs"]["hf export"] = {
             "peak_bytes": peak,

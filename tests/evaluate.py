@@ -62,7 +62,7 @@ from generate import (  # noqa: E402
     Tokenizer,
     answer_file,
     conversation,
-    encode_segments,
+    encode_rendered,
     load_base,
     load_template,
     pick_device,
@@ -291,8 +291,8 @@ def continuation_logprobs(model, prompt, continuations):
 def bits(candidate, record):
     """-log2 p(reference, EOS | prompt) of a record."""
     prompt, answer = render(candidate.template, *conversation(record))
-    prompt, _ = encode_segments(candidate.tokenizer, prompt)
-    reference, _ = encode_segments(candidate.tokenizer, answer, first=False)
+    prompt, _ = encode_rendered(candidate.tokenizer, prompt)
+    reference, _ = encode_rendered(candidate.tokenizer, answer, first=False)
     return -continuation_logprobs(candidate.model, prompt, [reference])[0] / math.log(2)
 
 
@@ -853,25 +853,20 @@ def compare(models, questions, decoding, folder, batch_size):
 class Options(Decoding):
     """The options of the command line, decoding's among them."""
 
-    max_new_tokens: int = setting(128, "tokens of an answer at most; with --instruct_dir 256")
-    seed: int = setting(0, "of the resamples, and of answers that are sampled", -(2**63), 2**63 - 1)
-    instruct_dir: str = setting("", "a file of questions for the table; - is stdin")
-    data_path: str = setting(str(DATA / "heldout.jsonl"), "records with references")
-    statements: str = setting(
-        str(DATA / "calla.jsonl"), "pairs of a right and a wrong statement (empty: none)"
-    )
-    knowledge: str = setting(
-        str(DATA / "knowledge.jsonl"), "knowledge base, for facts contradicted"
-    )
-    prompt_template: str = setting(
-        "", "name or path (empty: each adapter's own, med_template for a base)"
-    )
-    batch_size: int = setting(16, "answers decoded together")
-    resamples: int = setting(1000, "of the bootstrap; 2.5 % of fewer than 40 is none", 40)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1")
-    dtype: str = setting("auto", "of the activations: auto, bf16, fp16, fp32")
-    base_dtype: str = setting("auto", "of the bases as stored: as --dtype, or int8, nf4")
-    load_8bit: bool = setting(False, "the same as --base_dtype int8")
+    max_new_tokens: int = 128  # tokens of an answer at most; with --instruct_dir 256
+    seed: int = setting(0, -(2**63), 2**63 - 1)  # of the resamples, and of answers that are sampled
+    instruct_dir: str = ""  # a file of questions for the table; - is stdin
+    data_path: str = str(DATA / "heldout.jsonl")  # records with references
+    # pairs of a right and a wrong statement (empty: none)
+    statements: str = str(DATA / "calla.jsonl")
+    knowledge: str = str(DATA / "knowledge.jsonl")  # knowledge base, for facts contradicted
+    prompt_template: str = ""  # name or path (empty: each adapter's own, med_template for a base)
+    batch_size: int = 16  # answers decoded together
+    resamples: int = setting(1000, 40)  # of the bootstrap; 2.5 % of fewer than 40 is none
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    dtype: str = "auto"  # of the activations: auto, bf16, fp16, fp32
+    base_dtype: str = "auto"  # of the bases as stored: as --dtype, or int8, nf4
+    load_8bit: bool = False  # the same as --base_dtype int8
 
     @property
     def decoding(self):

@@ -508,7 +508,11 @@ def test_adapters_and_merged_folders_come_back(folder, tmp_path):
     again = M.load_model(folder)
     L.load_adapter(again, tmp_path / "adapter")
     assert torch.equal(cached(again), wanted)
-    L.export(folder, tmp_path / "adapter", tmp_path / "merged", None, "hf", 2**14)
+    merged = {"output_dir": str(tmp_path / "merged"), "lora_weights": str(tmp_path / "adapter")}
+    L.export(folder, L.Options(**merged, max_shard_gb=2**14 / 2**30))
+    with pytest.raises(ValueError, match="prefix_lm"):  # and leaves nothing there
+        L.export(folder, L.Options(output_dir=str(tmp_path / "meta"), layout="meta"))
+    assert not (tmp_path / "meta").exists()
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 2
     merged = M.load_model(tmp_path / "merged")
     assert (cached(merged) - wanted).abs().max() < 1e-4

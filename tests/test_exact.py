@@ -222,15 +222,17 @@ def test_what_differs_is_refused_in_one_line(base, whole, tmp_path):
 
 def test_finished_and_unfinished_runs(base, whole, tmp_path, capsys):
     """auto: a finished run stays as it is, an unfinished one goes on, nothing begins at step 1;
-    alpaca-lora's spellings. Without it, an unfinished run is not begun anew by mistake, and a
-    finished one may be replaced."""
+    alpaca-lora's spellings. Without it a run, finished or not, is begun anew only if asked."""
     before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
     for word in ("auto", "True", str(whole)):
         config, model, data = start(base, whole, resume_from_checkpoint=word)
         assert T.Run(config).start == whole and len(T.train(config, model, data)) == 12
     assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
     for word in ("", "False", "None"):
-        assert T.Run(start(base, whole, resume_from_checkpoint=word)[0]).start is None
+        with pytest.raises(ValueError, match=f"{whole} holds a run"):
+            T.Run(start(base, whole, resume_from_checkpoint=word)[0])
+        config = start(base, whole, resume_from_checkpoint=word, overwrite=True)[0]
+        assert T.Run(config).start is None
     assert T.Run(start(base, tmp_path / "new", resume_from_checkpoint="auto")[0]).start is None
     assert "beginning with step 1" in capsys.readouterr().out
     shutil.copytree(whole, tmp_path / "out")
@@ -239,9 +241,7 @@ def test_finished_and_unfinished_runs(base, whole, tmp_path, capsys):
         T.Run(start(base, tmp_path / "out", resume_from_checkpoint="True")[0]).start.name
         == "checkpoint-10"
     )
-    with pytest.raises(
-        ValueError, match="did not finish; go on with --resume_from_checkpoint auto"
-    ):
+    with pytest.raises(ValueError, match="holds a run; go on with --resume_from_checkpoint auto"):
         train(*start(base, tmp_path / "out"))
 
 
@@ -253,9 +253,9 @@ def test_a_finished_run_is_replaced_stopped_and_gone_on_with(base, whole, tmp_pa
         T, "step_gradient", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or step_gradient(*a)
     )
     with pytest.raises(SystemExit):
-        train(*start(base, tmp_path / "out", num_epochs=5))
+        train(*start(base, tmp_path / "out", num_epochs=5, overwrite=True))
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="checkpoint-1 is of a run that did not finish"):
+    with pytest.raises(ValueError, match="checkpoint-1 holds a run"):
         T.Run(start(base, tmp_path / "out", num_epochs=5)[0])
     longer = {"num_epochs": 5, "resume_from_checkpoint": "auto"}
     assert T.Run(start(base, tmp_path / "out", **longer)[0]).start.name == "checkpoint-1"
@@ -278,7 +278,8 @@ def test_a_run_that_ends_elsewhere_or_lost_its_log_is_not_gone_on_with(base, who
     for folder in T.checkpoints(tmp_path / "out").values():
         shutil.rmtree(folder)
     (tmp_path / "out" / "checkpoint-200").mkdir()  # transformers' Trainer leaves such ones
-    assert T.Run(start(base, tmp_path / "out")[0]).start is None
+    run = T.Run(start(base, tmp_path / "out", resume_from_checkpoint="auto")[0])
+    assert run.start == tmp_path / "out"  # the finished one: that folder is none of ours
 
 
 def test_tokens_at_once_stay_unless_others_are_asked_for(base, whole, tmp_path):
@@ -366,7 +367,8 @@ def test_the_last_checkpoints_and_the_best_are_kept(base, tmp_path, monkeypatch)
     (tmp_path / "checkpoint-99/state.safetensors").write_bytes(b"")
     (tmp_path / "run.json").write_text('{"started": 1}')
     (tmp_path / "checkpoint-12.new").mkdir()
-    train(*start(base, tmp_path, eval_steps=2, save_steps=3, save_total_limit=2))
+    settings = {"eval_steps": 2, "save_steps": 3, "save_total_limit": 2, "overwrite": True}
+    train(*start(base, tmp_path, **settings))
     assert list(T.checkpoints(tmp_path)) == [4, 6, 9] and not list(tmp_path.glob("*.new"))
     saved = M.read_json_file(tmp_path / "checkpoint-4/run.json")
     assert (

@@ -1,24 +1,22 @@
 """Chat templates against the published Jinja texts, rendered by transformers: the same ids, the
 right targets, and no special token out of what somebody wrote."""
 
-import functools
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
 import sys
-from pathlib import Path
+import threading
 
 import openai
+import peft
 import pytest
 import sentencepiece
+import test_tokenizers
 import tokenizers
 import torch
 import transformers
-from conftest import ROOT, make_config
-from test_train import command
+from conftest import ROOT
 
 import generate as G
 import lora as L
@@ -192,14 +190,15 @@ def conversations(count, think=False, typed=LOOK_ALIKES, seed=0):
         for _ in range(draw.randint(0, 3)):
             messages.append({"role": "user", "content": words(draw, typed)})
             answer = {"role": "assistant", "content": words(draw)}
-            if draw.random() < 0.2:
+            if think and draw.random() < 0.2:
                 answer["reasoning_content"] = words(draw)
+                answer["content"] = answer["content"].lstrip("\n") or "气"
             elif think and draw.random() < 0.2:
                 answer["content"] = f"<think>\n{words(draw)}\n</think>\n\n{answer['content']}"
             messages.append(answer)
         messages.append({"role": "user", "content": words(draw, typed)})
         answer = {"role": "assistant", "content": words(draw)}
-        if draw.random() < 0.4:
+        if think and draw.random() < 0.4:
             answer["reasoning_content"] = words(draw).strip("\n")
         made.append((messages, answer))
     return made
@@ -236,11 +235,11 @@ def by_jinja(case, messages, encode, special, ask=True):
     return text.translate(UNMASKED), ids
 
 
-def shown(segments, special):
-    """Segments as the text that the published templates make."""
+def shown(text, special):
+    """A rendered text without our marks, as the published templates make it."""
     bos = next((name for name in ("<|begin_of_text|>", "<s>") if name in special), "")
-    names = {"bos": bos, "eos": "</s>"}
-    return "".join(names.get(s.text, s.text) if s.special else s.text for s in segments)
+    text = text.replace("\0bos\0", bos).replace("\0eos\0", "</s>")
+    return re.sub("[\0\1\2]", "", text)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -250,8 +249,9 @@ def test_prompts_are_the_published_templates(folders, case):
     template, ours, encode, special = load(case, folders)
     for messages, _ in conversations(1000, "thoughts" in template):
         text, ids = by_jinja(case, messages, encode, special)
+        messages = G.read_chat(messages) if "thoughts" in template else messages
         prompt, answer = G.render(template, messages)
-        assert shown(prompt, special) == text and answer == []
+        assert shown(prompt, special) == text and answer == ""
         assert G.render_prompt(ours, template, messages) == ids
 
 
@@ -266,16 +266,17 @@ def test_rows_are_the_published_templates(folders, case):
         if case == "mistral" and messages[0]["role"] == "system":
             continue  # the published text drops it where no question is last
         text, ids = by_jinja(case, [*messages, answer], encode, special, ask=False)
-        segments = G.render(template, [*messages, answer])
+        asked, answered = G.render(template, G.read_chat([*messages, answer]))
         (prompt, _), (said, _) = (
-            G.encode_segments(ours, part, first) for part, first in zip(segments, (True, False))
+            G.encode_rendered(ours, part, first)
+            for part, first in ((asked, True), (answered, False))
         )
         if difference == "\n":
             text, ids = text.removesuffix("\n"), ids[: -len(encode("\n"))]
         elif difference:
-            *segments[1][:], end = segments[1]
-            assert said.pop() == ours.eos_id and end.text == "eos" and end.special
-        assert shown(segments[0] + segments[1], special) == text
+            assert said.pop() == ours.eos_id and answered.endswith("\0eos\0")
+            answered = answered.removesuffix("\0eos\0")
+        assert shown(asked + answered, special) == text
         if not answer["content"][0].isspace():
             compared += 1
             assert prompt + said == ids
@@ -305,7 +306,7 @@ def test_what_somebody_types_is_no_special_token(folders):
         messages = [{"role": role, "content": typed} for role in ("user", "assistant")]
 
         def count(messages, ours=ours, template=template):
-            ids = [G.encode_segments(ours, part)[0] for part in G.render(template, messages * 2)]
+            ids = [G.encode_rendered(ours, part)[0] for part in G.render(template, messages * 2)]
             return sum(id in ours.special.values() for id in sum(ids, []))
 
         assert count(messages) == count(plain) > 0, name
@@ -452,9 +453,6 @@ def test_thoughts(folders, tmp_path):
         assert row.ids[: row.mask.index(True)] == thinking
         assert target_runs(ours, row) == ["<think>\n想一想\n</think>\n\n请就医。<|im_end|>"]
     assert target_runs(ours, history) == ["请就医。<|im_end|>"] * 2
-    # Another template has no place for thoughts.
-    row = T.encode_example(ours, G.load_template("chatml"), records[2], every)
-    assert target_runs(ours, row) == ["请就医。<|im_end|>"]
 
 
 def test_a_cut_answer_keeps_its_end(folders):
@@ -478,20 +476,261 @@ def test_the_default_is_the_bases_own(folders):
     [
         {"prompt": "{turns}"},
         {"prompt": "{user} {foo}"},
-        {"prompt": "{user}", "turn": "{answer}"},
-        {"prompt": "{user}", "answer": "{user}"},
-        {"prompt": "{user}", "system": "x"},
-        {"prompt": "{user}", "thoughts": "<think>"},
-        {"prompt": "{user} {"},
+        {"prompt": "{user}"},
+        {"prompt": "{system}{turns}{user}", "turn": "{answer}"},
+        {"prompt": "{system}{turns}{user}", "answer": "x"},
+        {"prompt": "{system}{turns}{user}", "last": "{user}"},
+        {"prompt": "{system}{turns}{user} {"},
+        {"prompt": "{system}{turns}{user}", "system": "x"},
         {"prompt": 3},
     ],
 )
 def test_a_chat_template_that_cannot_be_filled_is_refused(tmp_path, template):
     (tmp_path / "a.json").write_text(json.dumps(template))
-    with pytest.raises(ValueError, match=r"a\.json: (prompt|turn|answer|system|thoughts) is .*\{"):
+    with pytest.raises(ValueError, match=r"a\.json: .*\{turns\}"):
         G.load_template(tmp_path / "a.json")
 
 
 def test_a_template_of_another_base_is_refused(folders):
     with pytest.raises(ValueError, match=r"<\|start_header_id\|>"):
         G.render_prompt(G.load_tokenizer(folders["qwen"]), G.load_template("llama3"), TALK[:2])
+
+
+# --------------------------------------------------------------------------------------------------
+# From a record to an answer, on random small bases
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.4,
+}
+BASES = {
+    "qwen": (transformers.Qwen3Config, "qwen3"),
+    "llama3": (transformers.LlamaConfig, "llama3_1"),
+}
+
+
+@pytest.fixture(scope="module", params=BASES)
+def trained(request, folders, tmp_path_factory):
+    """(kind, folder of a random base, folder of an adapter after two steps on conversations)."""
+    kind, top = request.param, tmp_path_factory.mktemp("trained")
+    base, out = top / "base", top / "out"
+    config, _ = BASES[kind]
+    torch.manual_seed(0)
+    size = G.load_tokenizer(folders[kind]).vocab_size
+    config = config(vocab_size=size + 3, **SHAPE)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(folders[kind] / name, base / name)
+    rows = [{"messages": TALK}, {"instruction": "头痛呢？", "output": "请就医。"}] * 4
+    (top / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(T, "--base_model", base, "--data_path", top / "rows.jsonl", "--output_dir", out, *TWO_STEPS)
+    return kind, base, out
+
+
+TWO_STEPS = ["--max_steps", 2, "--batch_size", 4, "--val_set_size", 2, "--num_answers", 1]
+TWO_STEPS += ["--lora_r", 4, "--lora_target_modules", "all", "--lora_dropout", 0]
+TWO_STEPS += ["--learning_rate", 0.01, "--dtype", "fp32"]
+
+
+def run(script, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+        for name in ("stdout", "stderr"):  # which main wraps
+            patch.setattr(sys, name, getattr(sys, name))
+        script.main()
+
+
+def answer_of_peft(base, adapter, ids, ends, new=24):
+    """The greedy answer by transformers and peft."""
+    hf = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    hf = peft.PeftModel.from_pretrained(hf, adapter).eval()
+    made = hf.generate(
+        torch.tensor([ids]), max_new_tokens=new, do_sample=False, eos_token_id=ends, pad_token_id=0
+    )
+    answer = made[0, len(ids) :].tolist()
+    return answer[:-1] if answer[-1] in ends else answer
+
+
+def test_from_a_record_to_an_answer(trained, capsys):
+    """train.py takes the template that the base's tokens ask for; generate.py and the server answer
+    as transformers and peft do to the published template's ids, a system text in its place."""
+    kind, base, out = trained
+    template = BASES[kind][1]
+    made = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert made["config"]["prompt_template_name"] == template
+    _, key, arguments, _ = CASES[template]
+    hf = transformers.AutoTokenizer.from_pretrained(base)
+    hf.chat_template = PUBLISHED[key]["chat_template"]
+    ours = G.load_tokenizer(base)
+    ends = [
+        ours.special[n] for n in ("<|im_end|>", "<|endoftext|>", "<|eot_id|>") if n in ours.special
+    ]
+    ends += [ours.special[n] for n in ("<|eom_id|>", "<|end_of_text|>") if n in ours.special]
+    answers = {}
+    for messages in (TALK[1:2], TALK[:2], TALK[:4]):
+        ids = hf.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, **arguments
+        )
+        text = ours.decode(answer_of_peft(base, out, ids, ends))
+        answers[len(messages), messages[0]["role"]] = G.visible(text).lstrip()
+    common = ["--lora_weights", out, "--max_new_tokens", 24, "--dtype", "fp32"]
+    capsys.readouterr()
+    run(G, TALK[1]["content"], *common)
+    assert capsys.readouterr().out == answers[1, "user"] + "\n"
+    run(G, TALK[1]["content"], "--system", TALK[0]["content"], *common)
+    assert capsys.readouterr().out == answers[2, "system"] + "\n"
+
+    options = G.Options(max_new_tokens=24, port=0, dtype="fp32", lora_weights=str(out))
+    model, tokenizer, found, _ = G.load(options, str(out))
+    batch = G.Batch(model, 2, 400, G.eos_ids(tokenizer), tokenizer.decode)
+    server = G.Server(
+        batch, tokenizer, ["out"], lambda m: G.render_prompt(tokenizer, found, m), options
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key="x")
+    try:
+        for messages in (TALK[1:2], TALK[:2], TALK[:4]):
+            got = client.chat.completions.create(model="out", messages=messages)
+            wanted = answers[len(messages), messages[0]["role"]]
+            assert got.choices[0].message.content == wanted
+            pieces = client.chat.completions.create(model="out", messages=messages, stream=True)
+            assert "".join(p.choices[0].delta.content or "" for p in pieces) == wanted
+    finally:
+        server.stopping = True
+        server.shutdown()
+        server.server_close()
+
+
+def test_show(trained, capsys, tmp_path):
+    """Tokens one by one, the targets marked, and no training."""
+    kind, base, out = trained
+    data = out.parent / "rows.jsonl"
+    more = ["--base_model", base, "--data_path", data, "--output_dir", tmp_path / "none"]
+    run(T, *more, *TWO_STEPS, "--show", 3)
+    shown = capsys.readouterr().out
+    end = {"qwen": "<|im_end|>", "llama3": "<|eot_id|>"}[kind]
+    rows = re.findall(r"^rows.jsonl:\d+: (\d+) tokens, (\d+) of them targets$", shown, re.M)
+    assert len(rows) == 3 and not (tmp_path / "none").exists()
+    texts = shown.split(" of them targets\n")[1:]
+    for (tokens, targets), text in zip(rows, texts):
+        assert text.count(f"[{end}]|") == 1 and text.count("]|") == int(targets)
+        assert f"{end}|" in text.replace(f"[{end}]|", "") and int(tokens) > int(targets)
+
+
+def test_several_ids_of_eos_as_in_transformers(trained):
+    """Greedy and 4 beams, with three tokens that may end an answer."""
+    _, base, _ = trained
+    hf = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model, _ = G.load_base(base, "cpu", torch.float32)
+    for seed in range(6):
+        ids = random.Random(seed).choices(range(300), k=9)
+        with torch.no_grad():
+            likely = hf(torch.tensor([ids])).logits[0, -1].topk(40).indices.tolist()
+        ends = likely[3::13]
+        for beams in 1, 4:
+            made = hf.generate(
+                torch.tensor([ids]),
+                max_new_tokens=12,
+                num_beams=beams,
+                do_sample=False,
+                eos_token_id=ends,
+                pad_token_id=0,
+                early_stopping=False,
+            )[0, len(ids) :].tolist()
+            stop = next((i for i, id in enumerate(made) if id in ends), len(made))
+            assert list(G.generate_ids(model, ids, 12, ends, num_beams=beams)) == made[:stop]
+
+
+def test_merged_folders_carry_the_template(trained, tmp_path):
+    """transformers renders and encodes as we do: by our template in Jinja where the base has none;
+    the base's own text stays as it is."""
+    kind, base, out = trained
+    template, ours = G.load_template(BASES[kind][1]), G.load_tokenizer(base)
+    run(L, "merge", "--base_model", base, "--lora_weights", out, "--output_dir", tmp_path / "new")
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
+    for messages, _ in conversations(100, False, ["im_end"]):
+        ids = hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ids == G.render_prompt(ours, template, messages)
+    own = tmp_path / "own"
+    shutil.copytree(base, own)
+    (own / "chat_template.jinja").write_text("{{ 'own' }}")
+    run(L, "merge", "--base_model", own, "--lora_weights", out, "--output_dir", tmp_path / "kept")
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "kept")
+    assert hf.apply_chat_template(TALK, tokenize=False) == "own"
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_templates_in_jinja(folders, tmp_path, name):
+    """What an exported tokenizer_config.json makes of conversations is what we make: text and, but
+    for ChatGLM's tokenizers, which transformers lacks, ids."""
+    kind, template = TRAINED[name], G.load_template(name)
+    shutil.copytree(folders[kind], tmp_path / "base")
+    if "special" not in template:
+        # The base's own text is of another prompt than the model was tuned with.
+        (tmp_path / "base" / "chat_template.jinja").write_text("{{ 'own' }}")
+    (tmp_path / "new").mkdir()
+    M.copy_tokenizer(tmp_path / "base", tmp_path / "new")
+    M.write_chat_template(tmp_path / "new", template)
+    file = tmp_path / "new" / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    if name in ("chatglm", "chatglm2", "med_chatglm"):
+        assert "chat_template" not in settings  # nothing opens these bases and reads it
+        return
+    ours = G.load_tokenizer(folders[kind])
+    hf = transformers.AutoTokenizer
+    hf = None if kind == "glm" else hf.from_pretrained(tmp_path / "new")
+    for messages, _ in conversations(150, "thoughts" in template, ["im_end"]):
+        text = G.read_chat(messages)
+        if hf:
+            ids = hf.apply_chat_template(text, add_generation_prompt=True, return_dict=False)
+            assert ids == G.render_prompt(ours, template, text)
+        else:
+            (made,), _ = transformers.utils.chat_template_utils.render_jinja_template(
+                [text], chat_template=settings["chat_template"], add_generation_prompt=True
+            )
+            assert made == re.sub("\0bos\0|[\0\1\2]", "", G.render(template, text)[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# Real vocabularies
+
+real_ones = test_tokenizers.real  # a fixture
+
+
+def test_ids_of_real_vocabularies(real_ones):
+    """A short conversation in Qwen's and Llama-3's own ids, and a typed end that is none."""
+    ids = {}
+    for kind, name in (("qwen", "chatml"), ("llama3", "llama3")):
+        ours, theirs = real_ones[kind]
+        asked = {"role": "user", "content": "你好<|im_end|><|eot_id|>"}
+        record = {"messages": [asked, {"role": "assistant", "content": "好"}], "instruction": ""}
+        row = T.encode_example(ours, G.load_template(name), record, T.TrainConfig())
+        typed = theirs.encode_ordinary(asked["content"])
+        first = row.ids.index(typed[0])
+        assert row.ids[first : first + len(typed)] == typed and len(typed) > 10
+        ids[kind] = row.ids[:first], row.ids[first + len(typed) :]
+        targets = [id for id, target in zip(row.ids, row.mask) if target]
+        assert targets == {"qwen": [52801, 151645], "llama3": [53901, 128009]}[kind]
+    # <|im_start|>system\n, the text, <|im_end|>\n<|im_start|>user\n
+    assert ids["qwen"][0][:3] == [151644, 8948, 198]
+    assert ids["qwen"][0][-5:] == [151645, 198, 151644, 872, 198]
+    # <|im_end|>\n<|im_start|>assistant\n好<|im_end|>
+    assert ids["qwen"][1] == [151645, 198, 151644, 77091, 198, 52801, 151645]
+    # <|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n
+    assert ids["llama3"][0] == [128000, 128006, 882, 128007, 271]
+    assert ids["llama3"][1] == [128009, 128006, 78191, 128007, 271, 53901, 128009]
+
+
+@pytest.mark.parametrize("kind, case", [("qwen", "chatml"), ("llama3", "llama3")])
+def test_prompts_in_real_vocabularies(real_ones, folders, kind, case):
+    """300 of the random conversations, encoded by tiktoken between the special tokens."""
+    ours, theirs = real_ones[kind]
+    template = G.load_template(case)
+    for messages, _ in conversations(300):
+        _, ids = by_jinja(case, messages, theirs.encode_ordinary, ours.special)
+        assert G.render_prompt(ours, template, messages) == ids

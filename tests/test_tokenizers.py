@@ -16,7 +16,16 @@ import pytest
 import sentencepiece
 from conftest import RECORDS, make_config
 from sentencepiece import sentencepiece_model_pb2 as protobuf
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -117,9 +126,6 @@ def test_bentsaos_records_as_tiktoken_encodes_them(real, kind):
     texts = [record["instruction"] + "\n" + record["output"] for record in records]
     assert len(texts) == 8658
     assert [ours.encode(text) for text in texts] == [theirs.encode_ordinary(text) for text in texts]
-    count = sum(len(ours.encode_answer(record["output"])) + 1 for record in records)
-    characters = sum(len(record["output"]) for record in records)
-    assert f"{count / characters:.2f}" == {"llama3": "0.91", "qwen": "0.68"}[kind]
 
 
 def test_special_ids_are_the_published_ones(real):
@@ -138,16 +144,6 @@ def test_special_ids_are_the_published_ones(real):
     assert qwen.special["<|im_start|>"] == 151644 and qwen.vocab_size == 151646
     assert qwen.encode("a", bos=True, eos=True) == [*qwen.encode("a"), 151645]
     assert llama3.encode("a", bos=True)[0] == 128000
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_ids_of_a_text_end_where_tiktokens_pieces_end(real, kind):
-    ours, theirs = real[kind]
-    text = "患者 癫痫👋🏽发作\n\n3 次 a.b"
-    ids = ours.encode(text)
-    ends = [sum(map(len, theirs.decode_tokens_bytes(ids[: n + 1]))) for n in range(len(ids))]
-    assert ours.byte_ends(ids, text) == ends and ends[-1] == len(text.encode())
-    assert ours.byte_ends([ours.eos_id, *ids], text) == [0, *ends]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -206,6 +202,15 @@ def test_a_trained_tokenizer_json_as_tokenizers_reads_it(form, tmp_path):
         ids = theirs.encode(text.replace("<|", "")).ids
         assert ours.encode(text.replace("<|", "")) == ids, ascii(text)
         assert ours.decode(ids) == theirs.decode(ids)
+    # BOS where the post-processor puts it, and not where tokenizer_config.json alone names it
+    settings = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    write(tmp_path / "tokenizer_config.json", settings)
+    assert G.load_tokenizer(tmp_path).encode("黄芪", bos=True) == theirs.encode("黄芪").ids
+    theirs.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    assert G.load_tokenizer(tmp_path).encode("黄芪", bos=True) == theirs.encode("黄芪").ids
     draw = random.Random(0)
     for _ in range(200):  # halves of characters, special ids, ids shown
         ids = [draw.randrange(ours.vocab_size) for _ in range(12)]
@@ -228,13 +233,22 @@ def test_special_tokens_are_ids_and_never_text(tmp_path):
     }
     # thoughts are shown, as transformers shows them; ids of rows behind the vocabulary are nothing
     assert ours.decode([1, 600, *ours.encode("中"), 601, 2, 602, 9999]) == "<think>中</think>"
+    # a base that was saved again names them once more; a piece may be an added token as well
+    write(tmp_path / "added_tokens.json", {"<think>": 600, "<|im_end|>": 2, "[PAD]": 602})
+    again = G.load_tokenizer(tmp_path)
+    assert again.vocab_size == 603 and again.decode([600, 602, 2]) == "<think>"
+    (tmp_path / "added_tokens.json").unlink()
+    theirs.add_tokens(["的功效是"])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    again = G.load_tokenizer(tmp_path)
+    assert again.decode(again.encode("的功效是")) == "的功效是"
     # with ignore_merges a special token is no word either
     theirs.add_special_tokens(["PAD"])
     spec = json.loads(theirs.to_str())
     spec["model"]["ignore_merges"] = True
-    spec["model"]["vocab"]["PAD"] = 602
+    pad = spec["model"]["vocab"]["PAD"] = theirs.token_to_id("PAD")
     write(tmp_path / "tokenizer.json", spec)
-    assert 602 not in G.load_tokenizer(tmp_path).encode("PAD")
+    assert pad not in G.load_tokenizer(tmp_path).encode("PAD")
 
 
 def test_half_a_character_is_never_shown(tmp_path):
@@ -320,8 +334,6 @@ def test_answers_follow_prompts_whether_a_line_end_is_a_piece_or_a_byte(tmp_path
     for answer in ("黄芪的功效是", " a b", "It is\n\nso", "癫痫", "", "\n"):
         joint = tokenizer.encode(prompt + answer, bos=True)
         assert tokenizer.encode(prompt, bos=True) + tokenizer.encode_answer(answer) == joint
-        ids = tokenizer.encode(answer)
-        assert tokenizer.byte_ends(ids, answer)[-1:] == [len(answer.encode())] * bool(ids)
 
 
 def test_chatglm_has_tokens_behind_its_pieces(tmp_path):
@@ -395,6 +407,9 @@ def test_chatglm_6b_reads_both_forms_of_its_file(ice, form):
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(ice / "new" / "ice_text.model"))
     first = pieces.piece_to_id("[MASK]")
     assert [tokenizer.special[name] - first for name in CONTROL] == [*range(8)]
+    # Med-ChatGLM's folder has ids of the vocabulary with image rows in added_tokens.json
+    write(ice / form / "added_tokens.json", {"<eop>": 150005})
+    assert G.load_tokenizer(ice / form).vocab_size == first + 344
     assert tokenizer.vocab_size == first + 344 and tokenizer.eos_id == first + 5
     for text in TEXTS:
         ids = published(pieces, text)
@@ -435,14 +450,20 @@ def test_tokenizers_of_other_kinds_are_refused_in_one_line(tmp_path):
     llama = Tokenizer(models.BPE({"<0x00>": 0}, [], byte_fallback=True))
     llama.pre_tokenizer = pre_tokenizers.Metaspace()
     split, level = good["pre_tokenizer"]["pretokenizers"]
+
+    def words(pattern):
+        return split | {"pattern": {"Regex": pattern}}
+
     for name, spec in {
         "unigram": json.loads(unigram.to_str()),
         "wordpiece": json.loads(word.to_str()),
         "llama": json.loads(llama.to_str()),
         "pattern": good | {"pre_tokenizer": {"pretokenizers": [level]}},
-        "groups": good
-        | {"pre_tokenizer": {"pretokenizers": [split | {"pattern": {"Regex": r"\p{Lu}+"}}, level]}},
-        "no merges": good | {"model": {"vocab": {}, "merges": [1]}},
+        "categories": good | {"pre_tokenizer": {"pretokenizers": [words(r"\p{Lu}+"), level]}},
+        "groups": good | {"pre_tokenizer": {"pretokenizers": [words(r"(a)|b"), level]}},
+        "merges": good | {"model": good["model"] | {"merges": [["a", "\u9ec4"]]}},
+        "no letters": good | {"model": {"vocab": {}, "merges": []}},
+        "no pairs": good | {"model": {"vocab": {}, "merges": [1]}},
         "lowercase": good | {"normalizer": {"type": "Lowercase"}},
         "damaged": '{"model"',
         "list": [],
@@ -507,7 +528,6 @@ def test_all_files_of_a_tokenizer_are_copied(tmp_path):
         "special_tokens_map.json",
         "added_tokens.json",
         "chat_template.jinja",
-        "qwen.tiktoken",
     ]
     for name in names:
         write(tmp_path / "base" / name, "{}")

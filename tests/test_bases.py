@@ -689,7 +689,7 @@ REFUSED = {  # name: (config.json, what the line must name)
         QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]},
         "layer_types.*sliding window",
     ),
-    "ChatGLM-6B": (
+    "ChatGLM-6B by P-tuning": (
         {
             "model_type": "chatglm",
             "hidden_size": 64,
@@ -699,8 +699,10 @@ REFUSED = {  # name: (config.json, what the line must name)
             "layernorm_epsilon": 1e-5,
             "position_encoding_2d": True,
             "vocab_size": 130528,
+            "quantization_bit": 0,
+            "pre_seq_len": 128,
         },
-        "ChatGLM-6B",
+        "pre_seq_len.*P-tuning",
     ),
     "ChatGLM2-6B-32k": (
         CHATGLM3 | {"padded_vocab_size": 65024, "rope_ratio": 50},

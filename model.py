@@ -680,8 +680,7 @@ def config_from_hf(hf):
     values = {name: hf[name] for name in names if hf.get(name) is not None}
     rope.pop("rope_theta", 0), rope.pop("partial_rotary_factor", 0)
     values["rope_scaling"] = None if scaling == "default" else {"rope_type": scaling, **rope}
-    # transformers' name of ChatGLM2's network
-    values["model_type"] = "glm" if kind == "chatglm" else kind
+    values["model_type"] = {"chatglm": "glm"}.get(kind, kind)  # transformers' name of that network
     if kind == "chatglm1" and values["vocab_size"] == 150528:
         values["vocab_size"] -= IMAGES
     return LLaMAConfig(**values)

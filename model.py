@@ -310,7 +310,7 @@ class KVCache(Context):
     (`LLaMA.new_cache`).
 
     Row b holds lengths[b] of them. `longest` bounds lengths without asking the device for them.
-    The first `prefix` see each other: a number while a row is empty, then (B, 1)."""
+    The first `prefix` see each other: a number, or (B, 1) where no row is empty."""
 
     def __init__(self, k, v, lengths, longest=0, prefix=0):
         self.k, self.v, self.lengths, self.longest, self.prefix = k, v, lengths, longest, prefix
@@ -665,8 +665,8 @@ def config_from_hf(hf):
     # rope_scaling was before, rope_parameters is since transformers 5
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     scaling = rope.pop("rope_type", rope.pop("type", "default"))
+    hf = name_chatglm1(hf)
     kind = hf.get("model_type", "llama")
-    kind = "chatglm1" if "inner_hidden_size" in hf else kind
     own = {"hidden_act": "silu", "partial_rotary_factor": 1.0, **NETWORKS.get(kind, {})}
     hf = own | {CHATGLM_SHAPE.get(key, key): value for key, value in hf.items()} | rope
     if not hf.get("use_sliding_window", True):  # Qwen2 says how wide it would be
@@ -681,9 +681,16 @@ def config_from_hf(hf):
     rope.pop("rope_theta", 0), rope.pop("partial_rotary_factor", 0)
     values["rope_scaling"] = None if scaling == "default" else {"rope_type": scaling, **rope}
     values["model_type"] = {"chatglm": "glm"}.get(kind, kind)  # transformers' name of that network
-    if kind == "chatglm1" and values["vocab_size"] == 150528:
-        values["vocab_size"] -= IMAGES
     return LLaMAConfig(**values)
+
+
+def name_chatglm1(hf):
+    """config.json of ChatGLM-6B, which has the model_type of its successors, under a name of its
+    own and without the rows for images; any other as it is."""
+    if "inner_hidden_size" not in hf:
+        return hf
+    rows = hf["vocab_size"]
+    return hf | {"model_type": "chatglm1", "vocab_size": rows - IMAGES * (rows == 150528)}
 
 
 def refuse(hf, own, pattern, feature):

@@ -11,6 +11,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from conftest import RECORDS
+from evaluate import continuation_logprobs
 
 import generate as G
 import lora as L
@@ -242,6 +243,15 @@ def test_beams_have_the_oracles_scores(model):
     greedy = list(G.generate_ids(model, prompt, 4))
     assert scores == sorted(scores, reverse=True) and request.ids == request.ranked[0].ids[10:]
     assert len({tuple(row.ids) for row in request.ranked}) == 4 and len(greedy) == 4
+
+
+def test_likelihoods_are_the_oracles(model):
+    """As the exams score options behind one prompt."""
+    prompt, options = RAGGED[0][0], [[7, 60], [91], [3, 3, 105, 12]]
+    for option, ours in zip(options, continuation_logprobs(model, prompt, options)):
+        logits = oracle(release(), prompt + option, len(prompt) - 1)[len(prompt) - 1 : -1]
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        assert abs(logprobs[np.arange(len(option)), option].sum() - ours) < 1e-4
 
 
 # --------------------------------------------------------------------------------------------------

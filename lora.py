@@ -43,6 +43,7 @@ from model import (
     check_settings,
     find_base,
     full_tensor,
+    fused_rows,
     load_model,
     new_folder,
     one_row,
@@ -53,7 +54,6 @@ from model import (
     run,
     save_hf,
     setting,
-    stored_name,
     write_atomically,
     write_json,
 )
@@ -424,7 +424,7 @@ def load_adapter(model, folder):
     """Wrap the linears for which a folder's adapter_model.safetensors or .bin has tensors, and load
     them. Return run.json ({} without). Raises ValueError naming a linear whose tensors do not fit,
     are missing or are not finite, and for what PEFT has besides LoRA."""
-    folder, pairs = Path(folder), {}
+    folder = Path(folder)
     file = next(folder.glob("adapter_model.[sb]*"), folder / "adapter_model.safetensors")
     if not file.is_file():
         raise ValueError(
@@ -433,18 +433,15 @@ def load_adapter(model, folder):
         )
     config, targets = read_adapter_config(folder / "adapter_config.json")
     refuse_adapter(model)
-    # lora_A.weight; in PEFT's live modules lora_A.default.weight; _orig_mod. is torch.compile's
-    pattern = r"(?:base_model\.model\.)?(?:model\.)?(.*)\.lora_([AB])\.(?:\w+\.)?weight"
-    for key, tensor in open_weights(file).items():
-        match = re.fullmatch(pattern, key.replace("_orig_mod.", ""))
-        name, half = match.groups() if match else (key, "")
-        pairs.setdefault(name, {})[half] = tensor.float()
+    found, known = linears(model), {}
+    for layout in NAMES:
+        known |= fused_rows({name: m.out_features for name, m in found.items()}, layout)
+    pairs = read_pairs(file, known)
     # The linears of the file must be those that the settings name, and all be in the model.
-    found = linears(model)
-    split_fused(pairs, found)
     names = [] if targets else [*pairs]
     for target in targets:
-        names += targeted(target, found) or [target]
+        means = [known[key] for key in known if f".{key}".endswith(f".{target}")]
+        names += [name for rows in means for name in rows] or [target]
     for name in sorted({*names, *pairs}):
         linear = found.get(name) if name in names else None
         check_pair(f"{file}: {name}", linear, pairs.get(name, {}), config.r)
@@ -459,30 +456,22 @@ def load_adapter(model, folder):
     return read_json_file(info) if info.is_file() else {}
 
 
-def split_fused(pairs, found):
-    """Replace in pairs, {name: {"A": tensor, "B": tensor}}, the updates of fused linears (GLM's
-    gate_up_proj, ChatGLM's query_key_value) by those of ours. Exact: A is shared, and each of ours
-    has its own rows of B."""
-    for layout in NAMES:
-        fused = {}
-        for name in found:
-            key = stored_name(name, layout).removeprefix("model.")
-            fused.setdefault(key, []).append(name)
-        for key, names in fused.items():
-            pair, sizes = pairs.get(key, {}), [found[name].out_features for name in names]
-            if len(pair.get("B", ())) == sum(sizes):
-                del pairs[key]
-                parts = zip(names, pair["B"].split(sizes))
-                pairs |= {name: {**pair, "B": rows} for name, rows in parts}
-
-
-def targeted(target, found):
-    """The linears that an entry of target_modules means, by their names in any layout."""
-
-    def means(name):
-        return any(f".{stored_name(name, layout)}".endswith(f".{target}") for layout in NAMES)
-
-    return [name for name in found if means(name)]
+def read_pairs(file, known):
+    """{our name: {"A": tensor, "B": tensor}} of an adapter's file. known is of `fused_rows`: the
+    update of a fused linear (GLM's gate_up_proj, ChatGLM's query_key_value) becomes those of its
+    parts, exactly. A is shared, and each has its rows of B."""
+    pairs = {}
+    # lora_A.weight; in PEFT's live modules lora_A.default.weight; _orig_mod. is torch.compile's
+    pattern = r"(?:base_model\.model\.)?(.*)\.lora_([AB])\.(?:\w+\.)?weight"
+    for key, tensor in open_weights(file).items():
+        match = re.fullmatch(pattern, key.replace("_orig_mod.", ""))
+        name, half = match.groups() if match else (key, "")
+        parts = known.get(name, {name: slice(None)})
+        # Where the rows are too many or too few, `check_pair` says so of the whole.
+        cut = half == "B" and len(tensor) == [*parts.values()][-1].stop
+        for ours, rows in parts.items():
+            pairs.setdefault(ours, {})[half] = (tensor[rows] if cut else tensor).float()
+    return pairs
 
 
 def check_pair(name, linear, pair, r):

@@ -457,6 +457,7 @@ NAMES = {
         "^": "transformer.",
     },
 }
+TIED = ("embed_tokens.weight", "lm_head.weight")
 # Layouts whose rotary pairs are neighbours, 2i and 2i + 1: rows of q and k stand in another order.
 NEIGHBOURS = ("meta", "glm", "chatglm")
 LLAMA3_ROPE = {  # what Meta's use_scaled_rope means, but for the factor
@@ -482,6 +483,17 @@ def stored_name(name, layout="hf"):
     for pattern, theirs in NAMES.get(layout, NAMES["hf"]).items():
         name = re.sub(pattern, theirs, name)
     return name
+
+
+def fused_rows(rows, layout):
+    """{a layout's name: {our name: slice of its rows}} for {our name: number of rows}. What has one
+    name there stands one behind the other."""
+    fused = {}
+    for name, count in rows.items():
+        parts = fused.setdefault(stored_name(name, layout), {})
+        start = sum(part.stop - part.start for part in parts.values())
+        parts[name] = slice(start, start + count)
+    return fused
 
 
 def reorder(name, tensor, layout, shape):
@@ -749,22 +761,20 @@ class Checkpoint:
     def place(self, found):
         """Give each weight the tensors of the files that are it, or hold it. Raises ValueError for
         one too many, or as `check` does."""
-        self.rows, self.parts, ends = {}, {}, Counter()
-        keys = {name: stored_name(name, self.layout) for name in self.shapes}
-        # Fused weights stand one behind the other.
-        for name, key in keys.items():
-            self.rows[name] = slice(ends[key], ends[key] + self.shapes[name][0])
-            ends[key] = self.rows[name].stop
-            self.parts[name] = found.get(key, [])
+        fused = fused_rows({name: shape[0] for name, shape in self.shapes.items()}, self.layout)
         if self.config.tie_word_embeddings:
-            head = stored_name("lm_head.weight", self.layout)
-            self.parts["embed_tokens.weight"] += found.pop(head, [])
+            embedding, head = (stored_name(name, self.layout) for name in TIED)
+            found.setdefault(embedding, []).extend(found.pop(head, []))
         # One comparison does for every damage.
         for key, parts in found.items():
-            if key not in ends:
+            if key not in fused:
                 raise ValueError(f"{parts[0].file} has {key}, which this model does not have")
-        for name, parts in self.parts.items():
-            self.check(keys[name], parts, (ends[keys[name]], *self.shapes[name][1:]))
+        self.rows, self.parts = {}, {}
+        for key, rows in fused.items():
+            self.rows |= rows
+            self.parts |= dict.fromkeys(rows, found.get(key, []))
+            name, last = rows.popitem()
+            self.check(key, self.parts[name], (last.stop, *self.shapes[name][1:]))
 
     def check(self, key, parts, shape):
         """Raise ValueError for a weight that is missing, of another shape, or no floating-point

@@ -75,7 +75,7 @@ class LLaMAConfig:
     rope_scaling: dict = None  # {"rope_type": "linear" or "llama3", "factor": ...}
     tie_word_embeddings: bool = False  # the head's weight is the embedding's
     max_position_embeddings: int = 2048  # the context it was trained with; kept, not enforced
-    model_type: str = "llama"  # a key of NETWORKS, which has the others' differences
+    model_type: str = "llama"  # a key of NETWORKS; by it files name weights
     qkv_bias: bool = False  # queries, keys and values have a bias (Qwen2, GLM)
     qk_norm: bool = False  # each head's query and key is normed (Qwen3)
     partial_rotary_factor: float = 1.0  # the part of a head that RoPE turns (GLM: half)
@@ -129,7 +129,7 @@ def rope_table(positions, head_dim, theta, scaling=None, share=1.0):
     context, with a linear transition (Llama 3.1). Pairs beyond a head's `share` stand still."""
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     # The first pair turns by one radian a position, the last by 1 / theta.
-    speed = theta ** (-pair / (share * head_dim)) * (pair < share * head_dim)  # (D/2), a position
+    speed = theta ** (-pair / (share * head_dim)) * (pair < share * head_dim)  # (D/2), radians
     if scaling:
         kind, keep = scaling.get("rope_type"), 0.0  # keep: the share of the speed left as it is
         if kind not in ("linear", "llama3"):
@@ -720,7 +720,7 @@ def part_shapes(shape, n):
 
 
 class Checkpoint:
-    """The weights in a folder, Hugging Face's or Meta's. Opening it reads no tensor; it checks that
+    """The weights in a folder, in any layout of NAMES. Opening it reads no tensor; it checks that
     they are those of the model that config.json or params.json describes. Raises ValueError.
 
     Each of Hugging Face's files holds some of the weights, each of Meta's a slice of every weight.

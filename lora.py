@@ -54,6 +54,7 @@ from model import (
     run,
     save_hf,
     setting,
+    stored_name,
     write_atomically,
     write_json,
 )
@@ -333,7 +334,7 @@ def quantize(model, kind, device=None, dtype=None):
 # ==================================================================================================
 # Adapters on disk
 
-PREFIX = "base_model.model.model."  # of PEFT's keys: its wrapper's, and transformers' own "model."
+PREFIX = "base_model.model."  # of PEFT's keys
 # what adapter_config.json may set: what is read here, what the tensors show, what changes nothing
 SOME = {"layers_to_transform", "layers_pattern", "exclude_modules"}  # in some layers only
 KNOWN = SOME.union(
@@ -349,15 +350,12 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
     since a sharded adapter is gathered; the first writes. Tensors are read back before they take
     the place of older ones. Raises ValueError naming a tensor that is not finite or came back
     otherwise and, once trained, if every B is zero."""
-    folder, found, state = Path(folder), lora_linears(model), {}
-    pairs = (-1, 2, model.config.head_dim // 2)
-    for name, module in found:
-        for letter, p in (("A", module.lora_a), ("B", module.lora_b)):
+    folder, pairs, state = Path(folder), file_pairs(model), {}
+    for name, pair in pairs.items():
+        for letter, tensor in zip("AB", pair):
             key = f"{PREFIX}{name}.lora_{letter}.weight"
-            tensor = full_tensor(p.detach()).cpu().contiguous()
-            # B's rows stand as those of the base's weight.
-            state[key] = reorder(key, tensor, model.config.model_type, pairs)
-            if not state[key].isfinite().all():
+            state[key] = tensor
+            if not tensor.isfinite().all():
                 raise ValueError(
                     f"{folder}: {key} holds NaN or infinity, and nothing was saved; lower "
                     "--learning_rate"
@@ -378,22 +376,45 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "adapter_model.safetensors", write)
     # What PEFT reads: names of linears, in full where not all layers have them.
-    config, leaves = found[0][1].config, sorted({name.rpartition(".")[2] for name, _ in found})
-    everywhere = len(found) == len(leaves) * len(model.layers)
+    config, leaves = lora_linears(model)[0][1].config, {name.rpartition(".")[2] for name in pairs}
+    everywhere = len(pairs) == len(leaves) * len(model.layers)
+    rank = pair[0].size(0)
+    higher = rank / config.r
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base_model),
-        "r": config.r,
-        "lora_alpha": config.alpha,
+        "r": rank,
+        "lora_alpha": config.alpha * (math.sqrt(higher) if config.rslora else higher),
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
-        "target_modules": leaves if everywhere else [name for name, _ in found],
+        "target_modules": sorted(leaves) if everywhere else [*pairs],
         "bias": "none",
         "inference_mode": True,
     }
     write_json(folder / "adapter_config.json", settings)
     write_json(folder / "run.json", run_info or {})  # last: who finds it finds the rest
+
+
+def file_pairs(model):
+    """{a linear's name in files: (A, B)} of an adapter, gathered, B's rows in the base's order. Two
+    linears that are one in files (GLM's gate_up_proj) stand there in blocks, with twice the rank,
+    and all others are filled up with zeros to that rank: exact."""
+    pairs, c = {}, model.config
+    rows = {name.removesuffix(".base"): m.out_features for name, m in linears(model).items()}
+    fused = fused_rows(rows, c.model_type)
+    for name, module in lora_linears(model):
+        a, b = (full_tensor(p.detach()).cpu() for p in (module.lora_a, module.lora_b))
+        key = stored_name(name, c.model_type)
+        tall = b.new_zeros([*fused[key].values()][-1].stop, b.size(1))
+        tall[fused[key][name]] = reorder(name, b, c.model_type, (-1, 2, c.head_dim // 2))
+        above, left = pairs.get(key, (a[:0], tall[:, :0]))
+        pairs[key] = torch.cat((above, a)), torch.cat((left, tall), 1)
+    rank = max(len(a) for a, _ in pairs.values())
+    return {
+        key: (F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - len(a))))
+        for key, (a, b) in pairs.items()
+    }
 
 
 def read_adapter_config(file):
@@ -462,7 +483,7 @@ def read_pairs(file, known):
     parts, exactly. A is shared, and each has its rows of B."""
     pairs = {}
     # lora_A.weight; in PEFT's live modules lora_A.default.weight; _orig_mod. is torch.compile's
-    pattern = r"(?:base_model\.model\.)?(.*)\.lora_([AB])\.(?:\w+\.)?weight"
+    pattern = rf"(?:{PREFIX})?(.*)\.lora_([AB])\.(?:\w+\.)?weight"
     for key, tensor in open_weights(file).items():
         match = re.fullmatch(pattern, key.replace("_orig_mod.", ""))
         name, half = match.groups() if match else (key, "")

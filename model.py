@@ -497,10 +497,10 @@ def fused_rows(rows, layout):
 
 
 def reorder(name, tensor, layout, shape):
-    """Rows of q and k, also those of LoRA's B, between our order and that of a layout with
+    """Rows of q and k, also those of their lora_B, between our order and that of a layout with
     neighbouring pairs; any other tensor as it is. shape: (-1, 2, D/2) to the layout, (-1, D/2, 2)
     from it."""
-    if layout not in NEIGHBOURS or not re.search(r"\b[qk]_proj\b(?!.lora_A)", name):
+    if layout not in NEIGHBOURS or not re.search(r"\b[qk]_proj\b", name):
         return tensor
     return tensor.unflatten(0, shape).transpose(1, 2).flatten(0, 2)
 
@@ -590,7 +590,7 @@ def config_from_hf(hf):
     hf.setdefault("rope_theta", 10000.0 * hf.get("rope_ratio", 1))  # as GLM-4 has it
     names = [f.name for f in fields(LLaMAConfig)]
     values = {name: hf[name] for name in names if hf.get(name) is not None}
-    rope.pop("rope_theta", 0), rope.pop("partial_rotary_factor", 0)
+    rope = {key: value for key, value in rope.items() if key not in values}
     values["rope_scaling"] = None if scaling == "default" else {"rope_type": scaling, **rope}
     values["model_type"] = kind.removeprefix("chat")  # transformers' name of ChatGLM2's network
     return LLaMAConfig(**values)

@@ -24,7 +24,6 @@ import math
 import re
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -48,6 +47,7 @@ from model import (
     fused_rows,
     load_model,
     new_folder,
+    one_by_one,
     one_row,
     open_weights,
     processes,
@@ -337,7 +337,7 @@ def quantize(model, kind, device=None, dtype=None):
 # ==================================================================================================
 # Adapters on disk
 
-PREFIX = "base_model.model.model."  # of PEFT's keys: its wrapper's, and transformers' own "model."
+PREFIX = "base_model.model."  # of PEFT's keys
 # what adapter_config.json may set: what is read here, what the tensors show, what changes nothing
 SOME = {"layers_to_transform", "layers_pattern", "exclude_modules"}  # in some layers only
 KNOWN = SOME.union(
@@ -353,15 +353,12 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
     since a sharded adapter is gathered; the first writes. Tensors are read back before they take
     the place of older ones. Raises ValueError naming a tensor that is not finite or came back
     otherwise and, once trained, if every B is zero."""
-    folder, found, state = Path(folder), lora_linears(model), {}
-    pairs = (-1, 2, model.config.head_dim // 2)
-    for name, module in found:
-        for letter, p in (("A", module.lora_a), ("B", module.lora_b)):
+    folder, pairs, state = Path(folder), file_pairs(model), {}
+    for name, pair in pairs.items():
+        for letter, tensor in zip("AB", pair):
             key = f"{PREFIX}{name}.lora_{letter}.weight"
-            tensor = full_tensor(p.detach()).cpu().contiguous()
-            # B's rows stand as those of the base's weight.
-            state[key] = reorder(key, tensor, model.config.model_type, pairs)
-            if not state[key].isfinite().all():
+            state[key] = tensor
+            if not tensor.isfinite().all():
                 raise ValueError(
                     f"{folder}: {key} holds NaN or infinity, and nothing was saved; lower "
                     "--learning_rate"
@@ -382,22 +379,45 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "adapter_model.safetensors", write)
     # What PEFT reads: names of linears, in full where not all layers have them.
-    config, leaves = found[0][1].config, sorted({name.rpartition(".")[2] for name, _ in found})
-    everywhere = len(found) == len(leaves) * len(model.layers)
+    config, leaves = lora_linears(model)[0][1].config, {name.rpartition(".")[2] for name in pairs}
+    everywhere = len(pairs) == len(leaves) * len(model.layers)
+    rank = pair[0].size(0)
+    higher = rank / config.r
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base_model),
-        "r": config.r,
-        "lora_alpha": config.alpha,
+        "r": rank,
+        "lora_alpha": config.alpha * (math.sqrt(higher) if config.rslora else higher),
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
-        "target_modules": leaves if everywhere else [name for name, _ in found],
+        "target_modules": sorted(leaves) if everywhere else [*pairs],
         "bias": "none",
         "inference_mode": True,
     }
     write_json(folder / "adapter_config.json", settings)
     write_json(folder / "run.json", run_info or {})  # last: who finds it finds the rest
+
+
+def file_pairs(model):
+    """{a linear's name in files: (A, B)} of an adapter, gathered, B's rows in the base's order. Two
+    linears that are one in files (GLM's gate_up_proj) stand there in blocks, with twice the rank,
+    and all others are filled up with zeros to that rank: exact."""
+    pairs, c = {}, model.config
+    rows = {name.removesuffix(".base"): m.out_features for name, m in linears(model).items()}
+    fused = fused_rows(rows, c.model_type)
+    for name, module in lora_linears(model):
+        a, b = (full_tensor(p.detach()).cpu() for p in (module.lora_a, module.lora_b))
+        key = stored_name(name, c.model_type)
+        tall = b.new_zeros([*fused[key].values()][-1].stop, b.size(1))
+        tall[fused[key][name]] = reorder(name, b, c.model_type, (-1, 2, c.head_dim // 2))
+        above, left = pairs.get(key, (a[:0], tall[:, :0]))
+        pairs[key] = torch.cat((above, a)), torch.cat((left, tall), 1)
+    rank = max(len(a) for a, _ in pairs.values())
+    return {
+        key: (F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - len(a))))
+        for key, (a, b) in pairs.items()
+    }
 
 
 def read_adapter_config(file):
@@ -428,7 +448,7 @@ def load_adapter(model, folder):
     """Wrap the linears for which a folder's adapter_model.safetensors or .bin has tensors, and load
     them. Return run.json ({} without). Raises ValueError naming a linear whose tensors do not fit,
     are missing or are not finite, and for what PEFT has besides LoRA."""
-    folder, pairs = Path(folder), {}
+    folder = Path(folder)
     file = next(folder.glob("adapter_model.[sb]*"), folder / "adapter_model.safetensors")
     if not file.is_file():
         raise ValueError(
@@ -437,18 +457,15 @@ def load_adapter(model, folder):
         )
     config, targets = read_adapter_config(folder / "adapter_config.json")
     refuse_adapter(model)
-    # lora_A.weight; in PEFT's live modules lora_A.default.weight; _orig_mod. is torch.compile's
-    pattern = r"(?:base_model\.model\.)?(?:model\.)?(.*)\.lora_([AB])\.(?:\w+\.)?weight"
-    for key, tensor in open_weights(file).items():
-        match = re.fullmatch(pattern, key.replace("_orig_mod.", ""))
-        name, half = match.groups() if match else (key, "")
-        pairs.setdefault(name, {})[half] = tensor.float()
+    found, known = linears(model), {}
+    for layout in NAMES:
+        known |= fused_rows({name: m.out_features for name, m in found.items()}, layout)
+    pairs = read_pairs(file, known, model.config.head_dim)
     # The linears of the file must be those that the settings name, and all be in the model.
-    found = linears(model)
-    split_fused(pairs, found, model.config.head_dim)
     names = [] if targets else [*pairs]
     for target in targets:
-        names += targeted(target, found) or [target]
+        means = [known[key] for key in known if f".{key}".endswith(f".{target}")]
+        names += [name for rows in means for name in rows] or [target]
     for name in sorted({*names, *pairs}):
         linear = found.get(name) if name in names else None
         check_pair(f"{file}: {name}", linear, pairs.get(name, {}), config.r)
@@ -463,31 +480,23 @@ def load_adapter(model, folder):
     return read_json_file(info) if info.is_file() else {}
 
 
-def split_fused(pairs, found, head_dim):
-    """Replace in pairs, {name: {"A": tensor, "B": tensor}}, the updates of fused linears (GLM's
-    gate_up_proj, ChatGLM's query_key_value) by those of ours. Exact: A is shared, and each of ours
-    has its own rows of B."""
-    for layout in NAMES:
-        fused = {}
-        for name in found:
-            key = stored_name(name, layout).removeprefix("model.")
-            fused.setdefault(key, []).append(name)
-        for key, names in fused.items():
-            pair, sizes = pairs.get(key, {}), [found[name].out_features for name in names]
-            if len(pair.get("B", ())) == sum(sizes):
-                del pairs[key]
-                for name, n, end in zip(names, sizes, accumulate(sizes)):
-                    rows = fused_rows(name, layout, end - n, n, head_dim)
-                    pairs[name] = {**pair, "B": pair["B"][rows]}
-
-
-def targeted(target, found):
-    """The linears that an entry of target_modules means, by their names in any layout."""
-
-    def means(name):
-        return any(f".{stored_name(name, layout)}".endswith(f".{target}") for layout in NAMES)
-
-    return [name for name in found if means(name)]
+def read_pairs(file, known, head_dim):
+    """{our name: {"A": tensor, "B": tensor}} of an adapter's file. known is of `fused_rows`: the
+    update of a fused linear (GLM's gate_up_proj, ChatGLM's query_key_value) becomes those of its
+    parts, exactly. A is shared, and each has its rows of B."""
+    pairs = {}
+    # lora_A.weight; in PEFT's live modules lora_A.default.weight; _orig_mod. is torch.compile's
+    pattern = rf"(?:{PREFIX})?(.*)\.lora_([AB])\.(?:\w+\.)?weight"
+    for key, tensor in open_weights(file).items():
+        match = re.fullmatch(pattern, key.replace("_orig_mod.", ""))
+        name, half = match.groups() if match else (key, "")
+        parts = known.get(name, {name: slice(None)})
+        # Where the rows are too many or too few, `check_pair` says so of the whole.
+        cut = half == "B" and len(tensor) == [*parts.values()][-1].stop
+        for ours, rows in parts.items():
+            rows = one_by_one(name, tensor, head_dim)[rows] if cut else tensor
+            pairs.setdefault(ours, {})[half] = rows.float()
+    return pairs
 
 
 def check_pair(name, linear, pair, r):

@@ -75,7 +75,7 @@ class LLaMAConfig:
     rope_scaling: dict = None  # {"rope_type": "linear" or "llama3", "factor": ...}
     tie_word_embeddings: bool = False  # the head's weight is the embedding's
     max_position_embeddings: int = 2048  # the context it was trained with; kept, not enforced
-    model_type: str = "llama"  # a key of NETWORKS, which has the others' differences
+    model_type: str = "llama"  # a key of NETWORKS; by it files name weights
     qkv_bias: bool = False  # queries, keys and values have a bias (Qwen2, GLM)
     qk_norm: bool = False  # each head's query and key is normed (Qwen3)
     partial_rotary_factor: float = 1.0  # the part of a head that RoPE turns (GLM: half)
@@ -130,7 +130,7 @@ def rope_table(positions, head_dim, theta, scaling=None, share=1.0):
     context, with a linear transition (Llama 3.1). Pairs beyond a head's `share` stand still."""
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     # The first pair turns by one radian a position, the last by 1 / theta.
-    speed = theta ** (-pair / (share * head_dim)) * (pair < share * head_dim)  # (D/2), a position
+    speed = theta ** (-pair / (share * head_dim)) * (pair < share * head_dim)  # (D/2), radians
     if scaling:
         kind, keep = scaling.get("rope_type"), 0.0  # keep: the share of the speed left as it is
         if kind not in ("linear", "llama3"):
@@ -540,6 +540,7 @@ NAMES = {
         "^(?!lm_head)": "transformer.",
     },
 }
+TIED = ("embed_tokens.weight", "lm_head.weight")
 # Layouts whose rotary pairs are neighbours, 2i and 2i + 1: rows of q and k stand in another order.
 NEIGHBOURS = ("meta", "glm", "chatglm")
 IMAGES = 20000  # rows for images before all others in ChatGLM-6B's first files; no text has them
@@ -568,25 +569,34 @@ def stored_name(name, layout="hf"):
     return name
 
 
+def fused_rows(rows, layout):
+    """{a layout's name: {our name: slice of its rows}} for {our name: number of rows}. What has one
+    name there stands one behind the other."""
+    fused = {}
+    for name, count in rows.items():
+        parts = fused.setdefault(stored_name(name, layout), {})
+        start = sum(part.stop - part.start for part in parts.values())
+        parts[name] = slice(start, start + count)
+    return fused
+
+
 def reorder(name, tensor, layout, shape):
-    """Rows of q and k, also those of LoRA's B, between our order and that of a layout with
+    """Rows of q and k, also those of their lora_B, between our order and that of a layout with
     neighbouring pairs; any other tensor as it is. shape: (-1, 2, D/2) to the layout, (-1, D/2, 2)
     from it."""
-    if layout not in NEIGHBOURS or not re.search(r"\b[qk]_proj\b(?!.lora_A)", name):
+    if layout not in NEIGHBOURS or not re.search(r"\b[qk]_proj\b", name):
         return tensor
     return tensor.unflatten(0, shape).transpose(1, 2).flatten(0, 2)
 
 
-def fused_rows(name, layout, start, n, head_dim):
-    """Where n rows of a weight of ours stand in a tensor of a layout: from start on.
-
-    ChatGLM-6B's query_key_value is (head, q k v, D), and its rotary pairs are i and i + D/4 of each
-    half of a head: two halves of (2, D/4), here (2, D/2)."""
-    part = re.search("([qkv])_proj", name)
-    if layout != "chatglm6b" or not part:
-        return slice(start, start + n)
-    rows = torch.arange(3 * n).view(-1, 3, 2, 2, head_dim // 4)[:, "qkv".index(part[1])]
-    return (rows if part[1] == "v" else rows.transpose(1, 2)).flatten()
+def one_by_one(key, tensor, head_dim):
+    """ChatGLM-6B's query_key_value, whose rows are (head, q k v, D), as q, k and v one behind the
+    other. Its rotary pairs are i and i + D/4 of each half of a head, two halves of (2, D/4); ours
+    are (2, D/2). Any other tensor as it is."""
+    if ".attention.query_key_value" not in key:
+        return tensor
+    q, k, v = tensor.unflatten(0, (-1, 3, 2, 2, head_dim // 4)).unbind(1)
+    return torch.cat([x.flatten(0, 3) for x in (q.transpose(1, 2), k.transpose(1, 2), v)])
 
 
 def read_json_file(path):
@@ -678,7 +688,7 @@ def config_from_hf(hf):
     hf.setdefault("rope_theta", 10000.0 * hf.get("rope_ratio", 1))  # as GLM-4 has it
     names = [f.name for f in fields(LLaMAConfig)]
     values = {name: hf[name] for name in names if hf.get(name) is not None}
-    rope.pop("rope_theta", 0), rope.pop("partial_rotary_factor", 0)
+    rope = {key: value for key, value in rope.items() if key not in values}
     values["rope_scaling"] = None if scaling == "default" else {"rope_type": scaling, **rope}
     values["model_type"] = {"chatglm": "glm"}.get(kind, kind)  # transformers' name of that network
     return LLaMAConfig(**values)
@@ -816,7 +826,7 @@ def part_shapes(shape, n):
 
 
 class Checkpoint:
-    """The weights in a folder, Hugging Face's or Meta's. Opening it reads no tensor; it checks that
+    """The weights in a folder, in any layout of NAMES. Opening it reads no tensor; it checks that
     they are those of the model that config.json or params.json describes. Raises ValueError.
 
     Each of Hugging Face's files holds some of the weights, each of Meta's a slice of every weight.
@@ -858,26 +868,24 @@ class Checkpoint:
     def place(self, found):
         """Give each weight the tensors of the files that are it, or hold it. Raises ValueError for
         one too many, or as `check` does."""
-        self.rows, self.parts, ends = {}, {}, Counter()
-        keys = {name: stored_name(name, self.layout) for name in self.shapes}
-        if self.layout == "chatglm6b":
-            rows = self.config.vocab_size + IMAGES
-            ends |= {key: IMAGES for key, parts in found.items() if parts[0].shape[:1] == (rows,)}
-        # Fused weights stand one behind the other.
-        for name, key in keys.items():
-            n, D = self.shapes[name][0], self.config.head_dim
-            self.rows[name] = fused_rows(name, self.layout, ends[key], n, D)
-            ends[key] += n
-            self.parts[name] = found.get(key, [])
+        fused = fused_rows({name: shape[0] for name, shape in self.shapes.items()}, self.layout)
         if self.config.tie_word_embeddings:
-            head = stored_name("lm_head.weight", self.layout)
-            self.parts["embed_tokens.weight"] += found.pop(head, [])
+            embedding, head = (stored_name(name, self.layout) for name in TIED)
+            found.setdefault(embedding, []).extend(found.pop(head, []))
+        images = self.layout == "chatglm6b"
         # One comparison does for every damage.
         for key, parts in found.items():
-            if key not in ends:
+            if key not in fused:
                 raise ValueError(f"{parts[0].file} has {key}, which this model does not have")
-        for name, parts in self.parts.items():
-            self.check(keys[name], parts, (ends[keys[name]], *self.shapes[name][1:]))
+            last = self.config.vocab_size + IMAGES
+            if images and [part.shape[:1] for part in parts[:1]] == [(last,)]:
+                fused[key] = {name: slice(IMAGES, last) for name in fused[key]}
+        self.rows, self.parts = {}, {}
+        for key, rows in fused.items():
+            self.rows |= rows
+            self.parts |= dict.fromkeys(rows, found.get(key, []))
+            name, last = rows.popitem()
+            self.check(key, self.parts[name], (last.stop, *self.shapes[name][1:]))
 
     def check(self, key, parts, shape):
         """Raise ValueError for a weight that is missing, of another shape, or no floating-point
@@ -917,7 +925,8 @@ class Checkpoint:
     def join(self, name, maps, device, dtype):
         """A weight of its parts, its rows in Hugging Face's order."""
         parts, rows = self.parts[name], self.rows[name]
-        tensors = [maps[part.file][part.key][rows] for part in parts]
+        D, stored = self.config.head_dim, [maps[part.file][part.key] for part in parts]
+        tensors = [one_by_one(parts[0].key, tensor, D)[rows] for tensor in stored]
         axis = part_shapes(self.shapes[name], self.slices).get(parts[0].shape)
         if axis is None:
             if not all(torch.equal(copy, tensors[0]) for copy in tensors[1:]):
@@ -926,14 +935,14 @@ class Checkpoint:
                     f"{parts[-1].key} in {parts[-1].file}"
                 )
             tensors = tensors[:1]
-        if self.layout not in NEIGHBOURS:
+        if self.layout not in (*NEIGHBOURS, "chatglm6b"):
             return tensors[0].to(device, dtype)
         # Slices are written where they stay: a copy between would leave a hole in memory. And what
         # was fused gets memory of its own: inductor errs where weights are views of one tensor.
         joined = torch.empty(self.shapes[name], device=device, dtype=dtype)
         for target, tensor in zip(joined.chunk(len(tensors), axis or 0), tensors):
             target.copy_(tensor)
-        return reorder(name, joined, self.layout, (-1, self.config.head_dim // 2, 2))
+        return reorder(name, joined, self.layout, (-1, D // 2, 2))
 
 
 def load_model(folder, device="cpu", dtype=None):

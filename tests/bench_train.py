@@ -226,7 +226,7 @@ def same_adapter(ours, theirs):
     state = dict(theirs.named_parameters())
     with torch.no_grad():
         for name, module in L.lora_linears(ours):
-            state[f"{L.PREFIX}{name}.lora_A.default.weight"].copy_(module.lora_a)
+            state[f"{L.PREFIX}model.{name}.lora_A.default.weight"].copy_(module.lora_a)
 
 
 def their_step(model, batches):

@@ -89,12 +89,15 @@ from generate import (  # noqa: E402
     Decoding,
     Tokenizer,
     answer_file,
+    conversation,
+    encode_rendered,
     load_base,
     load_template,
     pick_device,
     pick_dtype,
     read_instructions,
     read_records,
+    render,
     render_prompt,
 )
 from lora import load_adapter, remove_adapter  # noqa: E402
@@ -235,7 +238,8 @@ class Candidate:
 
     def prompt(self, instruction, input=""):
         """Ids of a question as this model was trained to see it."""
-        return self.tokenizer.encode(render_prompt(self.template, instruction, input), bos=True)
+        record = {"instruction": instruction, "input": input}
+        return render_prompt(self.tokenizer, self.template, *conversation(record))
 
     def hashes(self):
         """SHA-256 of each file of weights, settings or tokens: [{file: hash}] of the base, and of
@@ -307,29 +311,27 @@ def continuation_logprobs(model, prompt, continuations):
     """log p(continuation | prompt), natural, summed over its tokens, for each list of ids behind
     the ids of one prompt. The prompt runs once; the continuations are one batch, padded on the
     right where causality hides the padding."""
-    B, n, width = len(continuations), len(prompt), max(map(len, continuations))
-    cache = model.new_cache(B, n + width - 1)
-    # The prompt in the first row, and from there in all.
-    ids = torch.tensor([prompt], device=model.device)
-    last = model.hidden_states(ids, cache.rows(0, [0]))[:, -1:]  # (1, 1, C)
-    cache.copy_rows([0] * (B - 1), range(1, B), 0, n)
-    # The continuations behind it; token i is predicted where token i - 1 stands.
-    padded = [c + [0] * (width - len(c)) for c in continuations]
-    ids = torch.tensor(padded, device=model.device)  # (B, T)
-    hidden = last.expand(B, -1, -1)
-    if width > 1:
-        others = model.hidden_states(ids[:, :-1], cache.rows(0, [n] * B))
-        hidden = torch.cat((hidden, others), dim=1)  # (B, T, C)
+    B, n, width = len(continuations), len(prompt) - 1, max(map(len, continuations))
+    cache, prefix = model.new_cache(B, n + width), n * model.config.prefix_lm
+    # The prompt but for its last id in the first row, and from there in all.
+    if n:
+        ids = torch.tensor([prompt[:-1]], device=model.device)
+        model.hidden_states(ids, cache.rows(0, [0], prefix=prefix))
+        cache.copy_rows([0] * (B - 1), range(1, B), 0, n)
+    # That id and the continuations behind it; token i is predicted where token i - 1 stands.
+    padded = [prompt[-1:] + c + [0] * (width - len(c)) for c in continuations]
+    ids = torch.tensor(padded, device=model.device)  # (B, 1 + T)
+    hidden = model.hidden_states(ids[:, :-1], cache.rows(0, [n] * B, prefix=prefix))
     logprobs = model.lm_head(hidden).float().log_softmax(-1)
-    logprobs = logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)  # (B, T)
+    logprobs = logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T)
     return [row[: len(c)].double().sum().item() for row, c in zip(logprobs, continuations)]
 
 
 def bits(candidate, record):
     """-log2 p(reference, EOS | prompt) of a record."""
-    tokenizer = candidate.tokenizer
-    reference = tokenizer.encode_answer(record["output"]) + [tokenizer.eos_id]
-    prompt = candidate.prompt(record["instruction"], record["input"])
+    prompt, answer = render(candidate.template, *conversation(record))
+    prompt, _ = encode_rendered(candidate.tokenizer, prompt)
+    reference, _ = encode_rendered(candidate.tokenizer, answer, first=False)
     return -continuation_logprobs(candidate.model, prompt, [reference])[0] / math.log(2)
 
 

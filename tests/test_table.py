@@ -14,7 +14,7 @@ import evaluate as E
 import pytest
 import report as R
 import torch
-from conftest import ROOT
+from conftest import ROOT, plain_prompt
 
 import generate as G
 import lora as L
@@ -73,7 +73,7 @@ def alone(base, folder, template, row, max_new_tokens=8, **decoding):
     model, tokenizer = G.load_base(base, "cpu", torch.float32)
     if folder:
         L.load_adapter(model, folder)
-    prompt = G.render_prompt(G.load_template(template), row["instruction"], row["input"])
+    prompt = plain_prompt(G.load_template(template), row["instruction"], row["input"])
     ids = tokenizer.encode(prompt, bos=True)
     made = G.generate_ids(model, ids, max_new_tokens, tokenizer.eos_id, **decoding)
     return G.visible(tokenizer.decode(list(made)))

@@ -13,8 +13,8 @@ What this file teaches, in this order:
   batch       Request, Row, Batch: many answers, an id each a step, in one KV cache
   one answer  generate_ids: the ids that follow a prompt
 
-Below the lesson stand beams, rows of the base, the compiled step, texts as they grow, templates and
-records, models, answers to a file, chat, server, and the commands.
+Below the lesson stand beams, rows of the base, the compiled step, texts as they grow, tokenizers of
+other bases, templates and records, models, answers to a file, chat, server, and the commands.
 
 Letters: B rows of the batch, V vocabulary size, n beams. Logits, and all that is made of them, are
 float32. Answers go to stdout, everything else to stderr.
@@ -1206,13 +1206,11 @@ def load_base(path, device, dtype, base_dtype="auto"):
     # Wrong ids in config.json are common, and would end no answer.
     theirs = read_json_file(path / "config.json") if (path / "config.json").is_file() else {}
     for key, ours in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
-        known = theirs.get(key)
-        if None not in (known, ours) and ours not in (
-            known if isinstance(known, list) else [known]
-        ):
+        said = theirs.get(key)
+        if None not in (ours, said) and ours not in (said if isinstance(said, list) else [said]):
             log(
-                f"warning: {path}/config.json has {key} {known}, {find_tokenizer(path).name} "
-                f"{ours}, which is followed"
+                f"warning: {path}/config.json has {key} {said}, {find_tokenizer(path).name} {ours}"
+                ", which is followed"
             )
     if base_dtype in ("auto", *DTYPES):
         model = load_model(path, device, DTYPES.get(base_dtype, dtype))

@@ -404,8 +404,7 @@ def file_pairs(model):
     linears that are one in files (GLM's gate_up_proj) stand there in blocks, with twice the rank,
     and all others are filled up with zeros to that rank: exact."""
     pairs, c = {}, model.config
-    rows = {name.removesuffix(".base"): m.out_features for name, m in linears(model).items()}
-    fused = fused_rows(rows, c.model_type)
+    fused = names_in_files(model, [c.model_type])
     for name, module in lora_linears(model):
         a, b = (full_tensor(p.detach()).cpu() for p in (module.lora_a, module.lora_b))
         key = stored_name(name, c.model_type)
@@ -457,15 +456,12 @@ def load_adapter(model, folder):
         )
     config, targets = read_adapter_config(folder / "adapter_config.json")
     refuse_adapter(model)
-    found, known = linears(model), {}
-    for layout in NAMES:
-        known |= fused_rows({name: m.out_features for name, m in found.items()}, layout)
+    found, known = linears(model), names_in_files(model, NAMES)
     pairs = read_pairs(file, known, model.config.head_dim)
     # The linears of the file must be those that the settings name, and all be in the model.
     names = [] if targets else [*pairs]
     for target in targets:
-        means = [known[key] for key in known if f".{key}".endswith(f".{target}")]
-        names += [name for rows in means for name in rows] or [target]
+        names += targeted(target, known) or [target]
     for name in sorted({*names, *pairs}):
         linear = found.get(name) if name in names else None
         check_pair(f"{file}: {name}", linear, pairs.get(name, {}), config.r)
@@ -480,10 +476,22 @@ def load_adapter(model, folder):
     return read_json_file(info) if info.is_file() else {}
 
 
+def names_in_files(model, layouts):
+    """{a linear's name in files of some layouts: {our name: its rows}}."""
+    rows = {name.removesuffix(".base"): m.out_features for name, m in linears(model).items()}
+    return {key: parts for layout in layouts for key, parts in fused_rows(rows, layout).items()}
+
+
+def targeted(target, known):
+    """Our names of the linears that an entry of target_modules means."""
+    means = [parts for key, parts in known.items() if f".{key}".endswith(f".{target}")]
+    return [name for parts in means for name in parts]
+
+
 def read_pairs(file, known, head_dim):
-    """{our name: {"A": tensor, "B": tensor}} of an adapter's file. known is of `fused_rows`: the
-    update of a fused linear (GLM's gate_up_proj, ChatGLM's query_key_value) becomes those of its
-    parts, exactly. A is shared, and each has its rows of B."""
+    """{our name: {"A": tensor, "B": tensor}} of an adapter's file. The update of a fused linear
+    (GLM's gate_up_proj, ChatGLM's query_key_value) becomes those of its parts, exactly: A is
+    shared, and each has its rows of B."""
     pairs = {}
     # lora_A.weight; in PEFT's live modules lora_A.default.weight; _orig_mod. is torch.compile's
     pattern = rf"(?:{PREFIX})?(.*)\.lora_([AB])\.(?:\w+\.)?weight"

@@ -681,8 +681,7 @@ def config_from_hf(hf):
     hf = own | {CHATGLM_SHAPE.get(key, key): value for key, value in hf.items()} | rope
     if not hf.get("use_sliding_window", True):  # Qwen2 says how wide it would be
         hf["sliding_window"] = None
-    for pattern, feature in REFUSED.items():
-        refuse(hf, own, pattern, feature)
+    refuse(hf, own)
     if kind not in NETWORKS:
         raise ValueError(f"model_type is {kind!r}, wanted one of {' '.join(NETWORKS)}")
     hf.setdefault("rope_theta", 10000.0 * hf.get("rope_ratio", 1))  # as GLM-4 has it
@@ -703,13 +702,14 @@ def name_chatglm1(hf):
     return hf | {"model_type": "chatglm1", "vocab_size": rows - IMAGES * (rows == 150528)}
 
 
-def refuse(hf, own, pattern, feature):
-    """Raise ValueError if config.json asks for a feature by a value that is not its model_type's
-    own."""
-    for key, value in hf.items():
-        asked = value and value != own.get(key)
-        if asked and re.match(rf"({pattern})\b", f"{key} {value}"):
-            raise ValueError(f"{key} is {value!r:.60}: this network does not have {feature}")
+def refuse(hf, own):
+    """Raise ValueError if config.json asks for one of REFUSED by a value that is not its
+    model_type's own."""
+    asked = {key: value for key, value in hf.items() if value and value != own.get(key)}
+    for pattern, feature in REFUSED.items():
+        for key, value in asked.items():
+            if re.match(rf"({pattern})\b", f"{key} {value}"):
+                raise ValueError(f"{key} is {value!r:.60}: this network does not have {feature}")
 
 
 def config_from_meta(params, vocab_size):

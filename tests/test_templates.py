@@ -311,6 +311,19 @@ def test_what_somebody_types_is_no_special_token(folders):
         assert count(messages) == count(plain) > 0, name
 
 
+def test_our_own_marks_are_refused(folders):
+    """A text with the characters that stand around a special token's name would make one."""
+    ours, template = G.load_tokenizer(folders["qwen"]), G.load_template("chatml")
+    typed = "\0<|im_end|>\0"
+    for message in (
+        {"role": "user", "content": f"甲{typed}"},
+        {"role": "user", "content": "甲", "input": typed},
+        {"role": "user", "content": "\1"},
+    ):
+        with pytest.raises(ValueError, match=r"U\+0000"):
+            G.render_prompt(ours, template, [message])
+
+
 # --------------------------------------------------------------------------------------------------
 # Rows
 

@@ -13,8 +13,8 @@ What this file teaches, in this order:
   batch       Request, Row, Batch: many answers, an id each a step, in one KV cache
   one answer  generate_ids: the ids that follow a prompt
 
-Below the lesson stand beams, rows of the base, the compiled step, texts as they grow, templates and
-records, models, answers to a file, chat, server, and the commands.
+Below the lesson stand beams, rows of the base, the compiled step, texts as they grow, tokenizers of
+other bases, templates, records, models, answers to a file, chat, server, and the commands.
 
 Letters: B rows of the batch, V vocabulary size, n beams. Logits, and all that is made of them, are
 float32. Answers go to stdout, everything else to stderr.
@@ -80,6 +80,7 @@ class Tokenizer:
     RuntimeError for a file that is no such model. Other kinds stand below the lesson."""
 
     unsettled = "\ufffd"  # what the end of a growing text may be that the next id changes
+    leading = ""  # what an answer begins with and nobody wants to see
 
     def __init__(self, path, more=b""):
         model = Path(path).read_bytes() + more
@@ -512,10 +513,9 @@ def visible(text, stop=(), ended=True):
     return text[: max(0, len(text) - held)]
 
 
-def stream(tokenizer, request, step=None, strip=True):
+def stream(tokenizer, request, step=None):
     """Yield a request's text in pieces as it grows; step() makes, or awaits, one id more. The whole
-    text at once if it has ended. With strip, without the blanks and line ends before it, which are
-    a template's: ChatGLM3 begins each answer with some."""
+    text at once if it has ended."""
     shown = 0
     ended = False
     while not ended:
@@ -525,7 +525,7 @@ def stream(tokenizer, request, step=None, strip=True):
         text = tokenizer.decode(request.ids)
         text = text if ended else text.rstrip(tokenizer.unsettled)
         text = visible(text, request.decoding.stop, ended)
-        text = text.lstrip() if strip else text
+        text = text.lstrip(tokenizer.leading)
         yield text[shown:]
         shown = len(text)
 
@@ -719,6 +719,8 @@ def read_tiktoken(path, kind):
 class ChatGLMTokenizer(Tokenizer):
     """ChatGLM2's and ChatGLM3's: tokens in no file behind the pieces, and a space in front of a
     text wherever it stands."""
+
+    leading = " \n"  # ChatGLM3's answers begin with a line end
 
     def __init__(self, path):
         super().__init__(path)
@@ -1717,7 +1719,7 @@ class Handler(BaseHTTPRequestHandler):
             self.streaming = True
         choices = []
         for i, request in enumerate(requests):
-            pieces = stream(self.server.tokenizer, request, self.step, chat)
+            pieces = stream(self.server.tokenizer, request, self.step)
             if body.stream:
                 # Who speaks, the text in pieces, why it ended.
                 tell(i, "", role="assistant")

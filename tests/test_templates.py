@@ -439,6 +439,37 @@ def test_the_prompt_that_trains_is_the_prompt_that_asks(folders, name, tmp_path)
             assert G.render_prompt(ours, template, asked) == G.render_prompt(ours, template, joined)
 
 
+def test_a_system_text_opens_the_first_question_of_a_plain_template():
+    wanted = (
+        "下面是一个问题，运用医学知识来正确回答提问.\n### 问题:\n <user>: 简短\n黄芪有什么功效？ <bot>: "
+        "补气升阳。 <user>: 头痛呢？\n### 回答:\n"
+    )
+    prompt, answer = G.render(G.load_template("med_template"), TALK)
+    assert re.sub("\0bos\0|[\1\2]", "", prompt) == wanted and answer == "请就医。\0eos\0"
+
+
+class Pairs:
+    """A tokenizer of two letters a token."""
+
+    special, opening, eos_id = {"<e>": 1}, [], 0
+
+    def encode(self, text):
+        return [text[i : i + 2] for i in range(0, len(text), 2)]
+
+    encode_answer = encode
+
+
+def test_a_token_that_reaches_across_a_mark_is_a_target():
+    def targets(text):
+        ids, mask = G.encode_rendered(Pairs(), text)
+        return [id for id, target in zip(ids, mask) if target]
+
+    assert targets("abc\1def\2gh") == ["cd", "ef"]
+    assert targets("ab\1c\2def") == ["cd"]
+    assert targets("ab\1cd\0<e>\0\2ef\1gh\2") == ["cd", 1, "gh"]
+    assert targets("abcd") == []
+
+
 def test_thoughts(folders, tmp_path):
     """Rows with and without thoughts in one file. The empty block of one without belongs to the
     prompt; thoughts are learnt, from a field or from the text; those of earlier turns are gone."""

@@ -14,7 +14,7 @@ What this file teaches, in this order:
   one answer  generate_ids: the ids that follow a prompt
 
 Below the lesson stand beams, rows of the base, the compiled step, texts as they grow, tokenizers of
-other bases, templates and records, models, answers to a file, chat, server, and the commands.
+other bases, templates, records, models, answers to a file, chat, server, and the commands.
 
 Letters: B rows of the batch, V vocabulary size, n beams. Logits, and all that is made of them, are
 float32. Answers go to stdout, everything else to stderr.
@@ -80,6 +80,7 @@ class Tokenizer:
     RuntimeError for a file that is no such model. Other kinds stand below the lesson."""
 
     unsettled = "\ufffd"  # what the end of a growing text may be that the next id changes
+    leading = ""  # what an answer begins with and nobody wants to see
 
     def __init__(self, path, more=b""):
         model = Path(path).read_bytes() + more
@@ -514,10 +515,9 @@ def visible(text, stop=(), ended=True):
     return text[: max(0, len(text) - held)]
 
 
-def stream(tokenizer, request, step=None, strip=True):
+def stream(tokenizer, request, step=None):
     """Yield a request's text in pieces as it grows; step() makes, or awaits, one id more. The whole
-    text at once if it has ended. With strip, without the blanks and line ends before it, which are
-    a template's: ChatGLM3 begins each answer with some."""
+    text at once if it has ended."""
     shown = 0
     ended = False
     while not ended:
@@ -527,7 +527,7 @@ def stream(tokenizer, request, step=None, strip=True):
         text = tokenizer.decode(request.ids)
         text = text if ended else text.rstrip(tokenizer.unsettled)
         text = visible(text, request.decoding.stop, ended)
-        text = text.lstrip() if strip else text
+        text = text.lstrip(tokenizer.leading)
         yield text[shown:]
         shown = len(text)
 
@@ -722,6 +722,8 @@ class ChatGLMTokenizer(Tokenizer):
     """ChatGLM2's and ChatGLM3's: tokens in no file behind the pieces, and a space in front of a
     text wherever it stands."""
 
+    leading = " \n"  # ChatGLM3's answers begin with a line end
+
     def __init__(self, path):
         super().__init__(path)
         self.answer_pieces = self.pieces
@@ -871,12 +873,11 @@ def load_template(name):
 def default_template(tokenizer):
     """The name of the template whose special tokens a tokenizer has, of several the one with most;
     med_template if there is none."""
-    fits = [(0, "med_template")]
+    special = {"med_template": ()}
     for path in (DATA / "templates").glob("*.json"):
-        special = {*read_json_file(path).get("special", ())}
-        if special and special <= tokenizer.special.keys():
-            fits.append((len(special), path.stem))
-    return max(fits)[1]
+        special[path.stem] = read_json_file(path).get("special", ())
+    fits = [name for name in special if {*special[name]} <= tokenizer.special.keys()]
+    return max(fits, key=lambda name: len(special[name]))
 
 
 # In a rendered text these stand around the name of a special token, before what is a target of
@@ -895,35 +896,42 @@ def render(template, messages, several=False):
     """(prompt, answer) of a conversation as texts with the marks above; the answer is empty where
     the last message is a question. several: in the form of several turns, even if there is one.
     Raises ValueError for a mark in a message."""
-    forms = FORMS | template
-    texts = [m["content"].strip() if m["role"] in forms["trim"] else m["content"] for m in messages]
-    if {SPECIAL, TARGET, CONTEXT} & {*"".join(texts)}:
-        raise ValueError("a text has one of the characters U+0000, U+0001 and U+0002")
+    forms, asked = FORMS | template, messages[-1]["role"] == "user"
+    texts = message_texts(forms, messages)
     fields = {"bos": "\0bos\0", "eos": "\0eos\0", "system": "", "turns": ""}
     system = texts.pop(0) if messages[0]["role"] == "system" else forms["default_system"]
     if system is not None:
         fields["system"] = fill(forms, "system", fields | {"system": system})
 
     # One question after the other: the one before goes to the turns, without its thoughts.
-    answers = [split_thoughts(forms, text) for text in texts[1::2]]
+    answers = [split_thoughts(forms, text) for text in texts[1::2]] + [("", "")]
+    fields["opening"] = fields["system"]
     for i, user in enumerate(texts[::2]):
         if i:
             fields["assistant"] = answers[i - 1][1]
             fields["answer"] = TARGET + fill(forms, "answer", fields) + CONTEXT
             fields["turns"] += fill(forms, "turn", fields)
-        fields |= {"user": user, "i": i, "n": i + 1, "opening": "" if i else fields["system"]}
-    asked = messages[-1]["role"] == "user"
-    prompt = render_question(forms, fields, messages[-1 if asked else -2].get("input"), several)
+            fields["opening"] = ""
+        fields |= {"user": user, "i": i, "n": i + 1}
+    prompt = render_question(forms, fields, messages[-2 + asked].get("input"), several)
 
     # Thoughts are learnt. That there are none belongs to the prompt, and is not.
-    fields["thoughts"], fields["assistant"] = ("", "") if asked else answers[i]
+    fields["thoughts"], text = answers[i]
     block = fill(forms, "thoughts", fields)
-    if block:
-        fields["assistant"] = fields["assistant"].lstrip("\n")
+    fields["assistant"] = text.lstrip("\n") if block else text
     answer = "" if asked else fill(forms, "last", fields)
     if fields["thoughts"]:
         return prompt, block + answer
     return prompt + block * (not asked or not forms["thinking"]), answer
+
+
+def message_texts(forms, messages):
+    """The texts of messages. Raises ValueError for one of our marks in what somebody wrote."""
+    for message in messages:
+        if {SPECIAL, TARGET, CONTEXT} & {*message["content"], *message.get("input", "")}:
+            raise ValueError("a text has one of the characters U+0000, U+0001 and U+0002")
+    trim = forms["trim"]
+    return [m["content"].strip() if m["role"] in trim else m["content"] for m in messages]
 
 
 def render_question(forms, fields, input, several):
@@ -1065,6 +1073,16 @@ def plain_text(content):
     return "\n".join(part["text"] for part in content)
 
 
+def row_texts(row):
+    """[question, answer, question, ...] of a record without messages."""
+    if "context" in row and "instruction" not in row:
+        # Med-ChatGLM's own labels go: the template brings others
+        question = row["context"].removeprefix("问题：").removesuffix("\n回答: ")
+        return [question, row.get("target")]
+    earlier = [text for user, bot in row.get("history") or () for text in (user, bot)]
+    return [*earlier, *split_turns(row["instruction"]), row.get("output")]
+
+
 def read_messages(row):
     """The messages of a record in any form of `read_instructions`; the last is a user's where a
     question waits for its answer, and the last question has the record's input. Raises ValueError
@@ -1074,15 +1092,8 @@ def read_messages(row):
         if messages:
             messages = read_chat(messages)
         else:
-            if "context" in row and "instruction" not in row:
-                # Med-ChatGLM's own labels go: the template brings others
-                question = row["context"].removeprefix("问题：").removesuffix("\n回答: ")
-                texts = [question, row.get("target")]
-            else:
-                texts = [text for user, bot in row.get("history") or () for text in (user, bot)]
-                texts += [*split_turns(row["instruction"]), row.get("output")]
-            roles = cycle(("user", "assistant"))
-            messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+            said = zip(cycle(("user", "assistant")), row_texts(row))
+            messages = [{"role": role, "content": text} for role, text in said]
         # An answer that is not there yet.
         if messages[-1]["role"] == "assistant" and messages[-1]["content"] is None:
             messages.pop()
@@ -1708,7 +1719,7 @@ class Handler(BaseHTTPRequestHandler):
             self.streaming = True
         choices = []
         for i, request in enumerate(requests):
-            pieces = stream(self.server.tokenizer, request, self.step, chat)
+            pieces = stream(self.server.tokenizer, request, self.step)
             if body.stream:
                 # Who speaks, the text in pieces, why it ended.
                 tell(i, "", role="assistant")

@@ -120,9 +120,8 @@ def encode_example(tokenizer, template, record, config):
     # The prompt is context: it predicts, and is not predicted, unless train_on_inputs asks for it,
     # or train_on for the earlier answers of a conversation.
     every, answers = config.train_on_inputs, config.train_on == "all"
-    mask = [every or answers and is_answer for is_answer in earlier]
+    mask = [every or answers and is_answer for is_answer in earlier] + [True] * (len(answer) + 1)
     mask[0] = False  # nothing predicts the first token
-    mask += [True] * (len(answer) + 1)
     return Row(prompt + answer + [end], mask, record.get("record", ""))
 
 

@@ -90,9 +90,11 @@ from generate import (  # noqa: E402
     Tokenizer,
     answer_file,
     conversation,
+    default_template,
     encode_rendered,
     load_base,
     load_template,
+    load_tokenizer,
     pick_device,
     pick_dtype,
     read_instructions,
@@ -257,7 +259,7 @@ class Candidate:
 
 def parse_models(specs, template=""):
     """The Candidates of specs, NAME=BASE or NAME=BASE+ADAPTER. template: a name for all ("": each
-    adapter's own, med_template for a base). Raises ValueError for a spec that is none, before
+    adapter's own, else the base's). Raises ValueError for a spec that is none, before
     anything is loaded."""
     candidates = {}
     for spec in specs:
@@ -267,8 +269,9 @@ def parse_models(specs, template=""):
             raise ValueError(f"model {spec!r}: wanted NAME=BASE or NAME=BASE+ADAPTER, names once")
         if adapter and not (Path(adapter) / "adapter_config.json").is_file():
             raise ValueError(f"model {spec!r}: no adapter_config.json in {adapter}")
-        rendered_by = load_template(template or own_template(adapter) or "med_template")
-        candidates[name] = Candidate(name, find_base(base), adapter, rendered_by)
+        folder, made_with = find_base(base), template or own_template(adapter)
+        rendered_by = load_template(made_with or default_template(load_tokenizer(folder)))
+        candidates[name] = Candidate(name, folder, adapter, rendered_by)
     return list(candidates.values())
 
 
@@ -824,7 +827,7 @@ class Options(Decoding):
     # knowledge base: what is contradicted, and which exam questions are covered
     knowledge: str = str(DATA / "knowledge.jsonl")
     rotations: int = setting(8, 1, 8)  # orders of a question's options, at most (1: the file's own)
-    prompt_template: str = ""  # name or path (empty: each adapter's own, med_template for a base)
+    prompt_template: str = ""  # name or path (empty: each adapter's own, else the base's)
     batch_size: int = 16  # answers decoded together
     resamples: int = setting(1000, 40)  # of the bootstrap; 2.5 % of fewer than 40 is none
     device: str = "auto"  # auto, cpu, cuda, cuda:1

@@ -312,6 +312,19 @@ def test_what_somebody_types_is_no_special_token(folders):
         assert count(messages) == count(plain) > 0, name
 
 
+def test_our_own_marks_are_refused(folders):
+    """A text with the characters that stand around a special token's name would make one."""
+    ours, template = G.load_tokenizer(folders["qwen"]), G.load_template("chatml")
+    typed = "\0<|im_end|>\0"
+    for message in (
+        {"role": "user", "content": f"甲{typed}"},
+        {"role": "user", "content": "甲", "input": typed},
+        {"role": "user", "content": "\1"},
+    ):
+        with pytest.raises(ValueError, match=r"U\+0000"):
+            G.render_prompt(ours, template, [message])
+
+
 # --------------------------------------------------------------------------------------------------
 # Rows
 
@@ -427,6 +440,37 @@ def test_the_prompt_that_trains_is_the_prompt_that_asks(folders, name, tmp_path)
             assert G.render_prompt(ours, template, asked) == G.render_prompt(ours, template, joined)
 
 
+def test_a_system_text_opens_the_first_question_of_a_plain_template():
+    wanted = (
+        "下面是一个问题，运用医学知识来正确回答提问.\n### 问题:\n <user>: 简短\n黄芪有什么功效？ <bot>: "
+        "补气升阳。 <user>: 头痛呢？\n### 回答:\n"
+    )
+    prompt, answer = G.render(G.load_template("med_template"), TALK)
+    assert re.sub("\0bos\0|[\1\2]", "", prompt) == wanted and answer == "请就医。\0eos\0"
+
+
+class Pairs:
+    """A tokenizer of two letters a token."""
+
+    special, opening, eos_id = {"<e>": 1}, [], 0
+
+    def encode(self, text):
+        return [text[i : i + 2] for i in range(0, len(text), 2)]
+
+    encode_answer = encode
+
+
+def test_a_token_that_reaches_across_a_mark_is_a_target():
+    def targets(text):
+        ids, mask = G.encode_rendered(Pairs(), text)
+        return [id for id, target in zip(ids, mask) if target]
+
+    assert targets("abc\1def\2gh") == ["cd", "ef"]
+    assert targets("ab\1c\2def") == ["cd"]
+    assert targets("ab\1cd\0<e>\0\2ef\1gh\2") == ["cd", 1, "gh"]
+    assert targets("abcd") == []
+
+
 def test_thoughts(folders, tmp_path):
     """Rows with and without thoughts in one file. The empty block of one without belongs to the
     prompt; thoughts are learnt, from a field or from the text; those of earlier turns are gone."""
@@ -462,6 +506,13 @@ def test_a_cut_answer_keeps_its_end(folders):
     cut = T.encode_example(ours, template, record, T.TrainConfig(cutoff_len=len(whole) - 20))
     assert cut.ids[-1] == ours.special["<|im_end|>"] and cut.mask[-1]
     assert record["output"].startswith(ours.decode(cut.ids[cut.mask.index(True) : -1]))
+
+
+def test_an_answer_of_chatglm3_is_shown_without_its_line_end(folders):
+    ours = G.load_tokenizer(folders["glm"])
+    request = G.Request([1], G.Decoding(), ids=ours.encode("\n 请就医。"), finish_reason="stop")
+    assert "".join(G.stream(ours, request)) == "请就医。"
+    assert {ours.special["<|user|>"], ours.special["<|observation|>"], 2} == {*G.eos_ids(ours)}
 
 
 def test_the_default_is_the_bases_own(folders):
@@ -577,7 +628,7 @@ def test_from_a_record_to_an_answer(trained, capsys):
             messages, add_generation_prompt=True, return_dict=False, **arguments
         )
         text = ours.decode(answer_of_peft(base, out, ids, ends))
-        answers[len(messages), messages[0]["role"]] = G.visible(text).lstrip()
+        answers[len(messages), messages[0]["role"]] = G.visible(text)
     common = ["--lora_weights", out, "--max_new_tokens", 24, "--dtype", "fp32"]
     capsys.readouterr()
     run(G, TALK[1]["content"], *common)

@@ -405,7 +405,7 @@ BAD = {
     ),
     "template with other braces": (
         ["--prompt_template_name", '@{"prompt_no_input": "{instruction} as {x}"}'],
-        "{x}",
+        "'x'",
     ),
     "alpha without end": (["--lora_alpha", "inf"], "lora_alpha"),
     "no output": (["--output_dir", ""], "output_dir"),

@@ -442,8 +442,8 @@ def test_the_prompt_that_trains_is_the_prompt_that_asks(folders, name, tmp_path)
 
 def test_a_system_text_opens_the_first_question_of_a_plain_template():
     wanted = (
-        "下面是一个问题，运用医学知识来正确回答提问.\n### 问题:\n <user>: 简短\n黄芪有什么功效？ <bot>: "
-        "补气升阳。 <user>: 头痛呢？\n### 回答:\n"
+        "下面是一个问题，运用医学知识来正确回答提问.\n### 问题:\n <user>: 简短\n"
+        "黄芪有什么功效？ <bot>: 补气升阳。 <user>: 头痛呢？\n### 回答:\n"
     )
     prompt, answer = G.render(G.load_template("med_template"), TALK)
     assert re.sub("\0bos\0|[\1\2]", "", prompt) == wanted and answer == "请就医。\0eos\0"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from conftest import RECORDS, make_config
+from conftest import RECORDS, make_config, plain_prompt
 from sentencepiece import sentencepiece_model_pb2 as protobuf
 from tokenizers import (
     Regex,
@@ -300,7 +300,7 @@ def test_training_and_answering_with_a_tokenizer_json(tmp_path):
     assert G.load_base(tmp_path, "cpu", M.DTYPES["fp32"])[1].vocab_size == tokenizer.vocab_size
     for record in RECORDS:
         row = T.encode_example(tokenizer, template, record, T.TrainConfig())
-        prompt = G.render_prompt(template, record["instruction"])
+        prompt = plain_prompt(template, record["instruction"])
         answer = [*tokenizer.encode(record["output"]), tokenizer.eos_id]
         assert row.ids == tokenizer.encode(prompt) + answer
         assert row.mask.count(True) == len(answer)
@@ -593,7 +593,7 @@ def test_an_exported_tokenizer_gives_transformers_the_same_ids(tmp_path, own):
     ours, template = G.load_tokenizer(base), G.load_template("med_template")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     records = G.read_instructions(G.DATA / "train.jsonl")[:500]
-    prompts = [G.render_prompt(template, record["instruction"]) for record in records]
+    prompts = [plain_prompt(template, record["instruction"]) for record in records]
     assert len(prompts) == 500
     for prompt in prompts:
         assert theirs(prompt).input_ids == ours.encode(prompt, bos=True)

@@ -57,6 +57,7 @@ from model import (
     run,
     setting,
     to_json,
+    write_hashes,
     write_json,
 )
 
@@ -1448,6 +1449,9 @@ def main():
     elif way == "file":
         more = (options.output, rows, options.compile)
         answer_file(model, tokenizer, template, questions, options, *more)
+        if adapter and options.output:
+            made = [options.output, *filter(Path.is_file, Path(adapter).iterdir())]
+            write_hashes(f"{options.output}.hashes.json", made)
     elif way == "serve":
         name = Path(adapter).resolve().name
         names = ["tuned" if name == "base" else name, "base"] if adapter else ["base"]

@@ -21,7 +21,6 @@ Activations are in --dtype, a frozen base is stored in --base_dtype. What is tra
 AdamW's two moments, logits and loss are float32.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -65,6 +64,7 @@ from model import (
     PackedRows,
     Parser,
     check_settings,
+    file_hash,
     find_base,
     find_tokenizer,
     fsync,
@@ -606,6 +606,7 @@ class Run:
         if self.writes:
             write_json_lines(folder / "log.jsonl", self.history)
             info = self.info | asdict(self.limits) | {"step": self.step}
+            info["adapter"] = [*map(file_hash, folder.glob("adapter_model.safetensors"))]
             write_json(folder / "run.json", info)
 
     def discard_old_checkpoints(self):
@@ -628,11 +629,6 @@ class Run:
 def describe_run(config):
     """What run.json says of a run: settings, versions, and SHA-256 of the files that it is made
     from."""
-
-    def digest(path):
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     base_files = []
     if config.base_model:
         base = find_base(config.base_model)
@@ -641,9 +637,9 @@ def describe_run(config):
     # what auto means here: another machine may take another dtype
     dtype = pick_dtype(config.dtype, pick_device(config.device))
     hashes = {
-        "base": [digest(file) for file in base_files if file.is_file()],
-        "data": [[weight, digest(path)] for path, weight in map(split_weight, config.data_path)],
-        "validation": digest(config.val_path) if config.val_path else None,
+        "base": [file_hash(file) for file in base_files if file.is_file()],
+        "data": [[weight, file_hash(path)] for path, weight in map(split_weight, config.data_path)],
+        "validation": file_hash(config.val_path) if config.val_path else None,
     }
     made_in = {
         # its content counts, not its name or the layout of its file

@@ -1022,18 +1022,22 @@ def answer_all(model, tokenizer, template, records, key):
     return [record | {key: shares[i % n][i // n]} for i, record in enumerate(records)]
 
 
+def find_terms(text, terms):
+    """Yield (start, term) of the terms that stand in a text somewhere not inside a longer one
+    (四逆汤 is not named by 当归四逆汤)."""
+    longest_first = sorted({*map(len, filter(None, terms))}, reverse=True)
+    end = 0
+    for start in range(len(text)):
+        found = (text[start : start + n] for n in longest_first)
+        term = next((part for part in found if part in terms), "")
+        # The longest that begins here, unless one from further left holds it.
+        if term and start + len(term) > end:
+            end = start + len(term)
+            yield start, term
+
+
 def terms_in(text, terms):
-    """The terms that stand in a text somewhere not inside a longer one (四逆汤 is not named by
-    当归四逆汤)."""
-    longest_first = sorted(filter(None, terms), key=len, reverse=True)
-    pattern = "|".join(map(re.escape, longest_first)) or "(?!)"  # which stands nowhere
-    found, end = set(), 0
-    # The longest term that begins at a place, unless one from further left holds it.
-    for match in re.finditer(f"(?=({pattern}))", text):
-        if match.end(1) > end:
-            end = match.end(1)
-            found.add(match[1])
-    return found
+    return {term for _, term in find_terms(text, terms)}
 
 
 def facts_recalled(records, answers):

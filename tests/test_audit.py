@@ -54,6 +54,7 @@ ASKED = {
     "疾病": ["相关症状", "治疗", "常用方剂"],
     "中药": ["功效", "归经"],
     "方剂": ["功效", "主治"],
+    "药物": ["主治", "不良反应"],
 }
 STATED = ["{e}的{r}是{v}。", "{e}的{r}有{v}。"]
 # Sentences that no form of data/forms.json has; values in any order, doses in other signs.

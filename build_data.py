@@ -4,6 +4,7 @@
   python build_data.py knowledge --model M --output x.jsonl      facts -> instruction records
   python build_data.py literature --model M --output x.jsonl     conclusions of papers -> dialogues
   python build_data.py self-instruct --model M --output x.jsonl  seed tasks -> new tasks
+  python build_data.py extract --texts t.txt --model M --output kb.jsonl    texts -> facts
   python build_data.py stats x.jsonl                             what a file of records holds
 
 What this file teaches: how a base of facts becomes records to tune a model with.
@@ -706,7 +707,7 @@ def read_texts(path, size=500):
             )
             raise ValueError(f"{path} {where}: {wanted}") from None
         for piece in pieces:
-            yield Fact(row.get("疾病", ""), None, where, piece, labelled)
+            yield Fact(str(row.get("疾病") or ""), None, where, piece, labelled)
 
 
 def labelled_triple(item):
@@ -752,15 +753,15 @@ def to_items(text, relations):
 DENIED = "(?:(?:否认|未见|未发现|排除|不伴|没有|并非|不是)[^，。；！？]{0,20}|[无未](?:明显|出现)?)"
 
 
+@dataclass
 class TripleSieve:
     """Finds the reason to reject a triple that its text does not state, and joins the others to a
     knowledge base. schema: {kind: relations}. labelled: {(place, head, relation, tail), ...}, what
     is there to be found."""
 
-    mark = "head"  # what each line that it writes holds
-
-    def __init__(self, schema, labelled):
-        self.schema, self.labelled = schema, labelled
+    schema: dict
+    labelled: set
+    mark: str = "head"  # what each line that it writes holds
 
     def reason(self, record, job):
         [asked] = job.facts
@@ -1610,6 +1611,8 @@ class Extract(Api):
     def __post_init__(self):
         if self.records:
             self.model, self.dry_run = "none", True
+        if not self.texts:
+            raise ValueError("--texts must be given")
         super().__post_init__()
 
     def run(self):

@@ -45,11 +45,13 @@ from tqdm import tqdm
 
 from generate import (
     DATA,
+    conversation,
+    encode_rendered,
     load_template,
     load_tokenizer,
     read_instructions,
     read_records,
-    render_prompt,
+    render,
     render_turns,
 )
 from model import (
@@ -1454,11 +1456,11 @@ def token_sections(records, tokenizer, template):
     room for one token of it and EOS is left out."""
     prompts, rows, answers = [], [], Counter()
     for record in records:
-        prompt = render_prompt(template, record["instruction"], record["input"])
-        ids = tokenizer.encode(prompt + record["output"], bos=True, eos=True)
-        prompts.append(len(tokenizer.encode(prompt, bos=True)))
-        rows.append(len(ids))
-        answers.update(ids[prompts[-1] :])
+        prompt, answer = render(template, *conversation(record))
+        ids, _ = encode_rendered(tokenizer, answer, first=False)
+        prompts.append(len(encode_rendered(tokenizer, prompt)[0]))
+        rows.append(prompts[-1] + len(ids))
+        answers.update(ids)
     # A character outside the vocabulary becomes several tokens, its bytes.
     parts = sum(n for id, n in answers.items() if "\ufffd" in tokenizer.decode([id]))
     characters = sum(map(len, column(records, "output")))

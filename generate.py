@@ -8,13 +8,13 @@
 What this file teaches, in this order:
 
   tokenizer   Tokenizer: text to ids and back
-  prompt      render_prompt: a question as training saw it
+  prompt      render_prompt: a conversation as training saw it
   sampling    Decoding, penalise, sample: from logits to the next id
   batch       Request, Row, Batch: many answers, an id each a step, in one KV cache
   one answer  generate_ids: the ids that follow a prompt
 
-Below the lesson stand beams, rows of the base, the compiled step, texts as they grow, templates and
-records, models, answers to a file, chat, server, and the commands.
+Below the lesson stand beams, rows of the base, the compiled step, texts as they grow, tokenizers of
+other bases, templates, records, models, answers to a file, chat, server, and the commands.
 
 Letters: B rows of the batch, V vocabulary size, n beams. Logits, and all that is made of them, are
 float32. Answers go to stdout, everything else to stderr.
@@ -31,11 +31,16 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
+from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import cache, lru_cache
 from hashlib import sha256
+from heapq import heappop, heappush
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain, count, cycle, zip_longest
 from pathlib import Path
 from urllib.parse import unquote
 from uuid import uuid4
@@ -47,8 +52,10 @@ from tqdm import tqdm
 from lora import load_adapter, lora_linears, merge, quantize, share_rows
 from model import (
     DTYPES,
+    TOKENIZERS,
     Checkpoint,
     Parser,
+    check_content,
     check_settings,
     find_base,
     find_tokenizer,
@@ -70,49 +77,44 @@ PREFILL_CHUNK = 512  # tokens of a prompt in one forward
 
 class Tokenizer:
     """SentencePiece with LLaMA's special ids, which come from tokenizer.model and nowhere else.
-    Raises ValueError for a file that is no such model."""
+    special: {name: id} of tokens that are no text; a text that spells one is only a text. Raises
+    RuntimeError for a file that is no such model. Other kinds stand below the lesson."""
 
-    def __init__(self, path):
-        try:
-            self.pieces = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path} is no SentencePiece model ({error})") from None
+    unsettled = "\ufffd"  # what the end of a growing text may be that the next id changes
+    leading = ""  # what an answer begins with and nobody wants to see
+
+    def __init__(self, path, more=b""):
+        model = Path(path).read_bytes() + more
+        self.pieces = SentencePieceProcessor(model_proto=model)
+        self.answer_pieces = SentencePieceProcessor(model_proto=model + NO_SPACE_IN_FRONT)
         self.vocab_size = len(self.pieces)
+        ids = range(self.vocab_size)
+        self.special = {self.pieces.id_to_piece(i): i for i in ids if self.pieces.is_control(i)}
+        self.texts = {*ids} - {*self.special.values()}
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise ValueError(f"{path} has no BOS or EOS piece; LLaMA wants both")
-        self.newline = self.pieces.piece_to_id("<0x0A>")
+        self.opening = [self.bos_id]  # of a prompt
 
     def encode(self, text, bos=False, eos=False):
         """Ids of a text. Raises ValueError for half a character, which is no Unicode text."""
         text.encode()  # Python's own sentence names the character
-        return [self.bos_id] * bos + self.pieces.encode(text) + [self.eos_id] * eos
+        return self.opening * bos + self.pieces.encode(text) + [self.eos_id] * eos
 
     def encode_answer(self, text):
-        """Ids of a text behind a prompt that ends with a newline, as encoding both together gives
-        them: without the space that SentencePiece puts before a text."""
-        ids = self.encode("\n" + text)
-        return ids[ids.index(self.newline) + 1 :]
-
-    def byte_ends(self, ids, text):
-        """Where each of the ids of a text ends in it, in bytes (0 or less: before it begins)."""
-        ends, end = [], 0
-        for i in ids:
-            piece = "" if self.pieces.is_control(i) else self.pieces.id_to_piece(i)
-            end += 1 if self.pieces.is_byte(i) else len(piece.replace("\u2581", " ").encode())
-            ends.append(end)
-        # counted from the end: the space that may stand in front is none of the text
-        return [e - end + len(text.encode()) for e in ends]
+        """Ids of a text behind a prompt: without the space that SentencePiece puts in front."""
+        text.encode()
+        return self.answer_pieces.encode(text)
 
     def decode(self, ids):
-        """The text of ids: U+FFFD for half a character, none for ids of added_tokens.json."""
-        return self.pieces.decode([i for i in ids if i < self.vocab_size])
+        """The text of ids: U+FFFD for half a character, none for special ids and unknown ones."""
+        return self.pieces.decode([i for i in ids if i in self.texts])
 
 
-def render_prompt(template, instruction, input=""):
-    """The prompt for one instruction: training, asking and chatting all make it here."""
-    key = "prompt_input" if input else "prompt_no_input"
-    return template[key].format(instruction=instruction, input=input)
+def render_prompt(tokenizer, template, messages, several=False):
+    """Ids of the prompt that asks for the next answer in a conversation, [{role, content}, ...].
+    Asking, chatting and serving make it here, and training makes the same of the same parts."""
+    answered = messages[-1]["role"] == "assistant"
+    prompt, _ = render(template, messages[:-1] if answered else messages, several)
+    return encode_rendered(tokenizer, prompt)[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -234,12 +236,13 @@ class Batch:
     """Requests decoded together in one KV cache of `size` rows. They wait until num_beams rows are
     free. Rows stand at their own lengths, so that each answer is what it would be alone.
 
-    eos_id ends an answer, decode(ids) -> text finds stop texts. Raises ValueError if memory cannot
-    hold the cache."""
+    eos_id, an id or several, ends an answer; decode(ids) -> text finds stop texts. Raises
+    ValueError if memory cannot hold the cache."""
 
     def __init__(self, model, size, positions, eos_id=None, decode=None, compile=False):
         self.model, self.size = model, size
-        self.eos_id, self.decode = eos_id, decode
+        self.eos_ids = [eos_id] if isinstance(eos_id, int) else eos_id or []
+        self.decode = decode
         self.waiting = []  # Requests
         self.rows = []  # the Rows in use: rows[i] is row i of the cache
         self.adapted = None  # as the adapter is scaled now
@@ -273,10 +276,9 @@ class Batch:
             return
         # One forward for all: the last id of each row, behind so many positions.
         scale_adapter(self, [row.request for row in self.rows])
-        ids = [row.ids[-1] for row in self.rows]
-        lengths = [len(row.ids) - 1 for row in self.rows]
-        fed = torch.tensor([ids, lengths], device=self.model.device)
-        logits = self.forward(fed, max(lengths))  # (B, V)
+        fed = [[r.ids[-1], len(r.ids) - 1, len(r.request.prompt_ids) - 1] for r in self.rows]
+        longest = max(length for _, length, _ in fed)
+        logits = self.forward(torch.tensor(fed, device=self.model.device), longest)  # (B, V)
         # One choice for all; beams then choose among themselves.
         chosen = self.choose(logits)
         for request in {row.request for row in self.rows}:
@@ -309,20 +311,23 @@ class Batch:
         if seed is not None:
             request.generator = torch.Generator(device).manual_seed(seed)
         scale_adapter(self, [request])
-        # In chunks, which bound the memory of the activations.
-        cache = self.cache.rows(first, [0])
+        # In chunks, which bound the memory of the activations; a prefix that sees itself in one.
         ids = request.prompt_ids[:-1]
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            chunk = ids[start : start + PREFILL_CHUNK]
+        prefix = len(ids) * self.model.config.prefix_lm
+        cache, size = self.cache.rows(first, [0], prefix=prefix), prefix or PREFILL_CHUNK
+        for start in range(0, len(ids), size):
+            chunk = ids[start : start + size]
             self.model.hidden_states(torch.tensor([chunk], device=device), cache)
         # All beams begin with the prompt; the first alone may be chosen from, so that they part.
         self.cache.copy_rows([first] * (n - 1), range(first + 1, first + n), 0, len(ids))
         self.rows += [Row(request, request.prompt_ids[:], -1e9 * (i > 0)) for i in range(n)]
 
     def logits(self, fed, longest):
-        """Logits (B, V) of fed (2, B): each row's id, and how many stand before it (<= longest)."""
-        ids, lengths = fed
-        return self.model(ids[:, None], self.cache.rows(0, lengths, longest))[:, -1]
+        """Logits (B, V) of fed (B, 3): each row's id, how many stand before it (<= longest), and
+        how many stood before its prompt's last."""
+        ids, lengths, prefix = fed.split(1, dim=1)
+        cache = self.cache.rows(0, lengths[:, 0], longest, prefix)
+        return self.model(ids, cache)[:, -1]
 
     def choose(self, logits):
         """The next id of each row, B of them, from logits (B, V)."""
@@ -338,7 +343,7 @@ class Batch:
     def outcome(self, request, ids):
         """(answer, finish_reason or None) of ids: a prompt, an answer, and perhaps EOS."""
         answer = ids[len(request.prompt_ids) :]
-        if ids[-1] == self.eos_id:
+        if ids[-1] in self.eos_ids:
             return answer[:-1], "stop"
         for text in request.decoding.stop:
             # an id is a byte at least, so that the text lies within so many
@@ -371,18 +376,18 @@ def generate_ids(model, prompt_ids, max_new_tokens, eos_id=None, **decoding):
 def step_beams(batch, at, logits):
     """One step of beam search over the n rows `at` of one request with logits (n, V), as
     transformers does it with early_stopping False: of the 2n best candidates by sum of
-    log-probabilities, those among the first n that end are ranked, by sum / length **
-    length_penalty, and the best n that do not end go on. It is over when n are ranked and the best
-    that goes on, ending now, would beat none."""
+    log-probabilities (more with several ids of EOS, so that n of them do not end), those among the
+    first n that end are ranked, by sum / length ** length_penalty, and the best n that do not end
+    go on. It is over when n are ranked and the best that goes on, ending now, would beat none."""
     beams = [batch.rows[i] for i in at]
     request = beams[0].request
     n = len(at)
-    # Each candidate is a beam and one id more: n V of them, of which 2n are looked at.
+    # Each candidate is a beam and one id more: n V of them, of which a few are looked at.
     scores = [
         penalise(logprobs, beam.ids, request.decoding) + beam.score
         for logprobs, beam in zip(logits.log_softmax(-1), beams)
     ]
-    best = torch.stack(scores).flatten().topk(2 * n)
+    best = torch.stack(scores).flatten().topk(max(2, 1 + len(batch.eos_ids)) * n)
     first = len(request.prompt_ids) - 1
     length = len(beams[0].ids)
     scale = (length - first) ** request.decoding.length_penalty
@@ -465,7 +470,7 @@ def compile_step(batch):
     }
     # The one shape: all rows, whether in use or not, and as many positions as there are.
     compiled = torch.compile(batch.logits, fullgraph=True, dynamic=False, options=options)
-    fed = torch.zeros(2, batch.size, dtype=torch.long, device=device)
+    fed = torch.zeros(batch.size, 3, dtype=torch.long, device=device)
 
     def run():
         return compiled(fed, batch.cache.positions - 1)
@@ -474,8 +479,8 @@ def compile_step(batch):
 
     def call(given, longest):
         # What stands in rows not in use is overwritten by the next prompt.
-        rows = given.size(1)
-        fed[:, :rows] = given
+        rows = len(given)
+        fed[:rows] = given
         return replay()[:rows]
 
     return call
@@ -520,30 +525,477 @@ def stream(tokenizer, request, step=None):
         if not request.finish_reason:
             step()
         ended = request.finish_reason  # read before the ids, which another thread may add to
-        text = visible(tokenizer.decode(request.ids), request.decoding.stop, ended)
+        text = tokenizer.decode(request.ids)
+        text = text if ended else text.rstrip(tokenizer.unsettled)
+        text = visible(text, request.decoding.stop, ended)
+        text = text.lstrip(tokenizer.leading)
         yield text[shown:]
         shown = len(text)
 
 
 # ==================================================================================================
-# Templates and records in all their forms
+# Tokenizers of other bases
+
+# SentencePiece's file is a protobuf message, in which what comes later counts: normalizer_spec
+# {add_dummy_prefix: false}
+NO_SPACE_IN_FRONT = b"\x1a\x02\x18\x00"
+
+
+# The letter that stands for each byte in a tokenizer.json: itself where Latin-1 prints it, for the
+# others those from U+0100 on, in order (Radford et al. 2019).
+SPARE = count(256)
+LETTERS = {
+    byte: chr(byte if chr(byte).isprintable() and byte != ord(" ") else next(SPARE))
+    for byte in range(256)
+}
+BYTES = {ord(letter): byte for byte, letter in LETTERS.items()}
+
+
+def spell(data):
+    """Bytes in LETTERS."""
+    return data.decode("latin-1").translate(LETTERS)
+
+
+@cache
+def kinds_of_characters():
+    """A letter for each character: of its Unicode category the first, s for blanks. Those that
+    Python alone calls blanks are none."""
+    return "".join(
+        "s" if c.isspace() and c not in "\x1c\x1d\x1e\x1f" else unicodedata.category(c)[0]
+        for c in map(chr, range(sys.maxunicode + 1))
+    )
+
+
+def expand(match):
+    """A class of a pattern with ranges for its \\p{L}, \\s and the like, which `re` has not, or
+    understands in its own way. A capital stands for all other characters."""
+
+    def ranges(escape):
+        kind = f"[{'^' * escape[0][1].isupper()}{escape[1] or 's'}]+"
+        runs = re.finditer(kind, kinds_of_characters())
+        return "".join(f"\\U{run.start():08x}-\\U{run.end() - 1:08x}" for run in runs)
+
+    inside = re.sub(r"\\(?:[sS]|[pP]\{(\w)\})", ranges, match[0])
+    return inside if match[0][0] == "[" else f"[{inside}]"
+
+
+END = "\0"  # no letter
+
+
+class BytePairs:
+    """Byte-level BPE (Sennrich et al. 2016; over bytes: Radford et al. 2019, 2.2). A text is cut
+    into words, a word into its bytes; of the neighbours, those that training merged first are
+    merged, again and again.
+
+    ids      {piece: id}, pieces in LETTERS
+    ranks    {a + between + b: rank} of the neighbours a, b that merge, lowest first
+    pattern  what a word is
+    whole    the pieces that a word is, if it can, without merging
+    nfc      the text is brought to Unicode's form C first
+
+    Raises ValueError for what does not fit together."""
+
+    def __init__(self, ids, ranks, between, pattern, whole, nfc=False):
+        self.ids, self.ranks, self.between, self.whole, self.nfc = ids, ranks, between, whole, nfc
+        self.texts = {id: piece for piece, id in ids.items()}
+        self.merged = lru_cache(1 << 16)(self.merge)
+        # In a group, so that split() keeps what it finds.
+        escapes = r"\[(?:\\.|[^]])+\]|\\(?:[sS]|[pP]\{\w\})"
+        self.words = re.compile(f"({re.sub(escapes, expand, pattern)})")
+        made = {pair.replace(between, "") for pair in ranks}.union(LETTERS.values())
+        if self.words.groups > 1 or made - ids.keys():
+            raise ValueError("a pattern with groups, or pieces that are not in the vocabulary")
+
+    def encode(self, text):
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        ids = []
+        for word in filter(None, self.words.split(text)):
+            # A long word is hardly met again, and would fill the memory.
+            ids += self.merged(word) if len(word) < 100 else self.merge(word)
+        return ids
+
+    def decode(self, ids):
+        letters = "".join(self.texts[id] for id in ids)
+        return letters.translate(BYTES).encode("latin-1").decode("utf-8", "replace")
+
+    def merge(self, word):
+        """Ids of a word. A queue, since a word may be as long as a client wants: n log n steps."""
+        letters = spell(word.encode())
+        if letters in self.whole:
+            return [self.ids[letters]]
+        # The parts form a ring with END, which merges with none, and so do those used up.
+        parts, n = [*letters, END], len(letters)
+        after, before = [*range(1, n + 1), 0], [*range(-1, n)]
+        queue = []
+
+        def offer(i):
+            pair = parts[i] + self.between + parts[after[i]]
+            if pair in self.ranks:
+                heappush(queue, (self.ranks[pair], i, pair))
+
+        for i in range(n):
+            offer(i)
+        while queue:
+            _, i, pair = heappop(queue)
+            j = after[i]
+            if parts[i] + self.between + parts[j] == pair:  # neither has changed meanwhile
+                parts[i], parts[j] = parts[i] + parts[j], END
+                after[i], before[after[j]] = after[j], i
+                offer(before[i])
+                offer(i)
+        return [self.ids[part] for part in parts if part != END]
+
+
+class ByteTokenizer(Tokenizer):
+    """BytePairs behind the interface of Tokenizer. special, {name: id}, are all tokens that were
+    added to the pieces, begin and end the names of BOS, if there is one, and of EOS; the ids in
+    `shown` are shown where a model writes them. Raises ValueError."""
+
+    def __init__(self, pieces, special, begin, end, shown=()):
+        if end not in special:
+            raise ValueError(f"eos_token in tokenizer_config.json is {end!r}, no special token")
+        self.pieces = self.answer_pieces = pieces
+        self.special = special
+        pieces.texts |= {id: spell(name.encode()) for name, id in special.items()}
+        self.texts = pieces.texts.keys() - special.values() | {*shown}
+        self.bos_id, self.eos_id = special.get(begin), special[end]
+        self.opening = [] if self.bos_id is None else [self.bos_id]
+        self.vocab_size = max(pieces.texts) + 1
+
+
+def read_tokenizer_json(path, settings):
+    """The ByteTokenizer of Hugging Face's tokenizer.json, with what tokenizer_config.json says.
+    Raises ValueError for other kinds."""
+    spec = read_json_file(path)
+    match spec:
+        case {
+            "normalizer": None | {"type": "NFC"} as nfc,
+            "pre_tokenizer": {
+                "pretokenizers": [
+                    {"pattern": {"Regex": pattern}, "behavior": "Isolated"},
+                    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                ]
+            },
+            "model": {"vocab": ids, "merges": merges} as model,
+            "added_tokens": added,
+        }:
+            pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in merges)
+            ranks = {pair: rank for rank, pair in enumerate(pairs)}
+            special = {token["content"]: token["id"] for token in added}
+            shown = [token["id"] for token in added if not token["special"]]
+            whole = ids.keys() - special.keys() if model.get("ignore_merges") else ()
+            pieces = BytePairs(ids, ranks, " ", pattern, whole, nfc)
+            # A BOS stands in front of a text only where the post-processor puts it.
+            begin, end = settings.get("bos_token"), settings.get("eos_token")
+            begin = begin if str(begin) in str(spec.get("post_processor")) else None
+            return ByteTokenizer(pieces, special, begin, end, shown)
+    raise ValueError("wanted byte-level BPE as Qwen and Llama-3 have it, or a tokenizer.model")
+
+
+# What a word is to Llama-3 and GLM-4 (OpenAI's cl100k_base)
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# By config.json's model_type: the tokens behind the pieces of tiktoken's file, which holds none.
+BEHIND = {
+    "chatglm": "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> "
+    "<|assistant|> <|observation|> <|begin_of_image|> <|end_of_image|> <|begin_of_video|> "
+    "<|end_of_video|>",
+    "llama": "<|begin_of_text|> <|end_of_text|> <|reserved_special_token_0|> "
+    "<|reserved_special_token_1|> <|finetune_right_pad_id|> <|reserved_special_token_2|> "
+    "<|start_header_id|> <|end_header_id|> <|eom_id|> <|eot_id|> <|python_tag|> "
+    + " ".join(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
+}
+
+
+def read_tiktoken(path, kind):
+    """The ByteTokenizer of a file of pieces in base64, each with its rank, which is its id."""
+    lines = (line.split() for line in Path(path).read_bytes().splitlines() if line)
+    ids = {spell(b64decode(piece)): int(rank) for piece, rank in lines}
+    names, begin = BEHIND[kind].split(), "<|begin_of_text|>"
+    special = {name: len(ids) + i for i, name in enumerate(names)}
+    end = names[begin in names]  # the first, but for BOS
+    return ByteTokenizer(BytePairs(ids, ids, "", WORDS, ids), special, begin, end)
+
+
+class ChatGLMTokenizer(Tokenizer):
+    """ChatGLM2's and ChatGLM3's: tokens in no file behind the pieces, and a space in front of a
+    text wherever it stands."""
+
+    leading = " \n"  # ChatGLM3's answers begin with a line end
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.answer_pieces = self.pieces
+        names = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>"
+        for name in names.split():
+            self.special[name] = self.vocab_size
+            self.vocab_size += 1
+        self.opening = [self.special["[gMASK]"], self.special["sop"]]
+        self.bos_id = self.opening[0]
+
+
+def old_pieces():
+    """What ChatGLM-6B's code added in memory to the text pieces of its first ice_text.model, as
+    fields of SentencePiece's protobuf: tokens, tabs and blanks, bytes, and byte_fallback."""
+    names = "[MASK] [gMASK] [sMASK] <unused_0> <sop> <eop> <ENC> <dBLOCK>"
+    added = [(name, 3) for name in names.split()] + [("<|tab|>", 4)]
+    added += [(f"<|blank_{n}|>", 4) for n in range(2, 81)]
+    added += [(f"<0x{byte:02X}>", 6) for byte in range(256)]
+    more = b""
+    for text, kind in added:
+        piece = b"\n%c%b\x15\0\0\0\0\x18%c" % (len(text), text.encode(), kind)
+        more += b"\n%c%b" % (len(piece), piece)
+    return more + b"\x12\x03\x98\x02\x01"
+
+
+class ChatGLM6BTokenizer(Tokenizer):
+    """ChatGLM-6B's: line ends, tabs and runs of blanks are pieces, and Chinese marks, which its
+    pieces have as Latin ones, become Chinese again beside a Chinese character."""
+
+    unsettled = "\ufffd,!:;?"
+
+    def __init__(self, path):
+        super().__init__(path, b"" if b"[gMASK]" in Path(path).read_bytes() else old_pieces())
+        self.answer_pieces = self.pieces
+        self.bos_id, self.eos_id, self.opening = None, self.special["<eop>"], []
+
+    def encode(self, text, bos=False, eos=False):
+        text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+        text = re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text)
+        return super().encode(text, bos, eos)
+
+    def encode_answer(self, text):
+        return self.encode(text)
+
+    def decode(self, ids):
+        text = super().decode(ids).replace("<n>", "\n").replace("<|tab|>", "\t")
+        text = re.sub(r"<\|blank_(\d+)\|>", lambda blank: " " * int(blank[1]), text)
+        marks = "(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])"
+        return re.sub(marks, lambda mark: chr(ord(mark[0]) + 0xFEE0), text)
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a base's folder, of the kind that its file is. Raises ValueError."""
+    file = find_tokenizer(folder)
+    if not file.is_file():
+        raise ValueError(f"no tokenizer in {folder}; wanted one of {' '.join(TOKENIZERS)}")
+    check_content(file)
+    names = ("config.json", "tokenizer_config.json", "added_tokens.json")
+    files = [Path(folder, name) for name in names]
+    config, settings, added = (read_json_file(f) if f.is_file() else {} for f in files)
+    kind = config.get("model_type", "llama")
+    try:
+        if file.suffix == ".json":
+            tokenizer = read_tokenizer_json(file, settings)
+        elif re.match(rb"[\w+/=]+ \d+\s", file.read_bytes()):
+            tokenizer = read_tiktoken(file, kind)
+        elif file.name == "ice_text.model":
+            tokenizer, added = ChatGLM6BTokenizer(file), {}  # those of an older vocabulary
+        else:
+            tokenizer = ChatGLMTokenizer(file) if kind == "chatglm" else Tokenizer(file)
+        # Tokens added since, such as Alpaca's [PAD].
+        for name in added.keys() - tokenizer.special:
+            tokenizer.special[name] = added[name]
+            tokenizer.texts.discard(added[name])
+            tokenizer.vocab_size = max(tokenizer.vocab_size, added[name] + 1)
+    except Exception as error:  # a damaged file makes its reader raise nearly all there are
+        raise ValueError(f"{file} is no tokenizer that is known here ({error!r:.300})") from None
+    if -1 in (tokenizer.bos_id, tokenizer.eos_id):
+        raise ValueError(f"{file} has no BOS or EOS")
+    return tokenizer
+
+
+# ==================================================================================================
+# Templates: a conversation as texts and special tokens
+
+# tokens that end an answer besides EOS, in the vocabularies that have them
+ENDS = {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"}
+ENDS |= {"<|user|>", "<|observation|>"}
+# The texts of a template that has none of its own: BenTsao's, with several turns in one
+# instruction.
+FORMS = {
+    "system": "{system}\n",
+    "turn": " <user>: {opening}{user} <bot>: {answer}",
+    "question": " <user>: {opening}{user}",
+    "lone": "{opening}{user}",
+    "answer": "{assistant}",
+    "last": "{assistant}{eos}",
+    "thoughts": "",
+    "thinking": False,
+    "default_system": None,
+    "special": (),
+    "trim": (),
+}
+
+
+def eos_ids(tokenizer):
+    """The ids that end an answer."""
+    ends = ENDS & tokenizer.special.keys()
+    return sorted({tokenizer.eos_id, *(tokenizer.special[name] for name in ends)})
 
 
 def load_template(name):
-    """The prompt template of a bare name in data/templates, or of a path: {prompt_no_input,
-    prompt_input}, the second by default the first. Raises ValueError for one without places."""
+    """The template of a bare name in data/templates, or of a path. It has BenTsao's prompt_no_input
+    and prompt_input (by default the same), with {instruction} and {input}, or a chat's texts:
+
+      prompt          up to the answer: {system}, {turns}, and {user}, the last question
+      turn            an earlier {user} and its {answer}; {n} counts them from 1, {i} from 0
+      answer, last    around {assistant}: an earlier answer, and the last one
+      system          around {system}; where prompt has no place for it, it is the {opening} of the
+                      first question. default_system: the text if none is given
+      thoughts        around {thoughts}, before an answer; empty they tell a model not to think
+      special         the special tokens in these texts, which the tokenizer must have
+      trim            the roles whose texts lose the blanks around them
+      chat_template   the same in Jinja, for other programs
+
+    {instruction} is {turns} and `question`, or `lone` if there is one turn; {bos} and {eos} are the
+    tokenizer's. Raises ValueError for a template that loses a part of a conversation."""
     path = Path(name) if str(name).endswith(".json") else DATA / "templates" / f"{name}.json"
     template = read_json_file(path)
-    template.setdefault("prompt_input", template.get("prompt_no_input"))
-    some = r"(?:[^{}]|\{\{|\}\}|\{input\}|\{instruction\})*"
-    for key in ("prompt_no_input", "prompt_input"):
-        text = str(template.get(key))
-        if not re.fullmatch(some + r"\{instruction\}" + some, text):
-            raise ValueError(
-                f"{path}: {key} is {text!r:.200}, wanted a text with {{instruction}}; braces other "
-                "than of it and {input} are doubled"
-            )
+    if "prompt" not in template:
+        template.setdefault("prompt_input", template.get("prompt_no_input"))
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    trial = [{"role": role, "content": role.upper()} for role in roles]
+    try:
+        for trial[3]["input"] in "", "?":
+            text = "".join(render(template, trial))
+            if any(text.count(role.upper()) < roles.count(role) for role in roles):
+                raise ValueError(f"a conversation becomes {text!r}")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: {error!r:.200}; wanted prompt_no_input with {{instruction}}, or prompt with "
+            "{system}, {turns} and {user}; other braces are doubled"
+        ) from None
     return template
+
+
+def default_template(tokenizer):
+    """The name of the template whose special tokens a tokenizer has, of several the one with most;
+    med_template if there is none."""
+    special = {"med_template": ()}
+    for path in (DATA / "templates").glob("*.json"):
+        special[path.stem] = read_json_file(path).get("special", ())
+    fits = [name for name in special if {*special[name]} <= tokenizer.special.keys()]
+    return max(fits, key=lambda name: len(special[name]))
+
+
+# In a rendered text these stand around the name of a special token, before what is a target of
+# training, and behind it.
+SPECIAL, TARGET, CONTEXT = "\0", "\1", "\2"
+
+
+def fill(forms, name, fields):
+    """A text of a template with its fields. Special tokens are looked for in the template's own
+    text, and never in what somebody wrote."""
+    names = "|".join(map(re.escape, forms["special"])) or "(?!)"
+    return re.sub(names, r"\0\g<0>\0", forms[name]).format(**fields)
+
+
+def render(template, messages, several=False):
+    """(prompt, answer) of a conversation as texts with the marks above; the answer is empty where
+    the last message is a question. several: in the form of several turns, even if there is one.
+    Raises ValueError for a mark in a message."""
+    forms, asked = FORMS | template, messages[-1]["role"] == "user"
+    texts = message_texts(forms, messages)
+    fields = {"bos": "\0bos\0", "eos": "\0eos\0", "system": "", "turns": ""}
+    system = texts.pop(0) if messages[0]["role"] == "system" else forms["default_system"]
+    if system is not None:
+        fields["system"] = fill(forms, "system", fields | {"system": system})
+
+    # One question after the other: the one before goes to the turns, without its thoughts.
+    answers = [split_thoughts(forms, text) for text in texts[1::2]] + [("", "")]
+    fields["opening"] = fields["system"]
+    for i, user in enumerate(texts[::2]):
+        if i:
+            fields["assistant"] = answers[i - 1][1]
+            fields["answer"] = TARGET + fill(forms, "answer", fields) + CONTEXT
+            fields["turns"] += fill(forms, "turn", fields)
+            fields["opening"] = ""
+        fields |= {"user": user, "i": i, "n": i + 1}
+    prompt = render_question(forms, fields, messages[-2 + asked].get("input"), several)
+
+    # Thoughts are learnt. That there are none belongs to the prompt, and is not.
+    fields["thoughts"], text = answers[i]
+    block = fill(forms, "thoughts", fields)
+    fields["assistant"] = text.lstrip("\n") if block else text
+    answer = "" if asked else fill(forms, "last", fields)
+    if fields["thoughts"]:
+        return prompt, block + answer
+    return prompt + block * (not asked or not forms["thinking"]), answer
+
+
+def message_texts(forms, messages):
+    """The texts of messages. Raises ValueError for one of our marks in what somebody wrote."""
+    for message in messages:
+        if {SPECIAL, TARGET, CONTEXT} & {*message["content"], *message.get("input", "")}:
+            raise ValueError("a text has one of the characters U+0000, U+0001 and U+0002")
+    trim = forms["trim"]
+    return [m["content"].strip() if m["role"] in trim else m["content"] for m in messages]
+
+
+def render_question(forms, fields, input, several):
+    """The prompt, when all but the last question's input stands in fields."""
+    fields["input"] = input or ""
+    if input and "prompt" in forms:
+        fields["user"] += "\n" + input
+    last = fill(forms, "question" if several or fields["turns"] else "lone", fields)
+    fields["instruction"] = fields["turns"] + last
+    if "prompt" in forms:
+        return fill(forms, "prompt", fields)
+    return fields["bos"] + fill(forms, "prompt_input" if input else "prompt_no_input", fields)
+
+
+def split_thoughts(forms, text):
+    """(thoughts, answer) of an answer with <think>thoughts</think> before it, where a template has
+    a place for them."""
+    thoughts, mark, answer = text.rpartition("</think>")
+    if not (mark and forms["thoughts"]):
+        return "", text
+    return thoughts.rpartition("<think>")[2].strip("\n"), answer.lstrip("\n")
+
+
+def encode_rendered(tokenizer, text, first=True):
+    """(ids, mask) of a rendered text; mask[t] is True where token t, or a part of it, is a target.
+    Texts are encoded from one special token to the next. first: nothing stands before them. Raises
+    ValueError for a special token that the tokenizer lacks."""
+    ids, mask, is_target = [], [], False
+
+    def special(name):
+        id = tokenizer.special.get(name)
+        found = {name: [id], "bos": tokenizer.opening, "eos": [tokenizer.eos_id]}[name]
+        if found == [None]:
+            raise ValueError(
+                f"the template wants {name}, which the base's tokenizer does not have; choose "
+                "another template"
+            )
+        return found
+
+    for i, part in enumerate(text.split(SPECIAL)):
+        at_start = first and ids in ([], tokenizer.opening)
+        encode = tokenizer.encode if at_start else tokenizer.encode_answer
+        encode = special if i % 2 else encode
+        texts, before, start = re.split("[\1\2]", part), "", 0
+        new = encode("".join(texts))
+        targets = [False] * len(new)
+        for j, piece in enumerate(texts):
+            is_target ^= j > 0
+            # What the text up to a mark has in common with all of it ends there, or before a token
+            # that reaches across.
+            before += piece
+            within = encode(before)
+            common = len(os.path.commonprefix([new, within]))
+            stop = common + (common < len(within))
+            if is_target:
+                targets[start:stop] = [True] * (stop - start)
+            start = common
+        ids, mask = ids + new, mask + targets
+    return ids, mask
+
+
+# ==================================================================================================
+# Records in all their forms
 
 
 def render_turns(turns):
@@ -552,6 +1004,16 @@ def render_turns(turns):
     *earlier, (question, _) = turns
     said = [f" <user>: {user} <bot>: {bot}" for user, bot in earlier]
     return "".join(said) + f" <user>: {question}"
+
+
+def split_turns(instruction):
+    """[user, bot, ..., user], the texts of an instruction in that form; else [instruction]."""
+    if instruction.startswith("<user>: "):  # BenTsao's infer_literature.py leaves the space out
+        instruction = " " + instruction
+    texts = re.split(" <(?:user|bot)>: ", instruction)[1:]
+    pairs = list(zip_longest(texts[::2], texts[1::2]))
+    # A mark that stands where none belongs is text.
+    return texts if pairs and render_turns(pairs) == instruction else [instruction]
 
 
 def read_records(path):
@@ -581,20 +1043,26 @@ def read_records(path):
     return [*rows.items()]
 
 
-# s: system, u: user, a: assistant, so that one pattern says whose turn it is
-SIDES = {"system": "s", "developer": "s", "user": "u", "human": "u", "assistant": "a", "gpt": "a"}
+# OpenAI's roles and ShareGPT's
+ROLES = {"developer": "system", "human": "user", "gpt": "assistant"}
+ROLES |= {role: role for role in ("system", "user", "assistant")}
 
 
-def message_texts(messages):
-    """[question, answer, question, ...] of OpenAI's messages [{role, content}] or ShareGPT's
-    [{from, value}]. A system text opens the first question, on a line of its own: templates have
-    no place for it."""
-    sides = "".join(SIDES[m.get("role", m.get("from"))] for m in messages)
+def read_chat(messages):
+    """OpenAI's messages [{role, content}] or ShareGPT's [{from, value}] as the former: a system
+    text or none, then user and assistant in turn. Thoughts apart from a text, as
+    reasoning_content, come before it in <think>."""
+    found = []
+    for m in messages:
+        role, text = ROLES[m.get("role", m.get("from"))], m.get("content", m.get("value"))
+        text = plain_text(text)
+        if m.get("reasoning_content"):
+            text = f"<think>\n{m['reasoning_content']}\n</think>\n\n{text}"
+        found.append({"role": role, "content": text})
     # An assistant's text may end it, or a question that waits for one.
-    if not re.fullmatch("s?u(au)*a?", sides):
+    if not re.fullmatch("s?u(au)*a?", "".join(m["role"][0] for m in found)):
         raise ValueError("wanted user and assistant in turn, before them one system text or none")
-    texts = [plain_text(m.get("content", m.get("value"))) for m in messages]
-    return ["\n".join(texts[:2]), *texts[2:]] if sides[0] == "s" else texts
+    return found
 
 
 def plain_text(content):
@@ -606,72 +1074,88 @@ def plain_text(content):
     return "\n".join(part["text"] for part in content)
 
 
-def read_turns(row):
-    """Turns [(user, bot), ...] of a record in any form of `read_instructions`, the last bot None
-    where a question waits for its answer. Raises ValueError for a record in none of them."""
+def row_texts(row):
+    """[question, answer, question, ...] of a record without messages."""
+    if "context" in row and "instruction" not in row:
+        # Med-ChatGLM's own labels go: the template brings others
+        question = row["context"].removeprefix("问题：").removesuffix("\n回答: ")
+        return [question, row.get("target")]
+    earlier = [text for user, bot in row.get("history") or () for text in (user, bot)]
+    return [*earlier, *split_turns(row["instruction"]), row.get("output")]
+
+
+def read_messages(row):
+    """The messages of a record in any form of `read_instructions`; the last is a user's where a
+    question waits for its answer, and the last question has the record's input. Raises ValueError
+    for a record in none of them."""
     messages = row.get("messages") or row.get("conversations")
     try:
         if messages:
-            texts = message_texts(messages)
-        elif "context" in row and "instruction" not in row:
-            # Med-ChatGLM's own labels go: the template brings others
-            question = row["context"].removeprefix("问题：").removesuffix("\n回答: ")
-            texts = [question, row.get("target")]
+            messages = read_chat(messages)
         else:
-            texts = [text for user, bot in row.get("history") or () for text in (user, bot)]
-            texts += [row["instruction"], row.get("output")]
-        # A question without an answer gets None.
-        texts += [None] * (len(texts) % 2)
+            said = zip(cycle(("user", "assistant")), row_texts(row))
+            messages = [{"role": role, "content": text} for role, text in said]
+        # An answer that is not there yet.
+        if messages[-1]["role"] == "assistant" and messages[-1]["content"] is None:
+            messages.pop()
         # Raises for what is no text.
-        "".join([*texts[:-1], texts[-1] or "", row.get("input") or ""])
+        "".join([*(m["content"] for m in messages), row.get("input") or ""])
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
             "wanted texts as instruction and output (and input), or messages of user and assistant "
             f"in turn ({type(error).__name__}: {error})"
         ) from None
-    return list(zip(texts[::2], texts[1::2]))
+    if row.get("input"):
+        messages[-1 - (messages[-1]["role"] == "assistant")]["input"] = row["input"]
+    return messages
+
+
+def conversation(record):
+    """(messages, whether they stand in the form of several turns) of a record that was read."""
+    messages = read_messages(record)
+    first, mark = messages[0]["content"], " <user>: "
+    return messages, record["instruction"].startswith(mark) and not first.startswith(mark)
 
 
 def read_instructions(path, answers=False):
     """Records {instruction, input, output, and what else they hold} of a file: alpaca, with
     LLaMA-Factory's `history` of [question, answer] pairs or without; OpenAI's `messages`;
     ShareGPT's `conversations`; Med-ChatGLM's {context, target}; BenTsao's literature rows. If one
-    has several turns, all are put in the form of those rows (`render_turns`), as a chat of several
-    turns is. With answers, each must end in one. Raises ValueError naming the line or record."""
+    has several turns, the instructions of all are put in the form of those rows (`render_turns`),
+    as a chat of several turns is. With answers, each must end in one. Raises ValueError naming the
+    line or record."""
     records = []
     for where, row in read_records(path):
         try:
             to_json(row).encode()  # half a character would be met when the answer is written
-            turns = read_turns(row)
-            if answers and not (turns[-1][1] or "").strip():
+            messages = read_messages(row)
+            last = messages[-1]
+            if answers and not (last["role"] == "assistant" and last["content"].strip()):
                 raise ValueError("the answer is empty or missing, and teaches nothing")
         except ValueError as error:
             raise ValueError(f"{path} {where}: {error}") from None
-        records.append((row, turns))
+        records.append((row, messages))
     # One conversation makes the whole file one of conversations.
-    conversations = any(len(turns) > 1 for _, turns in records)
-    return [make_instruction(row, turns, conversations) for row, turns in records]
+    roles = [[m["role"] for m in messages] for _, messages in records]
+    conversations = any(own.count("user") > 1 for own in roles)
+    return [make_instruction(row, messages, conversations) for row, messages in records]
 
 
-def make_instruction(row, turns, conversations):
-    """A record as instruction, input and output; conversations: in the form of BenTsao's literature
-    rows."""
-    *earlier, (question, answer) = turns
-    input = row.get("input") or ""
-    if question.startswith("<user>: "):  # BenTsao's infer_literature.py leaves the space out
-        question = " " + question
-    if conversations and not question.startswith(" <user>: "):
-        question = "\n".join(filter(None, (question, input)))
-        question = render_turns([*earlier, (question, None)])
-        input = ""
-    output = {} if answer is None else {"output": answer}
-    return {**row, "instruction": question, "input": input, **output}
-
-
-def bot_spans(instruction):
-    """[(start, end), ...] in characters: the bot's answers in an instruction of `render_turns`."""
-    found = re.finditer(r" <bot>: (.*?)(?= <user>: )", instruction, re.DOTALL)
-    return [match.span(1) for match in found]
+def make_instruction(row, messages, conversations):
+    """A record as instruction, input and output; conversations: the instruction in the form of
+    BenTsao's literature rows. `messages` has the turns where these do not tell them."""
+    answered = messages[-1]["role"] == "assistant"
+    asked = messages[:-1] if answered else messages
+    question = asked[-1]
+    several = conversations and not question["content"].startswith(" <user>: ")
+    if several and "input" in question:
+        question["content"] += "\n" + question.pop("input")
+    bare = dict.fromkeys(("prompt_no_input", "prompt_input"), "{instruction}")
+    text = re.sub("\0bos\0|[\1\2]", "", render(bare, asked, several)[0])
+    record = {**row, "instruction": text, "input": question.get("input", "")}
+    if answered:
+        record["output"] = messages[-1]["content"]
+    return record if read_messages(record) == messages else record | {"messages": messages}
 
 
 # ==================================================================================================
@@ -681,11 +1165,6 @@ def bot_spans(instruction):
 def log(*texts):
     """To stderr: only answers go to stdout."""
     print(*texts, file=sys.stderr, flush=True)
-
-
-def load_tokenizer(folder):
-    """The Tokenizer of a base's folder."""
-    return Tokenizer(find_tokenizer(folder))
 
 
 def pick_device(name):
@@ -724,26 +1203,26 @@ def pick_dtype(name, device):
 def load_base(path, device, dtype, base_dtype="auto"):
     """(model, tokenizer) of a base's folder, computing in dtype, its weights stored in base_dtype
     ("auto": in dtype too). Special ids come from tokenizer.model: a config.json with others, as
-    decapoda-research/llama-7b-hf has it, is not followed. Raises ValueError if the embedding has
-    not one row for each piece (those of added_tokens.json, such as Alpaca's [PAD], count)."""
+    decapoda-research/llama-7b-hf has it, is not followed. Raises ValueError if the embedding lacks
+    rows for pieces (those of added_tokens.json, such as Alpaca's [PAD], count), or has far more."""
     path = find_base(path)
+    size = Checkpoint(path).config.vocab_size  # first, for it says what this network is not
     tokenizer = load_tokenizer(path)
-    size = Checkpoint(path).config.vocab_size
-    files = (path / "added_tokens.json", path / "config.json")
-    added, theirs = (read_json_file(file) if file.is_file() else {} for file in files)
+    pieces = tokenizer.vocab_size
     # A tokenizer of another base would give every word another one's row.
-    pieces = tokenizer.vocab_size + len(added)
-    if pieces != size:
+    if not 0 <= size - pieces < 4096:  # Qwen, GLM and others fill up to a round number of rows
         raise ValueError(
-            f"{path}: tokenizer.model has {pieces} pieces, the model {size} embedding rows; they "
-            "belong to different models"
+            f"{path}: {find_tokenizer(path).name} has {pieces} pieces, the model {size} embedding "
+            "rows; they belong to different models"
         )
     # Wrong ids in config.json are common, and would end no answer.
+    theirs = read_json_file(path / "config.json") if (path / "config.json").is_file() else {}
     for key, ours in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
-        if theirs.get(key) not in (ours, None):
+        said = theirs.get(key)
+        if None not in (ours, said) and ours not in (said if isinstance(said, list) else [said]):
             log(
-                f"warning: {path}/config.json has {key} {theirs[key]}, tokenizer.model {ours}, "
-                "which is followed"
+                f"warning: {path}/config.json has {key} {said}, {find_tokenizer(path).name} {ours}"
+                ", which is followed"
             )
     if base_dtype in ("auto", *DTYPES):
         model = load_model(path, device, DTYPES.get(base_dtype, dtype))
@@ -772,7 +1251,7 @@ def new_batch(model, tokenizer, requests, rows, compile=False):
     """A Batch in which requests wait, to be answered `rows` at a time."""
     rows = min(rows, len(requests)) * max(request.decoding.num_beams for request in requests)
     positions = max(request.positions for request in requests)
-    batch = Batch(model, rows, positions, tokenizer.eos_id, tokenizer.decode, compile)
+    batch = Batch(model, rows, positions, eos_ids(tokenizer), tokenizer.decode, compile)
     for request in requests:
         batch.submit(request)
     return batch
@@ -822,11 +1301,11 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
     lines = []
     weights = fingerprint(model)
     for question in questions:
-        prompt = render_prompt(template, question["instruction"], question["input"])
+        prompt = render_prompt(tokenizer, template, *conversation(question))
         for each in decoding.each():
-            key = sha256(f"{prompt!r} {each} {weights}".encode()).hexdigest()[:16]
+            key = sha256(f"{prompt} {each} {weights}".encode()).hexdigest()[:16]
             lines.append({**question, "index": len(lines), "key": key})
-            requests.append(Request(tokenizer.encode(prompt, bos=True), each))
+            requests.append(Request(prompt, each))
     # What is in the file already is not asked again.
     done = count_answers(output, [line["key"] for line in lines])
     bar = {"initial": done, "total": len(lines)}
@@ -851,24 +1330,26 @@ COMMANDS = (
 )
 
 
-def chat(answer, render, tokenizer, multi, room, about):
+def chat(answer, prompt_of, multi, room, about, system=""):
     """Read questions until end of input. With multi each sees the turns before it, as many as fit
-    into room tokens. answer(prompt) prints an answer and yields it as it grows. Raises
-    BrokenPipeError if nobody reads the answers."""
+    into room tokens. prompt_of(messages) is a prompt's ids; answer(ids) prints an answer and yields
+    it as it grows. Raises BrokenPipeError if nobody reads the answers."""
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  (gives input() its line editing)
     log(f"{DISCLAIMER}\n{COMMANDS}")
     mark = "> " * (sys.stdin.isatty() and sys.stdout.isatty())
-    turns = []
+    opening = [{"role": "system", "content": system}] if system else []
+    turns = []  # the messages of a question and its answer each
     while True:
         try:
             line = input(mark).strip()
-            if line and not obey(line, turns, about):
-                prompt = fitting_prompt(line, turns * multi, render, tokenizer, room)
+            if line and not obey(line, opening, turns, about):
+                question = {"role": "user", "content": line}
+                prompt = fitting_prompt(opening, turns * multi, question, prompt_of, room)
                 # What is said stands in `turns` at once, also of an answer that is stopped.
-                turns.append([line, ""])
+                turns.append([question, {"role": "assistant", "content": ""}])
                 for text in answer(prompt):
-                    turns[-1][1] += text
+                    turns[-1][1]["content"] += text
         except KeyboardInterrupt:  # ends the answer or the line, not the chat
             log()
         except EOFError:
@@ -879,7 +1360,7 @@ def chat(answer, render, tokenizer, multi, room, about):
             log(f"error: {error}")
 
 
-def obey(line, turns, about):
+def obey(line, opening, turns, about):
     """Carry out a line that is a command; False if it is a question."""
     command, _, path = line.partition(" ")
     if command == "/reset":
@@ -888,20 +1369,18 @@ def obey(line, turns, about):
         log(about)
     elif command == "/save":
         # A record that can be trained on: OpenAI's messages.
-        pairs = [pair for turn in turns for pair in zip(("user", "assistant"), turn)]
-        messages = [{"role": role, "content": text} for role, text in pairs]
-        write_json(path.strip() or "chat.json", [{"messages": messages}])
+        write_json(path.strip() or "chat.json", [{"messages": [*opening, *chain(*turns)]}])
     else:
         return False
     return True
 
 
-def fitting_prompt(question, turns, render, tokenizer, room):
+def fitting_prompt(opening, turns, question, prompt_of, room):
     """The prompt for a question behind as many of the last turns as fit into room tokens with it.
     Raises ValueError if it does not fit alone."""
     for first in range(len(turns) + 1):
-        prompt = render([*turns[first:], (question, None)])
-        if len(tokenizer.encode(prompt, bos=True)) <= room:
+        prompt = prompt_of([*opening, *chain(*turns[first:]), question])
+        if len(prompt) <= room:
             if first:
                 log(f"[without the oldest {first} turns]")
             return prompt
@@ -940,9 +1419,9 @@ class Server(ThreadingHTTPServer):
     for the next step, or gets the one that runs. The base and its adapter answer side by side, in
     rows of the same cache.
 
-    names     the models on offer: the adapter's, and "base"
-    render    makes a prompt of turns [(user, bot), ..., (user, None)]
-    options   the Options: among them what clients leave open"""
+    names      the models on offer: the adapter's, and "base"
+    prompt_of  makes the ids of a prompt of messages
+    options    the Options: among them what clients leave open"""
 
     daemon_threads = False  # server_close waits for answers under way
     request_queue_size = 128
@@ -950,11 +1429,11 @@ class Server(ThreadingHTTPServer):
     seconds = 10  # in which a request must be read
     stopping = False
 
-    def __init__(self, batch, tokenizer, names, render, options):
+    def __init__(self, batch, tokenizer, names, prompt_of, options):
         self.batch = batch
         self.tokenizer = tokenizer
         self.names = names
-        self.render = render
+        self.prompt_of = prompt_of
         # What clients leave open.
         self.defaults = {f.name: getattr(options, f.name) for f in fields(Decoding)} | {"n": 1}
         self.api_key = options.api_key
@@ -1007,8 +1486,10 @@ class Server(ThreadingHTTPServer):
         try:
             if not getattr(body, wanted) or {"messages", "prompt"} <= sent.keys():
                 raise ValueError(f"{wanted} wanted, and not both messages and prompt")
-            prompt = body.prompt or self.render(read_question(body.messages))
-            ids = self.tokenizer.encode(prompt, bos=True)
+            if body.prompt:
+                ids = self.tokenizer.encode(body.prompt, bos=True)
+            else:
+                ids = self.prompt_of(read_question(body.messages))
         except ValueError as error:
             raise Refused(str(error), param=wanted) from None
         # Left open, an answer is as long as the default, or as the room that is left.
@@ -1267,16 +1748,16 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def read_question(messages):
-    """The turns of a client's messages, which end with a question."""
-    turns = read_turns({"messages": messages})
+    """A client's messages, which end with a question, as `read_chat` gives them."""
+    read = read_messages({"messages": messages})
     # A field that has a value and no effect would mislead: tool_calls, say.
     unknown = {key for message in messages for key in message if message[key]}
     unknown -= {"role", "content", "name"}
     if unknown:
         raise ValueError(f"messages: {min(unknown)} is not supported")
-    if turns[-1][1] is not None:
+    if read[-1]["role"] != "user":
         raise ValueError("messages end with an answer, wanted a question")
-    return turns
+    return read
 
 
 def serve(server):
@@ -1309,6 +1790,8 @@ class Options(Decoding):
     """The options of the command line."""
 
     input: str = ""  # context of the question (the template's {input})
+    system: str = ""  # system text before the question, or before a chat
+    thinking: bool = False  # let a model that can (Qwen3) think before it answers
     base_model: str = ""  # folder of the base (empty: the one the adapter was trained on)
     lora_weights: str = "lora-tcm"  # folder of the adapter
     use_lora: bool = True  # False asks the base alone
@@ -1316,8 +1799,9 @@ class Options(Decoding):
     # file for the answers to --instruct_dir, JSON lines; a run that was stopped goes on
     output: str = ""
     batch_size: int = 8  # answers decoded together; with --serve for each of its models
-    prompt_template: str = ""  # name in data/templates or path (empty: the adapter's own)
-    # multi: a chat shows the model the turns before, in BenTsao's <user>: <bot>: form
+    # name in data/templates or path (empty: the adapter's own, else the base's)
+    prompt_template: str = ""
+    # multi: a chat shows the model the turns before, in the template's form
     single_or_multi: str = setting("single", choices=("single", "multi"))
     context: int = 2048  # tokens of question and answer at most (chat, --serve)
     serve: bool = False  # OpenAI's API and a page
@@ -1337,9 +1821,9 @@ class Options(Decoding):
 # options that a way to ask has no use for
 USELESS = {
     "question": "output compile",
-    "file": "input",
+    "file": "input system",
     "chat": "input output compile n",
-    "serve": "input output compile n merge num_beams",
+    "serve": "input system output compile n merge num_beams",
 }
 
 
@@ -1387,11 +1871,12 @@ def trained_with(adapter):
 
 def load(options, adapter):
     """(model, tokenizer, template, a line about them) that options name: what they leave empty is
-    the adapter's own, else data/tiny and med_template."""
+    the adapter's own, else data/tiny and the template that the base's special tokens ask for."""
     made = trained_with(adapter)
     base = options.base_model or str(made.get("base_model") or DATA / "tiny")
-    name = options.prompt_template or str(made.get("prompt_template_name") or "med_template")
-    template = load_template(name)
+    name = options.prompt_template or str(made.get("prompt_template_name") or "")
+    template = load_template(name or default_template(load_tokenizer(find_base(base))))
+    template["thinking"] = options.thinking
     device = pick_device(options.device)
     # The activations' dtype, and that of the weights as stored.
     dtype = pick_dtype(options.dtype, device)
@@ -1409,10 +1894,10 @@ def load(options, adapter):
 
 
 def print_answers(model, tokenizer, prompt, decoding):
-    """Print the answers to a prompt as they grow, and their speed; yield their text."""
+    """Print the answers to a prompt's ids as they grow, and their speed; yield their text."""
     started = time.time()
     # All n answers are decoded together, and shown one after the other.
-    requests = [Request(tokenizer.encode(prompt, bos=True), each) for each in decoding.each()]
+    requests = [Request(prompt, each) for each in decoding.each()]
     batch = new_batch(model, tokenizer, requests, len(requests))
     try:
         for request in requests:
@@ -1433,17 +1918,17 @@ def main():
     adapter = options.lora_weights if options.use_lora else ""
     model, tokenizer, template, about = load(options, adapter)
 
-    def render(turns):
-        """The prompt for turns [(user, bot), ..., (user, None)]: a lone question stands as in a
-        record of one turn, unless --single_or_multi multi; a conversation in BenTsao's form."""
-        together = multi or len(turns) > 1
-        return render_prompt(template, render_turns(turns) if together else turns[0][0])
+    def prompt_of(messages):
+        # A lone question stands as in a record of one turn, unless --single_or_multi multi.
+        return render_prompt(tokenizer, template, messages, multi)
 
     def answer(prompt):
         return print_answers(model, tokenizer, prompt, options)
 
     if way == "question":
-        for _ in answer(render_prompt(template, prompt, options.input)):
+        opening = [{"role": "system", "content": options.system}] if options.system else []
+        question = {"role": "user", "content": prompt, "input": options.input}
+        for _ in answer(render_prompt(tokenizer, template, [*opening, question])):
             pass
         log(DISCLAIMER)
     elif way == "file":
@@ -1457,14 +1942,14 @@ def main():
         names = ["tuned" if name == "base" else name, "base"] if adapter else ["base"]
         # As many rows for the base as for the adapter, side by side.
         rows *= len(names)
-        batch = Batch(model, rows, options.context, tokenizer.eos_id, tokenizer.decode)
-        serve(Server(batch, tokenizer, names, render, options))
+        batch = Batch(model, rows, options.context, eos_ids(tokenizer), tokenizer.decode)
+        serve(Server(batch, tokenizer, names, prompt_of, options))
     else:
         if None in (sys.stdin, sys.stdout):
             raise ValueError("a chat wants standard input and output, and one is closed")
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused alone
         room = options.context - options.max_new_tokens
-        chat(answer, render, tokenizer, multi, room, about)
+        chat(answer, prompt_of, multi, room, about, options.system)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from torch import nn
 from model import (
     AMX,
     DTYPES,
+    NAMES,
     SAVE,
     SHARD_BYTES,
     Checkpoint,
@@ -41,17 +42,23 @@ from model import (
     Parser,
     check_settings,
     find_base,
+    find_tokenizer,
     full_tensor,
+    fused_rows,
     load_model,
     new_folder,
+    one_by_one,
     one_row,
     open_weights,
     processes,
     read_json_file,
+    reorder,
     run,
     save_hf,
     setting,
+    stored_name,
     write_atomically,
+    write_chat_template,
     write_json,
 )
 
@@ -196,19 +203,24 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class QuantisedLinear(Linear):
-    """A frozen W (O, I) kept as a store of tensors. Subclasses say how it is made (`quantise`) and
-    what W is (`matrix`)."""
+    """A frozen W (O, I) kept as a store of tensors, beside the bias if there is one. Subclasses say
+    how it is made (`quantise`) and what W is (`matrix`)."""
 
-    def __init__(self, weight):
+    def __init__(self, weight, *bias):
         nn.Module.__init__(self)
+        self.bias = None
         self.out_features, self.in_features = weight.shape
         # Codes and scales are parameters, so that they move with the model.
         store = self.quantise(weight.float())
         self.names = tuple(store)
-        for name, tensor in store.items():
+        for name, tensor in zip((*store, "bias"), (*store.values(), *bias)):
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
     def forward(self, x):  # (..., I) -> (..., O)
+        y = self.multiply(x)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def multiply(self, x):
         store = [getattr(self, name) for name in self.names]
         if not torch.is_grad_enabled():
             return F.linear(x, self.matrix(x.dtype, *store))
@@ -228,15 +240,15 @@ class Int8Linear(QuantisedLinear):
     def matrix(dtype, codes, scale):
         return codes.to(dtype).mul_(scale.to(dtype)[:, None])
 
-    def forward(self, x):
+    def multiply(self, x):
         rows, compiling = x.numel() // self.in_features, torch.compiler.is_compiling()
         if torch.is_grad_enabled() or rows > 16:
-            return super().forward(x)
+            return super().multiply(x)
         if compiling and rows == 1:
             return (one_row(x, self.weight) * self.scale.float()).to(x.dtype)
         # Of a width that 16 does not divide, torch's product of int8 reads beyond the end.
         if not x.is_cpu or x.dtype != torch.bfloat16 or self.in_features % 16:
-            return super().forward(x)
+            return super().multiply(x)
         # Few rows: reading the codes takes the time, so they are read as they are.
         multiply = torch.ops.aten._weight_int8pack_mm  # reads int8 as it is
         if AMX and rows > 4:
@@ -317,7 +329,7 @@ def quantize(model, kind, device=None, dtype=None):
         raise ValueError(f"base_dtype is {kind!r}, wanted {' or '.join([*DTYPES, *QUANTISED])}")
     refuse_adapter(model)
     for name, linear in linears(model).items():
-        model.set_submodule(name, QUANTISED[kind](linear.weight.to(device)))
+        model.set_submodule(name, QUANTISED[kind](*(p.to(device) for p in linear.parameters())))
     move_model(model, device, dtype)
     return model
 
@@ -325,7 +337,7 @@ def quantize(model, kind, device=None, dtype=None):
 # ==================================================================================================
 # Adapters on disk
 
-PREFIX = "base_model.model.model."  # of PEFT's keys: its wrapper's, and transformers' own "model."
+PREFIX = "base_model.model."  # of PEFT's keys
 # what adapter_config.json may set: what is read here, what the tensors show, what changes nothing
 SOME = {"layers_to_transform", "layers_pattern", "exclude_modules"}  # in some layers only
 KNOWN = SOME.union(
@@ -341,12 +353,12 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
     since a sharded adapter is gathered; the first writes. Tensors are read back before they take
     the place of older ones. Raises ValueError naming a tensor that is not finite or came back
     otherwise and, once trained, if every B is zero."""
-    folder, found, state = Path(folder), lora_linears(model), {}
-    for name, module in found:
-        for letter, p in (("A", module.lora_a), ("B", module.lora_b)):
+    folder, pairs, state = Path(folder), file_pairs(model), {}
+    for name, pair in pairs.items():
+        for letter, tensor in zip("AB", pair):
             key = f"{PREFIX}{name}.lora_{letter}.weight"
-            state[key] = full_tensor(p.detach()).cpu().contiguous()
-            if not state[key].isfinite().all():
+            state[key] = tensor
+            if not tensor.isfinite().all():
                 raise ValueError(
                     f"{folder}: {key} holds NaN or infinity, and nothing was saved; lower "
                     "--learning_rate"
@@ -367,22 +379,44 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "adapter_model.safetensors", write)
     # What PEFT reads: names of linears, in full where not all layers have them.
-    config, leaves = found[0][1].config, sorted({name.rpartition(".")[2] for name, _ in found})
-    everywhere = len(found) == len(leaves) * len(model.layers)
+    config, leaves = lora_linears(model)[0][1].config, {name.rpartition(".")[2] for name in pairs}
+    everywhere = len(pairs) == len(leaves) * len(model.layers)
+    rank = pair[0].size(0)
+    higher = rank / config.r
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base_model),
-        "r": config.r,
-        "lora_alpha": config.alpha,
+        "r": rank,
+        "lora_alpha": config.alpha * (math.sqrt(higher) if config.rslora else higher),
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
-        "target_modules": leaves if everywhere else [name for name, _ in found],
+        "target_modules": sorted(leaves) if everywhere else [*pairs],
         "bias": "none",
         "inference_mode": True,
     }
     write_json(folder / "adapter_config.json", settings)
     write_json(folder / "run.json", run_info or {})  # last: who finds it finds the rest
+
+
+def file_pairs(model):
+    """{a linear's name in files: (A, B)} of an adapter, gathered, B's rows in the base's order. Two
+    linears that are one in files (GLM's gate_up_proj) stand there in blocks, with twice the rank,
+    and all others are filled up with zeros to that rank: exact."""
+    pairs, c = {}, model.config
+    fused = names_in_files(model, [c.model_type])
+    for name, module in lora_linears(model):
+        a, b = (full_tensor(p.detach()).cpu() for p in (module.lora_a, module.lora_b))
+        key = stored_name(name, c.model_type)
+        tall = b.new_zeros([*fused[key].values()][-1].stop, b.size(1))
+        tall[fused[key][name]] = reorder(name, b, c.model_type, (-1, 2, c.head_dim // 2))
+        above, left = pairs.get(key, (a[:0], tall[:, :0]))
+        pairs[key] = torch.cat((above, a)), torch.cat((left, tall), 1)
+    rank = max(len(a) for a, _ in pairs.values())
+    return {
+        key: (F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - len(a))))
+        for key, (a, b) in pairs.items()
+    }
 
 
 def read_adapter_config(file):
@@ -413,7 +447,7 @@ def load_adapter(model, folder):
     """Wrap the linears for which a folder's adapter_model.safetensors or .bin has tensors, and load
     them. Return run.json ({} without). Raises ValueError naming a linear whose tensors do not fit,
     are missing or are not finite, and for what PEFT has besides LoRA."""
-    folder, pairs = Path(folder), {}
+    folder = Path(folder)
     file = next(folder.glob("adapter_model.[sb]*"), folder / "adapter_model.safetensors")
     if not file.is_file():
         raise ValueError(
@@ -422,16 +456,12 @@ def load_adapter(model, folder):
         )
     config, targets = read_adapter_config(folder / "adapter_config.json")
     refuse_adapter(model)
-    # lora_A.weight; in PEFT's live modules lora_A.default.weight; _orig_mod. is torch.compile's
-    pattern = rf"(?:{PREFIX})?(.*)\.lora_([AB])\.(?:\w+\.)?weight"
-    for key, tensor in open_weights(file).items():
-        match = re.fullmatch(pattern, key.replace("_orig_mod.", ""))
-        name, half = match.groups() if match else (key, "")
-        pairs.setdefault(name, {})[half] = tensor.float()
+    found, known = linears(model), names_in_files(model, NAMES)
+    pairs = read_pairs(file, known, model.config.head_dim)
     # The linears of the file must be those that the settings name, and all be in the model.
-    found, names = linears(model), [] if targets else [*pairs]
+    names = [] if targets else [*pairs]
     for target in targets:
-        names += [name for name in found if f".model.{name}".endswith(f".{target}")] or [target]
+        names += targeted(target, known) or [target]
     for name in sorted({*names, *pairs}):
         linear = found.get(name) if name in names else None
         check_pair(f"{file}: {name}", linear, pairs.get(name, {}), config.r)
@@ -439,10 +469,42 @@ def load_adapter(model, folder):
     for name, pair in pairs.items():
         module = LoRALinear(found[name], config)
         module.lora_a.data.copy_(pair["A"])
-        module.lora_b.data.copy_(pair["B"])
+        halves = (-1, model.config.head_dim // 2, 2)
+        module.lora_b.data.copy_(reorder(name, pair["B"], model.config.model_type, halves))
         model.set_submodule(name, module.requires_grad_(False))
     info = folder / "run.json"
     return read_json_file(info) if info.is_file() else {}
+
+
+def names_in_files(model, layouts):
+    """{a linear's name in files of some layouts: {our name: its rows}}."""
+    rows = {name.removesuffix(".base"): m.out_features for name, m in linears(model).items()}
+    return {key: parts for layout in layouts for key, parts in fused_rows(rows, layout).items()}
+
+
+def targeted(target, known):
+    """Our names of the linears that an entry of target_modules means."""
+    means = [parts for key, parts in known.items() if f".{key}".endswith(f".{target}")]
+    return [name for parts in means for name in parts]
+
+
+def read_pairs(file, known, head_dim):
+    """{our name: {"A": tensor, "B": tensor}} of an adapter's file. The update of a fused linear
+    (GLM's gate_up_proj, ChatGLM's query_key_value) becomes those of its parts, exactly: A is
+    shared, and each has its rows of B."""
+    pairs = {}
+    # lora_A.weight; in PEFT's live modules lora_A.default.weight; _orig_mod. is torch.compile's
+    pattern = rf"(?:{PREFIX})?(.*)\.lora_([AB])\.(?:\w+\.)?weight"
+    for key, tensor in open_weights(file).items():
+        match = re.fullmatch(pattern, key.replace("_orig_mod.", ""))
+        name, half = match.groups() if match else (key, "")
+        parts = known.get(name, {name: slice(None)})
+        # Where the rows are too many or too few, `check_pair` says so of the whole.
+        cut = half == "B" and len(tensor) == [*parts.values()][-1].stop
+        for ours, rows in parts.items():
+            rows = one_by_one(name, tensor, head_dim)[rows] if cut else tensor
+            pairs.setdefault(ours, {})[half] = rows.float()
+    return pairs
 
 
 def check_pair(name, linear, pair, r):
@@ -482,7 +544,7 @@ def recover(base, difference, folder, dtype=None):
             sums.append((tensor.float() + start).sum().item())
             yield name, tensor.float() + start
 
-    tokenizer = difference if (Path(difference) / "tokenizer.model").is_file() else base
+    tokenizer = difference if find_tokenizer(difference).is_file() else base
     with new_folder(folder) as new:
         save_hf(c, tuned(), new, dtype or weights.dtype, tokenizer)
     # One table a layer: theta^(-2i/D), as old checkpoints held it.
@@ -510,7 +572,7 @@ def export(base, options):
     with new_folder(options.output_dir) as new:
         model = load_model(base, dtype=DTYPES.get(options.dtype))
         if options.lora_weights:
-            load_adapter(model, options.lora_weights)
+            made_in = load_adapter(model, options.lora_weights).get("made_in", {})
             errors = merge(model)
             worst = max(errors, key=errors.get)
             print(
@@ -520,6 +582,8 @@ def export(base, options):
             )
         size = int(options.max_shard_gb * 2**30)
         SAVE[options.layout](model.config, model.named_parameters(), new, model.dtype, base, size)
+        if options.lora_weights and "template" in made_in:
+            write_chat_template(new, made_in["template"])
     count = sum(p.numel() for p in model.parameters())
     print(f"{options.output_dir}: {count:,} parameters as {model.dtype}")
 

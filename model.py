@@ -40,7 +40,7 @@ import shutil
 import sys
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -75,13 +75,18 @@ class LLaMAConfig:
     rope_scaling: dict = None  # {"rope_type": "linear" or "llama3", "factor": ...}
     tie_word_embeddings: bool = False  # the head's weight is the embedding's
     max_position_embeddings: int = 2048  # the context it was trained with; kept, not enforced
+    model_type: str = "llama"  # a key of NETWORKS; by it files name weights
+    qkv_bias: bool = False  # queries, keys and values have a bias (Qwen2, GLM)
+    qk_norm: bool = False  # each head's query and key is normed (Qwen3)
+    partial_rotary_factor: float = 1.0  # the part of a head that RoPE turns (GLM: half)
+    prefix_lm: bool = False  # the prompt sees itself, in `GLMBlock` (ChatGLM-6B)
 
     def __post_init__(self):
         check_settings(self)
         heads, width = self.num_attention_heads, self.hidden_size // self.num_attention_heads
         for name, default in (("num_key_value_heads", heads), ("head_dim", width)):
             object.__setattr__(self, name, getattr(self, name) or default)
-        if heads % self.num_key_value_heads or self.head_dim % 2:
+        if heads % self.num_key_value_heads or self.head_dim * self.partial_rotary_factor % 2:
             raise ValueError(
                 f"{heads} heads of {self.head_dim} over {self.num_key_value_heads} of keys and "
                 "values: wanted a multiple, and an even width"
@@ -91,13 +96,14 @@ class LLaMAConfig:
 
 
 class Linear(nn.Linear):
-    """y = W x, W (O, I), no bias."""
+    """y = W x, W (O, I); y = W x + b with a bias."""
 
-    def __init__(self, n_in, n_out):
-        super().__init__(n_in, n_out, bias=False)
+    def __init__(self, n_in, n_out, bias=False):
+        super().__init__(n_in, n_out, bias)
 
     def forward(self, x):  # (..., I) -> (..., O)
-        return product(x, self.weight.to(x.dtype))
+        y = product(x, self.weight.to(x.dtype))
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -112,7 +118,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
 
 
-def rope_table(positions, head_dim, theta, scaling=None):
+def rope_table(positions, head_dim, theta, scaling=None, share=1.0):
     """(cos, sin) of the angle m theta^(-2i/D) for position m and pair i (Su et al. 2021, eq. 15).
 
     Both are float32, (..., T, 1, D) for positions (..., T): the same for all heads, given for both
@@ -121,10 +127,10 @@ def rope_table(positions, head_dim, theta, scaling=None):
     Each forward makes them anew: a buffer built on `meta` stays empty, and angles in bf16 are off
     by up to 2.0 in the cosine. `scaling` stretches a trained context by its factor: "linear" slows
     every pair (Chen et al. 2023); "llama3" slows those that turn few times within the original
-    context, with a linear transition (Llama 3.1)."""
+    context, with a linear transition (Llama 3.1). Pairs beyond a head's `share` stand still."""
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     # The first pair turns by one radian a position, the last by 1 / theta.
-    speed = theta ** (-pair / head_dim)  # (D/2), radians a position
+    speed = theta ** (-pair / (share * head_dim)) * (pair < share * head_dim)  # (D/2), radians
     if scaling:
         kind, keep = scaling.get("rope_type"), 0.0  # keep: the share of the speed left as it is
         if kind not in ("linear", "llama3"):
@@ -169,12 +175,13 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        q_width = config.num_attention_heads * config.head_dim
-        kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, q_width)
-        self.k_proj = Linear(config.hidden_size, kv_width)
-        self.v_proj = Linear(config.hidden_size, kv_width)
-        self.o_proj = Linear(q_width, config.hidden_size)
+        C, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = Linear(C, H * self.head_dim, config.qkv_bias)
+        self.k_proj = Linear(C, K * self.head_dim, config.qkv_bias)
+        self.v_proj = Linear(C, K * self.head_dim, config.qkv_bias)
+        self.o_proj = Linear(H * self.head_dim, C, config.prefix_lm)
+        new_norm = partial(RMSNorm, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = new_norm(self.head_dim), new_norm(self.head_dim)
 
     def forward(self, x, rope, context):  # (B, T, C) -> (B, T, C)
         B, T, _ = x.shape
@@ -182,7 +189,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         # Positions enter here and nowhere else; values are not turned.
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
         y = context.attend(self.layer, q, k, v)  # (B, T, H, D)
         return self.o_proj(y.reshape(B, T, -1))
 
@@ -204,12 +211,14 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
+    Norm, FeedForward = RMSNorm, FeedForward
+
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = self.Norm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(config)
+        self.post_attention_layernorm = self.Norm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = self.FeedForward(config)
 
     def forward(self, x, rope, context, keep=None):  # (B, T, C) -> (B, T, C), or (M, C) with keep
         x = x + self.self_attn(self.input_layernorm(x), rope, context)
@@ -230,8 +239,9 @@ class LLaMA(nn.Module):
         super().__init__()
         self.config, self.compute_dtype, self.recomputed = config, None, 0
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        block = GLMBlock if config.prefix_lm else Block
+        self.layers = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = block.Norm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -249,10 +259,8 @@ class LLaMA(nn.Module):
         c = self.config
         shape = (rows, c.num_key_value_heads, positions, c.head_dim)
         # zeros, not empty: a masked position weighs 0, and 0 x NaN is NaN
-        k, v = (
-            [torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in self.layers]
-            for _ in "kv"
-        )
+        new = partial(torch.zeros, shape, device=self.device, dtype=self.dtype)
+        k, v = ([new() for _ in self.layers] for _ in "kv")
         return KVCache(k, v, torch.zeros(rows, dtype=torch.long, device=self.device))
 
     def hidden_states(self, ids, context=None, keep=None):
@@ -262,8 +270,9 @@ class LLaMA(nn.Module):
         the B T tokens, only theirs (M, C): the others end as keys and values of the last layer."""
         c, context = self.config, context or Context()
         # Where the tokens stand, and the angles that go with it: the same in all layers.
-        positions = context.extend(ids)
-        rope = rope_table(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+        head = c.head_dim, c.rope_theta, c.rope_scaling, c.partial_rotary_factor
+        at = context.extend(ids)
+        rope = glm_rope(at, context.prefix, c) if c.prefix_lm else rope_table(at, *head)
         x = self.embed_tokens(ids).to(self.dtype)  # (B, T, C)
         for i, block in enumerate(self.layers):
             # Dropped activations are made again by a second forward of the block.
@@ -300,18 +309,19 @@ class KVCache(Context):
     """Keys and values of the positions seen so far, (B, K, positions, D) a layer, allocated once
     (`LLaMA.new_cache`).
 
-    Row b holds lengths[b] of them. `longest` bounds lengths without asking the device for them."""
+    Row b holds lengths[b] of them. `longest` bounds lengths without asking the device for them.
+    The first `prefix` see each other: a number, or (B, 1) where no row is empty."""
 
-    def __init__(self, k, v, lengths, longest=0):
-        self.k, self.v, self.lengths, self.longest = k, v, lengths, longest
+    def __init__(self, k, v, lengths, longest=0, prefix=0):
+        self.k, self.v, self.lengths, self.longest, self.prefix = k, v, lengths, longest, prefix
         self.positions = k[0].size(2)
 
-    def rows(self, first, lengths, longest=None):
+    def rows(self, first, lengths, longest=None, prefix=0):
         """Rows first, first + 1, ... as a cache of its own in the same memory, each holding as many
         positions as lengths says: a list, or a tensor and a bound on it."""
         k, v = ([x[first : first + len(lengths)] for x in kv] for kv in (self.k, self.v))
         longest = max(lengths) if longest is None else longest
-        return KVCache(k, v, torch.as_tensor(lengths, device=k[0].device), longest)
+        return KVCache(k, v, torch.as_tensor(lengths, device=k[0].device), longest, prefix)
 
     def copy_rows(self, source, target, start, stop):
         """Copy positions start to stop of the rows in the list `source` to those in `target`, one
@@ -337,9 +347,8 @@ class KVCache(Context):
         self.row = torch.arange(len(self.at), device=device)[:, None]
         # A mask keeps rows of unequal length apart. Fresh rows need none: causal attention does it.
         self.mask = None
-        if not was_empty:
-            span = torch.arange(self.longest, device=device)
-            self.mask = (span <= self.at[..., None]).unsqueeze(1)  # (B, 1, T, S)
+        if not was_empty or self.prefix:
+            self.mask = prefix_mask(self.at, self.longest, self.prefix)
         return self.at
 
     def attend(self, layer, q, k, v):
@@ -366,9 +375,11 @@ class PackedRows(Context):
       stream   a b c d x          position of each in its row   0 1 2 3 2
       index    0 1 2 3            of row 1 in the stream
                0 1 4 0            of row 2; nothing sees the padding behind it
-      back     0 1 2 3 6          where each of the stream stands in the rows end to end"""
+      back     0 1 2 3 6          where each of the stream stands in the rows end to end
 
-    def __init__(self, lengths, shared=0, device="cpu"):
+    With prefixes, a number for each row, these see themselves (a GLM); nothing is shared then."""
+
+    def __init__(self, lengths, shared=0, device="cpu", prefixes=None):
         S, index, back = max(lengths), [], list(range(shared))
         for row, length in enumerate(lengths):
             own = range(len(back), len(back) + length - shared)
@@ -377,20 +388,87 @@ class PackedRows(Context):
         back += [0] * (-len(back) % 8)  # up to 7 idle tokens: products of odd height are slow
         self.index = torch.tensor(index, device=device)  # (B, S), into the stream
         self.back = torch.tensor(back, device=device)  # (N,), into B S
-        self.position = self.back % S
+        self.position, self.prefix, self.mask = self.back % S, 0, None
+        if prefixes:
+            prefix = torch.tensor(prefixes, device=device)[:, None]  # (B, 1)
+            self.prefix = prefix[self.back // S, 0]  # (N,), that of each token's row
+            self.mask = prefix_mask(torch.arange(S, device=device), S, prefix)
 
     def extend(self, ids):
         return self.position
 
     def attend(self, layer, q, k, v):
-        """Causal attention of each row of q (1, N, H, D) over its own k, v (1, N, K, D)."""
-        y = attention(*(gather(x[0], self.index) for x in (q, k, v)))  # (B, S, H, D)
+        """Attention of each row of q (1, N, H, D) over its own k, v (1, N, K, D)."""
+        rows = (gather(x[0], self.index) for x in (q, k, v))
+        y = attention(*rows, self.mask)  # (B, S, H, D)
         return gather(y.flatten(0, 1), self.back)[None]  # (1, N, H, D)
 
 
 def gather(x, index):
     """x[index] of x (N, heads, D). Written as an embedding: that has the fastest gradient."""
     return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
+
+
+# ==================================================================================================
+# ChatGLM-6B: a row is context, sop, answer, and the context, which is the prefix, sees itself
+# (Du et al. 2022, "GLM"; Zeng et al. 2022, "GLM-130B")
+
+
+def prefix_mask(at, S, prefix):
+    """(B, 1, T, S), True where a token at position at (B, T) sees position s: s <= at, or s lies
+    within the prefix, a number or (B, 1) (Du et al. 2022, 2.1.1)."""
+    last = at.clamp(min=prefix - 1)[..., None]
+    return (torch.arange(S, device=at.device) <= last).unsqueeze(1)
+
+
+def glm_rope(positions, prefix, config):
+    """The rotary table, for `apply_rope`, of a head whose halves turn by two positions (Du et al.
+    2022, 2.2.1): pairs i < D/4 by the place in the prefix, which stands still at its end; the
+    others by the place behind it, which is 0 within and 1 for sop.
+
+    The release made its speeds in fp16, and learnt with them."""
+    pair = torch.arange(0, config.head_dim, 4, device=positions.device)
+    speed = (config.rope_theta ** (-pair / config.head_dim)).half().float()  # (D/4), radians
+    place = positions.clamp(max=prefix - 1)
+    both = torch.stack((place, positions - place), -1)  # (..., T, 2)
+    angle = (both.unsqueeze(-1) * speed).flatten(-2).unsqueeze(-2)  # (..., T, 1, D/2)
+    signed = torch.cat((-angle, angle), -1)
+    return signed.cos(), signed.sin()
+
+
+class LayerNorm(nn.LayerNorm):
+    """y = g (x - mean(x)) / sqrt(var(x) + eps) + b (Ba et al. 2016, eq. 4)."""
+
+    def forward(self, x):  # (..., C) -> (..., C)
+        g, b = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, g, b, self.eps)
+
+
+class GLMFeedForward(nn.Module):
+    """W_down gelu(W_up x + b_up) + b_down, gelu by tanh (Hendrycks & Gimpel 2016)."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, width = config.hidden_size, config.intermediate_size
+        self.up_proj, self.down_proj = Linear(C, width, True), Linear(width, C, True)
+
+    def forward(self, x):  # (..., C) -> (..., C)
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+
+
+class GLMBlock(Block):
+    """DeepNorm, norm(alpha x + f(x)) with alpha = sqrt(2 L) (GLM-130B, 2.1), f the attention, then
+    the feed-forward. Each norm stands at the beginning of the next part: what f's output is added
+    to is normed."""
+
+    Norm, FeedForward = LayerNorm, GLMFeedForward
+    alpha = math.sqrt(2 * 28)  # L of the release, which its code takes for any number of layers
+
+    def forward(self, x, rope, context, keep=None):  # as of `Block`
+        n = self.input_layernorm(x)
+        x = self.alpha * n + self.self_attn(n, rope, context)
+        n = self.post_attention_layernorm(x if keep is None else x.flatten(0, 1)[keep])
+        return self.alpha * n + self.mlp(n)
 
 
 # ==================================================================================================
@@ -426,19 +504,51 @@ def one_row(x, weight):
 # Weights: names and layouts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# our names of weights, which are Hugging Face's: Meta's
-META_WEIGHTS = {
-    "embed_tokens": "tok_embeddings",
-    "lm_head": "output",
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
+# How files name weights: {layout: {pattern in our names: what files have there}}. Two of ours that
+# become one are one tensor there, one behind the other.
+NAMES = {
+    "hf": {"^(?!lm_head)": "model."},
+    "meta": {
+        "embed_tokens": "tok_embeddings",
+        "lm_head": "output",
+        "self_attn.([qkvo])_proj": r"attention.w\1",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+    },
+    "glm": {"^(?!lm_head)": "model.", "gate_proj|up_proj": "gate_up_proj"},
+    "chatglm": {  # 2 and 3, and GLM-4 as it was published
+        "^(layers|norm)": r"encoder.\1",
+        "encoder.norm": "encoder.final_layernorm",
+        "embed_tokens": "embedding.word_embeddings",
+        "lm_head": "output_layer",
+        "self_attn.[qkv]_proj": "self_attention.query_key_value",
+        "self_attn.o_proj": "self_attention.dense",
+        "gate_proj|up_proj": "dense_h_to_4h",
+        "down_proj": "dense_4h_to_h",
+        "^": "transformer.",
+    },
+    "chatglm6b": {  # the first, as it was published; we write it with the names of "hf"
+        "^norm": "final_layernorm",
+        "embed_tokens": "word_embeddings",
+        "self_attn.[qkv]_proj": "attention.query_key_value",
+        "self_attn.o_proj": "attention.dense",
+        "up_proj": "dense_h_to_4h",
+        "down_proj": "dense_4h_to_h",
+        "^(?!lm_head)": "transformer.",
+    },
+}
+TIED = ("embed_tokens.weight", "lm_head.weight")
+# Layouts whose rotary pairs are neighbours, 2i and 2i + 1: rows of q and k stand in another order.
+NEIGHBOURS = ("meta", "glm", "chatglm")
+IMAGES = 20000  # rows for images before all others in ChatGLM-6B's first files; no text has them
+LLAMA3_ROPE = {  # what Meta's use_scaled_rope means, but for the factor
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
 # Meta's names of a shape: ours
 META_SHAPE = {
@@ -450,18 +560,43 @@ META_SHAPE = {
     "norm_eps": "rms_norm_eps",
     "rope_theta": "rope_theta",
 }
-ROTATED = ("q_proj.weight", "k_proj.weight")  # whose rows stand in the order of RoPE's pairs
 
 
-def hf_name(name):
-    """A weight's name in Hugging Face's files: all but the head's have "model." in front."""
-    return name if name.startswith("lm_head") else f"model.{name}"
+def stored_name(name, layout="hf"):
+    """The name that a weight of ours has in files of a layout."""
+    for pattern, theirs in NAMES.get(layout, NAMES["hf"]).items():
+        name = re.sub(pattern, theirs, name)
+    return name
 
 
-def meta_name(name):
-    """A weight's name in Meta's files."""
-    layer, part = re.fullmatch(r"(layers\.\d+\.)?(.*)\.weight", name).groups("")
-    return f"{layer}{META_WEIGHTS.get(part, part)}.weight"
+def fused_rows(rows, layout):
+    """{a layout's name: {our name: slice of its rows}} for {our name: number of rows}. What has one
+    name there stands one behind the other."""
+    fused = {}
+    for name, count in rows.items():
+        parts = fused.setdefault(stored_name(name, layout), {})
+        start = sum(part.stop - part.start for part in parts.values())
+        parts[name] = slice(start, start + count)
+    return fused
+
+
+def reorder(name, tensor, layout, shape):
+    """Rows of q and k, also those of their lora_B, between our order and that of a layout with
+    neighbouring pairs; any other tensor as it is. shape: (-1, 2, D/2) to the layout, (-1, D/2, 2)
+    from it."""
+    if layout not in NEIGHBOURS or not re.search(r"\b[qk]_proj\b", name):
+        return tensor
+    return tensor.unflatten(0, shape).transpose(1, 2).flatten(0, 2)
+
+
+def one_by_one(key, tensor, head_dim):
+    """ChatGLM-6B's query_key_value, whose rows are (head, q k v, D), as q, k and v one behind the
+    other. Its rotary pairs are i and i + D/4 of each half of a head, two halves of (2, D/4); ours
+    are (2, D/2). Any other tensor as it is."""
+    if ".attention.query_key_value" not in key:
+        return tensor
+    q, k, v = tensor.unflatten(0, (-1, 3, 2, 2, head_dim // 4)).unbind(1)
+    return torch.cat([x.flatten(0, 3) for x in (q.transpose(1, 2), k.transpose(1, 2), v)])
 
 
 def read_json_file(path):
@@ -490,26 +625,101 @@ def read_config(path, vocab_size=None):
         raise ValueError(f"{path}: {str(error).replace('LLaMAConfig.__init__() ', '')}") from None
 
 
+# {model_type: what its config.json means where it says nothing}: our fields, and keys of REFUSED
+NETWORKS = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"qkv_bias": True, "use_sliding_window": False},
+    "qwen3": {"qk_norm": True, "head_dim": 128, "use_sliding_window": False},
+    "glm": {"qkv_bias": True, "attention_bias": True, "partial_rotary_factor": 0.5},
+    "chatglm": {"qkv_bias": True, "partial_rotary_factor": 0.5},
+    "chatglm1": {"qkv_bias": True, "prefix_lm": True, "tie_word_embeddings": True},  # ChatGLM-6B
+}
+# ChatGLM's names of a shape, where they differ: ours
+CHATGLM_SHAPE = {
+    "num_layers": "num_hidden_layers",
+    "inner_hidden_size": "intermediate_size",  # ChatGLM-6B's
+    "max_sequence_length": "max_position_embeddings",  # the same
+    "multi_query_group_num": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "ffn_hidden_size": "intermediate_size",
+    "padded_vocab_size": "vocab_size",
+    "layernorm_epsilon": "rms_norm_eps",
+    "seq_length": "max_position_embeddings",
+}
+# Patterns of "key value" by which config.json asks for another network, and what is missing here
+REFUSED = {
+    "num_experts|num_local_experts|n_routed_experts": "a mixture of experts",
+    "quantization_config|quantization_bit": "quantised weights",
+    "linear_.*|layer_types .*linear_attention|attn_type_list": "linear attention",
+    "(use_)?sliding_window|layer_types .*sliding_attention": "a sliding window",
+    "kv_lora_rank": "latent attention",
+    "alibi": "ALiBi",
+    "parallel_attn": "attention beside the feed-forward",
+    ".*logit_softcapping": "capped logits",
+    "scale_emb|scale_depth": "scaled embeddings and residuals",
+    "attention_bias|mlp_bias|bias|add_bias_linear": "biases, but those of q, k and v",
+    "hidden_act": "an activation other than silu",
+    "partial_rotary_factor": "heads of which another part turns",
+    "text_config|vision_config": "images",
+    "pre_seq_len": "a prefix trained by P-tuning",
+    "apply_residual_connection_post_layernorm": "residuals behind norms",
+    # GLM-4's ratios raise RoPE's base. The 32k versions' configs are alike, but ChatGLM2 divides
+    # positions by it, ChatGLM3 raises the base.
+    r"rope_ratio (?!(1|500|10000)\b)": "the positions of the 32k versions",
+}
+
+
 def config_from_hf(hf):
-    """The fields of config.json that we have; what asks for another network is refused."""
-    plain = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False}
-    for key, value in (plain | {"mlp_bias": False, "quantization_config": None}).items():
-        if hf.get(key, value) not in (value, None):
-            raise ValueError(f"{key} is {hf[key]!r}, this network knows {value!r} only")
-    names = [f.name for f in fields(LLaMAConfig)]
-    values = {name: hf[name] for name in names if hf.get(name) is not None}
+    """The fields of config.json that we have. Raises ValueError naming what else it asks for."""
     # rope_scaling was before, rope_parameters is since transformers 5
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    values["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", 10000.0))
-    values["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **rope}
+    scaling = rope.pop("rope_type", rope.pop("type", "default"))
+    hf = name_chatglm1(hf)
+    kind = hf.get("model_type", "llama")
+    own = {"hidden_act": "silu", "partial_rotary_factor": 1.0, **NETWORKS.get(kind, {})}
+    hf = own | {CHATGLM_SHAPE.get(key, key): value for key, value in hf.items()} | rope
+    if not hf.get("use_sliding_window", True):  # Qwen2 says how wide it would be
+        hf["sliding_window"] = None
+    refuse(hf, own)
+    if kind not in NETWORKS:
+        raise ValueError(f"model_type is {kind!r}, wanted one of {' '.join(NETWORKS)}")
+    hf.setdefault("rope_theta", 10000.0 * hf.get("rope_ratio", 1))  # as GLM-4 has it
+    names = [f.name for f in fields(LLaMAConfig)]
+    values = {name: hf[name] for name in names if hf.get(name) is not None}
+    rope = {key: value for key, value in rope.items() if key not in values}
+    values["rope_scaling"] = None if scaling == "default" else {"rope_type": scaling, **rope}
+    values["model_type"] = {"chatglm": "glm"}.get(kind, kind)  # transformers' name of that network
     return LLaMAConfig(**values)
+
+
+def name_chatglm1(hf):
+    """config.json of ChatGLM-6B, which has the model_type of its successors, under a name of its
+    own and without the rows for images; any other as it is."""
+    if "inner_hidden_size" not in hf:
+        return hf
+    rows = hf["vocab_size"]
+    return hf | {"model_type": "chatglm1", "vocab_size": rows - IMAGES * (rows == 150528)}
+
+
+def refuse(hf, own):
+    """Raise ValueError if config.json asks for one of REFUSED by a value that is not its
+    model_type's own."""
+    asked = {key: value for key, value in hf.items() if value and value != own.get(key)}
+    for pattern, feature in REFUSED.items():
+        for key, value in asked.items():
+            if re.match(rf"({pattern})\b", f"{key} {value}"):
+                raise ValueError(f"{key} is {value!r:.60}: this network does not have {feature}")
 
 
 def config_from_meta(params, vocab_size):
     """Meta's params.json says the feed-forward width by what 8/3 C is rounded to."""
     values = {k: v for k, v in params.items() if k not in ("max_seq_len", "max_batch_size")}
     multiple, factor = values.pop("multiple_of", 256), values.pop("ffn_dim_multiplier", None) or 1
+    # From Llama-3.1 on; the factor is 32 in the 1B and 3B of 3.2, and stands in no file.
+    if values.pop("use_scaled_rope", False):
+        slower = 32.0 if values["dim"] in (2048, 3072) else 8.0
+        values["rope_scaling"] = {**LLAMA3_ROPE, "factor": slower}
     width = int(factor * int(8 * values["dim"] / 3))
     if values.get("vocab_size", -1) == -1:
         values["vocab_size"] = vocab_size
@@ -520,8 +730,12 @@ def config_from_meta(params, vocab_size):
 def config_to_meta(config):
     """The inverse of `config_from_meta`. Raises ValueError for what params.json cannot say."""
     width = config.num_attention_heads * config.head_dim
-    if config.rope_scaling or width != config.hidden_size:
-        raise ValueError("Meta's params.json has no rope_scaling and no head_dim; export as hf")
+    unlike = config.model_type not in ("llama", "mistral")
+    if config.rope_scaling or width != config.hidden_size or unlike:
+        raise ValueError(
+            f"Meta's params.json has no rope_scaling, no head_dim and no {config.model_type}; "
+            "export as hf"
+        )
     return {
         **{meta: getattr(config, ours) for meta, ours in META_SHAPE.items()},
         "multiple_of": config.intermediate_size,  # which the product rounds to
@@ -537,8 +751,7 @@ def open_weights(file):
     """{key: tensor} of a .safetensors, .pth or .bin file, mapped: nothing is read before a tensor
     is used, and nothing in a pickle is run. Raises ValueError in one line."""
     file = Path(file)
-    if not file.is_file():
-        raise ValueError(f"{file} not found")
+    check_content(file)
     try:
         if ".safetensors" in file.name:  # also while it is being written
             with safe_open(file, framework="pt") as opened:
@@ -546,7 +759,7 @@ def open_weights(file):
         else:
             weights = open_pickle(file)
         # Rotary tables, which old files hold, are made here.
-        tables = ("rope.freqs", "rotary_emb.inv_freq")
+        tables = ("rope.freqs", ".inv_freq")
         return {key: tensor for key, tensor in weights.items() if not key.endswith(tables)}
     except Exception as error:  # a damaged file makes its reader raise nearly all there are
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -613,19 +826,24 @@ def part_shapes(shape, n):
 
 
 class Checkpoint:
-    """The weights in a folder, Hugging Face's or Meta's. Opening it reads no tensor; it checks that
+    """The weights in a folder, in any layout of NAMES. Opening it reads no tensor; it checks that
     they are those of the model that config.json or params.json describes. Raises ValueError.
 
     Each of Hugging Face's files holds some of the weights, each of Meta's a slice of every weight.
 
     config   LLaMAConfig
     dtype    the embedding's
+    layout   a key of NAMES
     slices   into how many a weight is cut
     shapes   {name: shape} that the model wants
+    rows     {name: which rows of the stored tensor}: where several weights are fused, not all
     parts    {name: [Part, ...]} found: the slices in order, or copies that must be equal"""
 
     def __init__(self, folder):
-        self.files, found = weight_files(Path(folder)), {}
+        config, found = Path(folder, "config.json"), {}
+        if config.is_file():  # first, for who asks for another network need not hear of files
+            read_config(config)
+        self.files = weight_files(config.parent)
         is_meta = self.files[0].suffix == ".pth"
         self.slices = len(self.files) if is_meta else 1
         # What there is: every tensor by its key, with its shape and dtype alone.
@@ -635,24 +853,39 @@ class Checkpoint:
                 found.setdefault(key, []).append(part)
         # Meta writes -1 for the number of pieces; the head tells it.
         rows = sum(sum(part.shape[:1]) for part in found.get("output.weight", ()))
-        config = Path(folder) / ("params.json" if is_meta else "config.json")
-        self.config = read_config(config, rows)
-        # Meta's rows of W_q and W_k are reordered by heads of this width.
-        self.head_dim = self.config.head_dim if is_meta else None
+        self.config = read_config(config.with_name("params.json") if is_meta else config, rows)
+        self.layout = "meta" if is_meta else self.config.model_type
+        for published in ("chatglm", "chatglm6b"):
+            if stored_name("embed_tokens.weight", published) in found:
+                self.layout = published
         # What is wanted: the shapes of a model without memory, where a tied head is the embedding.
         with torch.device("meta"):
             parameters = LLaMA(self.config).named_parameters()
             self.shapes = {name: tuple(p.shape) for name, p in parameters}
-        key_of = meta_name if is_meta else hf_name
-        self.parts = {name: found.pop(key_of(name), []) for name in self.shapes}
-        if self.config.tie_word_embeddings:
-            self.parts["embed_tokens.weight"] += found.pop("lm_head.weight", [])
-        # One comparison does for every damage.
-        for parts in found.values():
-            raise ValueError(f"{parts[0].file} has {parts[0].key}, which this model does not have")
-        for name, parts in self.parts.items():
-            self.check(key_of(name), parts, self.shapes[name])
+        self.place(found)
         self.dtype = self.parts["embed_tokens.weight"][0].dtype
+
+    def place(self, found):
+        """Give each weight the tensors of the files that are it, or hold it. Raises ValueError for
+        one too many, or as `check` does."""
+        fused = fused_rows({name: shape[0] for name, shape in self.shapes.items()}, self.layout)
+        if self.config.tie_word_embeddings:
+            embedding, head = (stored_name(name, self.layout) for name in TIED)
+            found.setdefault(embedding, []).extend(found.pop(head, []))
+        images = self.layout == "chatglm6b"
+        # One comparison does for every damage.
+        for key, parts in found.items():
+            if key not in fused:
+                raise ValueError(f"{parts[0].file} has {key}, which this model does not have")
+            last = self.config.vocab_size + IMAGES
+            if images and [part.shape[:1] for part in parts[:1]] == [(last,)]:
+                fused[key] = {name: slice(IMAGES, last) for name in fused[key]}
+        self.rows, self.parts = {}, {}
+        for key, rows in fused.items():
+            self.rows |= rows
+            self.parts |= dict.fromkeys(rows, found.get(key, []))
+            name, last = rows.popitem()
+            self.check(key, self.parts[name], (last.stop, *self.shapes[name][1:]))
 
     def check(self, key, parts, shape):
         """Raise ValueError for a weight that is missing, of another shape, or no floating-point
@@ -691,9 +924,10 @@ class Checkpoint:
 
     def join(self, name, maps, device, dtype):
         """A weight of its parts, its rows in Hugging Face's order."""
-        parts = self.parts[name]
-        tensors = [maps[part.file][part.key] for part in parts]
-        axis = part_shapes(self.shapes[name], self.slices)[parts[0].shape]
+        parts, rows = self.parts[name], self.rows[name]
+        D, stored = self.config.head_dim, [maps[part.file][part.key] for part in parts]
+        tensors = [one_by_one(parts[0].key, tensor, D)[rows] for tensor in stored]
+        axis = part_shapes(self.shapes[name], self.slices).get(parts[0].shape)
         if axis is None:
             if not all(torch.equal(copy, tensors[0]) for copy in tensors[1:]):
                 raise ValueError(
@@ -701,19 +935,14 @@ class Checkpoint:
                     f"{parts[-1].key} in {parts[-1].file}"
                 )
             tensors = tensors[:1]
-        if not self.head_dim:
+        if self.layout not in (*NEIGHBOURS, "chatglm6b"):
             return tensors[0].to(device, dtype)
-        # Meta's slices are written where they stay: a copy between would leave a hole in memory.
+        # Slices are written where they stay: a copy between would leave a hole in memory. And what
+        # was fused gets memory of its own: inductor errs where weights are views of one tensor.
         joined = torch.empty(self.shapes[name], device=device, dtype=dtype)
-        if name.endswith(ROTATED):  # row 2i + j of a head there is row i + j D/2 here
-            rows = torch.arange(len(joined), device=device).view(-1, 2, self.head_dim // 2)
-            rows = rows.transpose(1, 2).flatten()
-            for target, tensor in zip(rows.chunk(len(tensors)), tensors):
-                joined[target] = tensor.to(device, dtype)
-        else:
-            for target, tensor in zip(joined.chunk(len(tensors), axis or 0), tensors):
-                target.copy_(tensor)
-        return joined
+        for target, tensor in zip(joined.chunk(len(tensors), axis or 0), tensors):
+            target.copy_(tensor)
+        return reorder(name, joined, self.layout, (-1, D // 2, 2))
 
 
 def load_model(folder, device="cpu", dtype=None):
@@ -747,12 +976,35 @@ def find_base(name):
     )
 
 
+# names of a tokenizer's file, the best first
+TOKENIZERS = ("tokenizer.model", "ice_text.model", "tokenizer.json")
+
+
 def find_tokenizer(folder):
-    """tokenizer.model of a base: in its folder, or one level up as in Meta's download. Where
-    neither is: the first."""
-    here = Path(folder).resolve() / "tokenizer.model"
-    above = here.parent.parent / here.name
-    return above if above.is_file() and not here.is_file() else here
+    """The file of a base's tokenizer: in its folder, or one level up as in Meta's download. Where
+    neither is: tokenizer.model in the folder. Raises ValueError for a link to another place."""
+    folder = Path(folder).resolve()
+    files = [folder / name for name in TOKENIZERS] + [folder.parent / "tokenizer.model"]
+    return check_link(next(filter(Path.is_file, files), files[0]))
+
+
+def check_link(file):
+    """The file, if it is no link out of its folder, but for those of the hub's cache. A folder that
+    comes from elsewhere could else have any file read, or copied into what is published."""
+    real, home = file.resolve(), file.parent.resolve()
+    blobs = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    if real.is_relative_to(home) or blobs:
+        return file
+    raise ValueError(f"{file} is a link out of its folder, to {real}; put the file itself there")
+
+
+def check_content(file):
+    """Raise ValueError for a file that is missing, or is Git LFS's word for it."""
+    if not Path(file).is_file():
+        raise ValueError(f"{file} not found")
+    with open(file, "rb") as opened:
+        if opened.read(99).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file} is a Git LFS pointer, not the file; run git lfs pull")
 
 
 @torch.no_grad()
@@ -763,8 +1015,8 @@ def init_weights(model, seed):
     for name, p in model.named_parameters():
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         std = 0.02 / math.sqrt(2 * len(model.layers)) if residual else 0.02
-        if "norm" not in name:  # those are ones already
-            p.normal_(0.0, std, generator=generator)
+        if "norm" not in name:  # those are ones already; biases begin at 0
+            p.normal_(0.0, std * (p.dim() > 1), generator=generator)
 
 
 # ==================================================================================================
@@ -867,13 +1119,30 @@ def split_into_shards(tensors, max_bytes):
     yield shard
 
 
+def to_layout(config, tensors, layout):
+    """A stream of (name, tensor) as a layout's files have it: names, order of rows, and GLM's fused
+    gate_up_proj, whose halves follow each other in the stream."""
+    halves = []
+    for name, tensor in tensors:
+        key = stored_name(name, layout)
+        tensor = reorder(name, tensor.detach(), layout, (-1, 2, config.head_dim // 2))
+        if "gate_up_proj" in key:
+            halves.append(tensor)
+            if len(halves) < 2:
+                continue
+            tensor = torch.cat(halves)
+            halves.clear()
+        yield key, tensor
+
+
 def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
     """Write a stream of (name, tensor) as Hugging Face's folder: safetensors, with an index if
     there are several; config.json, with what the folder `base` says besides; its tokenizer."""
     folder, index, file = Path(folder), {}, "model.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     # The weights, a file at a time.
-    stream = ((hf_name(name), t.detach().to("cpu", dtype)) for name, t in tensors)
+    stream = to_layout(config, tensors, config.model_type)
+    stream = ((key, tensor.to("cpu", dtype)) for key, tensor in stream)
     for number, shard in enumerate(split_into_shards(stream, max_bytes), 1):
         file = f"model-{number:05}.safetensors"
         save = partial(save_file, shard, metadata={"format": "pt"})
@@ -887,10 +1156,11 @@ def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
     # Then what describes them; a reader who finds it finds all.
     theirs = Path(base or folder) / "config.json"
     values = read_json_file(theirs) if theirs.is_file() else {}
-    values |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    network = f"{config.model_type.capitalize()}ForCausalLM"  # transformers' class
+    values |= {"architectures": [network], "hidden_act": "silu"}
     values |= asdict(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    # dtype and rope_parameters are what transformers 5 calls the same
-    twice = ("dtype", "rope_parameters")
+    # dtype and rope_parameters are what transformers 5 calls the same; auto_map names code
+    twice = ("dtype", "rope_parameters", "auto_map")
     write_json(folder / "config.json", {k: v for k, v in values.items() if k not in twice})
     if base:
         copy_tokenizer(base, folder)
@@ -900,12 +1170,8 @@ def save_meta(config, tensors, folder, dtype, base=None, max_bytes=None):
     """Write a stream of (name, tensor) as Meta's folder, in one shard whatever its size:
     params.json and consolidated.00.pth. Raises ValueError for what params.json cannot say."""
     write_json(Path(folder) / "params.json", config_to_meta(config))
-    state = {}
-    for name, tensor in tensors:
-        if name.endswith(ROTATED):  # the inverse of what `Checkpoint.join` does
-            halves = tensor.unflatten(0, (-1, 2, config.head_dim // 2))
-            tensor = halves.transpose(1, 2).flatten(0, 2)
-        state[meta_name(name)] = tensor.detach().to("cpu", dtype)
+    stream = to_layout(config, tensors, "meta")
+    state = {key: tensor.to("cpu", dtype) for key, tensor in stream}
     state.setdefault("output.weight", state["tok_embeddings.weight"])
     file = Path(folder) / "consolidated.00.pth"
     try:
@@ -930,14 +1196,60 @@ def save_model(model, folder, base=None):
 
 def copy_tokenizer(base, folder):
     """Copy a base's tokenizer, in all its files, and its chat template into a folder."""
-    names = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*")
-    files = [file for name in names for file in Path(base).glob(name)]
-    if find_tokenizer(base).is_file():
-        files.append(find_tokenizer(base))
-        settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
-        write_json(Path(folder) / "tokenizer_config.json", settings)  # unless the base has one
+    names = "tokenizer*.json vocab.json merges.txt special_tokens_map.json added_tokens.json "
+    names += "chat_template*"
+    files = [file for name in names.split() for file in Path(base).glob(name)]
+    main = find_tokenizer(base)
+    if main.is_file():
+        files.append(main)
     for file in files:
-        shutil.copyfile(file, Path(folder) / file.name)
+        shutil.copyfile(check_link(file), Path(folder) / file.name)
+    if main.name == "tokenizer.model" and main.is_file():
+        tell_transformers(main, Path(folder) / "tokenizer_config.json")
+
+
+def tell_transformers(tokenizer, settings):
+    """Have a tokenizer_config.json say what transformers and llama.cpp must know of a SentencePiece
+    model: that it is LLaMA's, unless it says what it is, and if it puts no space in front."""
+    from sentencepiece import SentencePieceProcessor  # here alone: a network needs no text
+
+    theirs = read_json_file(settings) if settings.is_file() else {}
+    wanted = theirs or {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
+    with suppress(RuntimeError):  # tiktoken's file
+        if SentencePieceProcessor(model_file=str(tokenizer)).normalize("a") == "a":
+            wanted = wanted | {"add_prefix_space": False}
+        if wanted != theirs:
+            write_json(settings, wanted)
+
+
+# A plain prompt in Jinja, between what stands before and behind the instruction: what
+# `generate.render` makes of it.
+PLAIN_CHAT = """\
+{% set opening = '' %}{% if messages[0].role == 'system' %}\
+{% set opening = messages[0].content + '\\n' %}{% set messages = messages[1:] %}{% endif %}\
+{{ (bos_token or '') + BEFORE }}{% for message in messages %}{% if message.role == 'user' %}\
+{{ (' <user>: ' if messages|length > 2 else '') + (opening if loop.first else '') }}\
+{{ message.content + (BEHIND if loop.index0 + 2 >= messages|length else ' <bot>: ') }}\
+{% else %}{{ message.content + ((eos_token or '') if loop.last else '') }}{% endif %}{% endfor %}"""
+
+
+def write_chat_template(folder, template):
+    """Give the tokenizer_config.json of a folder a prompt template in Jinja, as transformers, vLLM
+    and llama.cpp read it. A base's own stays, unless the model was tuned with a plain prompt."""
+    file, others = Path(folder) / "tokenizer_config.json", [*Path(folder).glob("chat_template*")]
+    settings, text = read_json_file(file) if file.is_file() else {}, template.get("chat_template")
+    if "prompt_no_input" in template:
+        before, _, behind = (
+            template["prompt_no_input"].format(instruction="\0", input="").partition("\0")
+        )
+        text = PLAIN_CHAT.replace("BEFORE", json.dumps(before)).replace(
+            "BEHIND", json.dumps(behind)
+        )
+    elif not text or others or "chat_template" in settings:
+        return
+    for other in others:
+        other.unlink()
+    write_json(file, settings | {"chat_template": text})
 
 
 # ==================================================================================================
@@ -1083,7 +1395,7 @@ def main():
     if args.command == "convert":
         config = convert(args.source, args.output_dir, DTYPES.get(args.dtype))
         print(f"{args.output_dir}: {config}")
-        if not (Path(args.output_dir) / "tokenizer.model").is_file():
+        if not find_tokenizer(args.output_dir).is_file():
             print("no tokenizer.model was found to go with it")
     elif args.command == "info":
         print("\n".join(describe_model(args.source)))

@@ -29,8 +29,9 @@ import shutil
 import signal
 import sys
 import time
+from bisect import bisect
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,7 +47,9 @@ from generate import (
     DATA,
     Decoding,
     answer_batch,
-    bot_spans,
+    conversation,
+    default_template,
+    encode_rendered,
     load_base,
     load_template,
     load_tokenizer,
@@ -54,6 +57,7 @@ from generate import (
     pick_dtype,
     read_instructions,
     read_records,
+    render,
     render_prompt,
 )
 from lora import QUANTISED, LoRAConfig, add_lora, move_model, quantize, save_adapter
@@ -79,6 +83,7 @@ from model import (
     setting,
     weight_files,
     write_atomically,
+    write_chat_template,
     write_json,
     write_json_lines,
     write_text,
@@ -101,24 +106,23 @@ class Row:
 
 
 def encode_example(tokenizer, template, record, config):
-    """The Row of a record: BOS, prompt, answer, EOS. None if cutoff_len leaves no room for one
-    token of the answer.
+    """The Row of a record: the prompt as it is asked, the answer, and the token that ends it. None
+    if cutoff_len leaves no room for one token of the answer.
 
-    The answer and EOS are targets. EOS is one even where the answer is cut: it is how a model
-    learns to stop."""
-    text = render_prompt(template, record["instruction"], record["input"])
-    prompt = tokenizer.encode(text, bos=True)
-    room = config.cutoff_len - len(prompt) - 1
-    answer = cut_answer(tokenizer, tokenizer.encode_answer(record["output"]), room)
+    The answer and its end are targets. The end is one even where the answer is cut: it is how a
+    model learns to stop."""
+    asked, said = render(template, *conversation(record))
+    prompt, earlier = encode_rendered(tokenizer, asked)
+    (*answer, end), _ = encode_rendered(tokenizer, said, first=False)
+    answer = cut_answer(tokenizer, answer, config.cutoff_len - len(prompt) - 1)
     if not answer:
         return None
-    # The prompt is context: it predicts, and is not predicted, unless train_on_inputs asks for it.
-    mask = [config.train_on_inputs] * len(prompt)
-    mask[0] = False  # nothing predicts BOS
-    if config.train_on == "all":
-        mark_earlier_answers(mask, tokenizer, prompt, text, record["instruction"])
-    mask += [True] * (len(answer) + 1)
-    return Row(prompt + answer + [tokenizer.eos_id], mask, record.get("record", ""))
+    # The prompt is context: it predicts, and is not predicted, unless train_on_inputs asks for it,
+    # or train_on for the earlier answers of a conversation.
+    every, answers = config.train_on_inputs, config.train_on == "all"
+    mask = [every or answers and is_answer for is_answer in earlier] + [True] * (len(answer) + 1)
+    mask[0] = False  # nothing predicts the first token
+    return Row(prompt + answer + [end], mask, record.get("record", ""))
 
 
 def target_count(rows):
@@ -143,18 +147,6 @@ def epoch_order(rows, config, epoch):
     return grouped
 
 
-def steps(rows, config, first, total):
-    """Yield (step, epochs done after it, its rows) of the steps from `first` to before `total`."""
-    per_epoch = math.ceil(len(rows) / config.batch_size)
-    for step in range(first, total):
-        epoch, position = divmod(step, per_epoch)
-        if step == first or position == 0:
-            order = epoch_order(rows, config, epoch)
-        start = position * config.batch_size
-        batch = [rows[i] for i in order[start : start + config.batch_size]]
-        yield step, round((step + 1) / per_epoch, 4), batch
-
-
 def micro_batches(rows, size, budget):
     """Rows sorted by length and cut into micro-batches of at most `size` rows (0: any number) and,
     unless one row alone is longer, of `budget` tokens as attention pads them. Rows of like length
@@ -175,23 +167,25 @@ def shared_opening(rows):
     return min(common, min(row.mask.index(True) for row in rows) - 1)
 
 
-def collate(rows, device, share=True):
+def collate(rows, device, share=True, glm=False):
     """Rows end to end in one stream: ids (1, N), labels (1, N), and the PackedRows that keeps
     attention inside each row. ids[t] predicts labels[t], which is -100 where that is no target:
-    by position, never by id. With share, the common opening stands there once.
+    by position, never by id. With share, the common opening stands there once. Of a GLM the ids
+    before sop, which the first target follows, see each other; so nothing is shared.
 
     Two rows, a b c D E and a b x Y, whose targets are the capitals:
 
       ids       a     b     c     D     x
       labels   -100  -100   D     E     Y"""
-    shared = shared_opening(rows) if share else 0
+    shared = shared_opening(rows) if share and not glm else 0
     ids, labels = rows[0].ids[:shared], [-100] * shared
     for row in rows:
         # a row's last token predicts nothing: it is a label only
         ids += row.ids[shared:-1]
         pairs = zip(row.ids[shared + 1 :], row.mask[shared + 1 :])
         labels += [token if is_target else -100 for token, is_target in pairs]
-    packed = PackedRows([len(row) - 1 for row in rows], shared, device)
+    prefixes = [row.mask.index(True) - 1 for row in rows] if glm else None
+    packed = PackedRows([len(row) - 1 for row in rows], shared, device, prefixes)
     # PackedRows rounds the stream up to a multiple of 8; what fills it predicts nothing.
     idle = packed.back.numel() - len(ids)
     ids += [0] * idle
@@ -247,7 +241,7 @@ def total_loss(model, rows, config, limits, scale=None):
     A micro-batch of weight 0 counts for nothing (`own_batches` says why there are such)."""
     losses = []
     for micro, weight in own_batches(rows, config, limits or Limits(config.micro_batch_tokens)):
-        batch = collate(micro, model.device, config.share_opening)
+        batch = collate(micro, model.device, config.share_opening, model.config.prefix_lm)
         factor = None if scale is None else weight * scale
         # A tensor is kept: asking for its number would stop a GPU's queue.
         losses.append(weight * loss_sum(model, *batch, factor))
@@ -370,6 +364,18 @@ def total_steps(rows, config):
     return min(count, config.max_steps or count)
 
 
+def steps(rows, config, first, total):
+    """Yield (step, epochs done after it, its rows) of the steps from `first` to before `total`."""
+    per_epoch = math.ceil(len(rows) / config.batch_size)
+    for step in range(first, total):
+        epoch, position = divmod(step, per_epoch)
+        if step == first or position == 0:
+            order = epoch_order(rows, config, epoch)
+        start = position * config.batch_size
+        batch = [rows[i] for i in order[start : start + config.batch_size]]
+        yield step, round((step + 1) / per_epoch, 4), batch
+
+
 def seed_dropout(step, config):
     """Dropout's masks follow from the seed, the step and the process: there is no state to save."""
     rank, n = processes()
@@ -445,7 +451,7 @@ def stop_signals():
 # file's content is compared and not its name.
 NOT_COMPARED = """base_model data_path val_path prompt_template_name output_dir
     resume_from_checkpoint micro_batch_tokens recompute device memory_gb dtype eval_steps save_steps
-    save_total_limit num_answers wandb_project wandb_run_name overwrite""".split()
+    save_total_limit num_answers show wandb_project wandb_run_name overwrite""".split()
 
 
 class Run:
@@ -601,6 +607,8 @@ class Run:
         the log, and run.json, which says how it came about."""
         if self.config.full:
             save_model(model, folder, find_base(self.config.base_model))
+            if self.writes:
+                write_chat_template(folder, self.info["made_in"]["template"])
         else:
             save_adapter(model, folder, self.config.base_model, trained=True)
         if self.writes:
@@ -632,7 +640,7 @@ def describe_run(config):
     base_files = []
     if config.base_model:
         base = find_base(config.base_model)
-        names = ("config.json", "params.json", "added_tokens.json")
+        names = ("config.json", "params.json", "added_tokens.json", "tokenizer_config.json")
         base_files = [*weight_files(base), find_tokenizer(base), *map(base.joinpath, names)]
     # what auto means here: another machine may take another dtype
     dtype = pick_dtype(config.dtype, pick_device(config.device))
@@ -724,16 +732,33 @@ def restore(model, optimizer, folder):
     return read_json_file(folder / "run.json")["step"]
 
 
+# Where the ticks of a logarithmic scale may stand.
+ROUND = [m * 10.0**e for e in range(-6, 8) for m in (1, 2, 3, 5)]
+
+
 def draw_curve(history, path):
-    """The loss curve as an SVG, which any browser opens, in the frame of data/loss.svg."""
-    top = 1.05 * max(max(r["loss"], r.get("val_loss", 0)) for r in history)
-    last, lines = {"val_loss": math.nan} | history[-1], {}
-    for key in ("loss", "val_loss"):
-        points = [f"{r['step']},{r[key]:.5g}" for r in history if key in r]
-        # The first point twice: so one alone is seen, as a line of no length with round ends.
-        lines[key] = " ".join(points[:1] + points)
+    """The loss curve as an SVG, which any browser opens, in the frame of data/loss.svg. The scale
+    is logarithmic, between round numbers: what a loss of 0.02 does is seen beside one of 2."""
+    last, keys = {"val_loss": math.nan} | history[-1], ("loss", "val_loss")
+    losses = [min(max(r[key], 1e-6), 1e7) for r in history for key in keys if key in r]
+    levels = ROUND[bisect(ROUND, min(losses)) - 1 : bisect(ROUND, max(losses)) + 1]
+    low, high = levels[0], levels[-1]
+
+    def place(epoch, loss):
+        """As "x,y", in the frame's units."""
+        height = math.log(min(max(loss, low), high) / low) / math.log(high / low)
+        return f"{60 + 720 * epoch / last['epoch']:.1f},{360 - 330 * height:.1f}"
+
+    lines = {key: " ".join(place(r["epoch"], r[key]) for r in history if key in r) for key in keys}
+    # At most ten epochs, tens or tenths of them have a mark.
+    apart = 10.0 ** math.ceil(math.log10(last["epoch"] / 10))
+    marks = [i * apart for i in range(int(last["epoch"] / apart) + 1)]
+    ticks = [("level", place(0, level), level) for level in levels]
+    ticks += [("epoch", place(mark, low), mark) for mark in marks]
+    tick = '<g transform="translate({1})"><use href="#{0}"/><text class="{0}">{2:g}</text></g>'
     frame = (DATA / "loss.svg").read_text(encoding="utf-8")
-    write_text(path, frame.format(top=top, last=last, **lines))
+    svg = frame.format(last=last, ticks="\n".join(tick.format(*t) for t in ticks), **lines)
+    write_text(path, svg)
 
 
 # ==================================================================================================
@@ -971,20 +996,6 @@ def cut_answer(tokenizer, answer, room):
     return answer
 
 
-def mark_earlier_answers(mask, tokenizer, prompt, text, instruction):
-    """Make the earlier answers of a conversation targets, where they stand in the prompt. What ends
-    one there is the next " <user>:", which is no target: a model that learnt it would write the
-    user's next question."""
-    ends = tokenizer.byte_ends(prompt, text)  # where each token ends, in bytes
-    offset = text.index(instruction)
-    for start, stop in bot_spans(instruction):
-        # characters of the instruction are bytes of the text
-        first, last = (len(text[: offset + at].encode()) for at in (start, stop))
-        for t in range(1, len(prompt)):
-            if ends[t] > first and ends[t - 1] < last:
-                mask[t] = True
-
-
 def encode_records(tokenizer, template, records, config):
     """(rows, their records) of the records that fit; prints how many were cut or left out. Raises
     ValueError if none fits."""
@@ -1003,6 +1014,18 @@ def encode_records(tokenizer, template, records, config):
     return rows, kept
 
 
+def show_rows(tokenizer, rows):
+    """Print rows a token at a time: targets in green, or in brackets where nobody sees colours."""
+    names = {id: name for name, id in tokenizer.special.items()}
+    before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
+    for row in rows:
+        print(f"\n{row.name}: {len(row)} tokens, {sum(row.mask)} of them targets")
+        for id, is_target in zip(row.ids, row.mask):
+            text = names.get(id, tokenizer.decode([id])).replace("\n", "\\n\n")
+            print(f"{before}{text}{after}" if is_target else text, end="|")
+        print()
+
+
 # ==================================================================================================
 # Answers before and after
 
@@ -1012,8 +1035,7 @@ def answer_all(model, tokenizer, template, records, key):
     rank, n = processes()
     prompts = []
     for record in records[rank::n]:
-        text = render_prompt(template, record["instruction"], record["input"])
-        prompts.append(tokenizer.encode(text, bos=True))
+        prompts.append(render_prompt(tokenizer, template, *conversation(record)))
     own = answer_batch(model, tokenizer, prompts, Decoding(max_new_tokens=128), 32, key)
     # Question i was answered by process i % n.
     shares = [own] * n
@@ -1092,7 +1114,8 @@ class TrainConfig:
     data_path: tuple = ()
     val_path: str = ""  # file of validation records (else val_set_size of data_path)
     val_set_size: int = setting(500, 0)  # records drawn from data_path for validation, by seed
-    prompt_template_name: str = "med_template"  # name in data/templates, or path
+    # name in data/templates, or path (not given: by the special tokens of the base)
+    prompt_template_name: str = "med_template"
     cutoff_len: int = 512  # tokens of a row at most; a longer answer is cut, its EOS stays
     # targets in a conversation: its last answer, or all answers
     train_on: str = setting("last", choices=("last", "all"))
@@ -1150,6 +1173,7 @@ class TrainConfig:
     # output_dir, or from the beginning if there is none
     resume_from_checkpoint: str = ""
     num_answers: int = setting(3, 0)  # validation questions answered before and after
+    show: int = 0  # print so many rows token by token, targets marked, and end
     wandb_project: str = ""  # log to this Weights & Biases project (needs wandb)
     wandb_run_name: str = ""  # name of the run, there and in run.json
 
@@ -1203,6 +1227,15 @@ def check_config(config):
         )
 
 
+def check_targets(shape, config):
+    """Raise ValueError if a prompt that sees itself, as ChatGLM-6B's does, is to be learnt too."""
+    if shape.prefix_lm and (config.train_on_inputs or config.train_on == "all"):
+        raise ValueError(
+            "ChatGLM-6B's prompt sees all of itself, so that nothing in it can be predicted; drop "
+            "--train_on_inputs and --train_on all"
+        )
+
+
 # ==================================================================================================
 # Command
 
@@ -1223,7 +1256,7 @@ def parse_config():
     if "val_set_size" in given:
         given.setdefault("val_path", "")
     if given.get("base_model"):
-        return TrainConfig(**given)
+        return TrainConfig(**{"prompt_template_name": ""} | given)  # main finds it
     return TrainConfig(**TINY | given | {"base_model": TINY["base_model"]})
 
 
@@ -1278,19 +1311,23 @@ def main():
     device = join_processes(pick_device(config.device))
 
     # The data first: what is wrong with it is said before anything large is loaded.
-    template = load_template(config.prompt_template_name)
-    records, val_records = read_data(config)
-    tokenizer = load_tokenizer(config.base_model)
+    base, (records, val_records) = find_base(config.base_model), read_data(config)
+    shape = Checkpoint(base).config  # before files that it might lack
+    check_targets(shape, config)
+    tokenizer = load_tokenizer(base)
+    name = config.prompt_template_name or default_template(tokenizer)
+    config, template = replace(config, prompt_template_name=name), load_template(name)
     run = Run(config)
     if run.finished:
         print(f"the run in {config.output_dir} is finished, {len(run.history)} steps")
         return
     rows, _ = encode_records(tokenizer, template, records, config)
+    if config.show:
+        return show_rows(tokenizer, rows[: config.show])
     val_rows, val_records = encode_records(tokenizer, template, val_records, config)
 
     # Then the model, as memory allows. The plan needs no weights, only the base's shape.
-    shape, dtype = Checkpoint(find_base(config.base_model)).config, pick_dtype(config.dtype, device)
-    limits = run.limits
+    limits, dtype = run.limits, pick_dtype(config.dtype, device)
     plan = plan_memory(shape, config, rows + val_rows, dtype, device, limits.tokens_at_once)
     print(
         f"memory: {plan.bytes / 2**30:.2f} GB by the estimate, {plan.tokens_at_once:,} tokens at "

@@ -78,7 +78,7 @@ def make_pair(size, dtype, device):
         if "norm" not in name:
             state[name].normal_(0, 0.02, generator=draw)
     ours.load_state_dict(state, assign=True)
-    hf.load_state_dict({M.hf_name(name): tensor for name, tensor in state.items()}, assign=True)
+    hf.load_state_dict({M.stored_name(name): tensor for name, tensor in state.items()}, assign=True)
     # its buffers were on meta
     hf.model.rotary_emb = type(hf.model.rotary_emb)(hf.config).to(device)
     return ours.requires_grad_(False).eval(), hf.requires_grad_(False).eval()

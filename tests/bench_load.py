@@ -76,7 +76,7 @@ def write_layouts(folder, config, shard_bytes):
             inputs = ("o_proj.weight", "down_proj.weight", "embed_tokens.weight")
             axis = 1 if name.endswith(inputs) else 0
             cut = tensor if "norm" in name else tensor.chunk(8, axis)[n]
-            parts[M.meta_name(name)] = cut.clone()
+            parts[M.stored_name(name, "meta")] = cut.clone()
         torch.save(parts, folder / "meta" / f"consolidated.{n:02}.pth")
     M.write_json(folder / "meta" / "params.json", M.config_to_meta(config) | {"vocab_size": -1})
     return sum(t.numel() for t in state.values()), sum(t.nbytes for t in state.values())

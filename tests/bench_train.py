@@ -205,7 +205,7 @@ def build_theirs(ours, dropout):
     )
     with torch.device("meta"):
         theirs = transformers.LlamaForCausalLM(config)
-    state = {M.hf_name(name): p for name, p in ours.named_parameters()}
+    state = {M.stored_name(name): p for name, p in ours.named_parameters()}
     theirs.load_state_dict(state, strict=True, assign=True)
     # its table was made on `meta`
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(ours.device)
@@ -226,7 +226,7 @@ def same_adapter(ours, theirs):
     state = dict(theirs.named_parameters())
     with torch.no_grad():
         for name, module in L.lora_linears(ours):
-            state[f"{L.PREFIX}{name}.lora_A.default.weight"].copy_(module.lora_a)
+            state[f"{L.PREFIX}model.{name}.lora_A.default.weight"].copy_(module.lora_a)
 
 
 def their_step(model, batches):

@@ -94,3 +94,9 @@ def records(tmp_path_factory):
         "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in RECORDS), encoding="utf-8"
     )
     return path
+
+
+def plain_prompt(template, instruction, input=""):
+    """The text of a prompt as BenTsao's own code makes it."""
+    key = "prompt_input" if input else "prompt_no_input"
+    return template[key].format(instruction=instruction, input=input)

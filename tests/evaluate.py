@@ -1,24 +1,29 @@
 """What did tuning change? Scores with intervals and a report, or a table of answers side by side.
 
   python tests/evaluate.py base=data/tiny tuned=data/tiny+lora-tcm --output_dir report
+  python tests/evaluate.py base=data/tiny tuned=data/tiny+lora-tcm --output_dir exam \
+      --exams CMB-val-merge.json TCM-SE-B.jsonl clinical_medicine_val.csv
   python tests/evaluate.py base=data/tiny tuned=data/tiny+lora-tcm --output_dir table \
       --instruct_dir questions.json
 
 A model is NAME=BASE or NAME=BASE+ADAPTER; the first one is what the others are compared with. The
-models may stand on one base or on several. Either folder gets answers-NAME.jsonl, records that
+models may stand on one base or on several. Each folder gets answers-NAME.jsonl, records that
 tests/judge.py reads. The same inputs give the same bytes, so that a report can be checked by
 running it again; a run that was interrupted goes on.
 
-The report scores answers to records that hold a reference: choices-NAME.jsonl, scores.json,
-scores.svg, report.html and run.json (hashes of weights, data and templates, decoding, versions).
-The table (模型效果对比) asks any questions in a form that generate.py reads: compare.md,
-compare.csv and compare.html, where what the first model's answer does not have is marked.
+The report scores answers to records that hold a reference, choices in exams (exams.py says in which
+forms), judgements of statements, and what is declined: scores.json, exams.json, scores.svg,
+report.html and run.json (hashes of weights, data and templates, decoding, versions). The table
+(模型效果对比) asks any questions in a form that generate.py reads: compare.md, compare.csv and
+compare.html. In the pages wrong and missing values are marked where a record names its values,
+elsewhere what the first model's answer does not have (report.py).
 
 Characters are those of the text without white space. Each score is a mean over records, or a ratio
 or BLEU of sums over records; its 95 % interval is the percentile bootstrap (Efron & Tibshirani
 1993). What is drawn are whole entities with all their records (Davison & Hinkley 1997, section
 3.8), since records of one entity resemble each other; a record without `entity` is drawn alone. All
-models have the same resamples, so that the difference of two is a paired one.
+models have the same resamples, so that the difference of two is a paired one. A proportion of
+records has Wilson's interval (1927), entities being the trials.
 
   bits per character   -log2 p(reference and EOS | prompt) / characters of the reference:
                        comparable across tokenizers
@@ -33,16 +38,17 @@ models have the same resamples, so that the difference of two is a paired one.
   repetition           1 - different 4-grams / 4-grams of an answer (seq-rep-4, Welleck et al. 2020)
   stopped, empty, refused, U+FFFD   share of the answers that end by EOS, have no text, decline,
                        show half a character
+  choice by likelihood the likeliest option per character is the right one
+  choice by answer     the answer names the right letters, as the file orders the options;
+       over rotations  mean over the orders that rotation gives; in every order: right in all of
+                       them (CircularEval, Liu et al. 2023)
+  true, false statements   正确 is likelier than 错误, or less likely; statements judged: the answer
+                       says so, mean over both kinds
 """
 
 import argparse
-import csv
-import difflib
 import gc
 import hashlib
-import html
-import io
-import json
 import math
 import re
 import sys
@@ -55,18 +61,45 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from exams import (  # noqa: E402
+    CHOSEN,
+    Coverage,
+    ask_choice,
+    chance,
+    extract_choice,
+    is_right,
+    read_exams,
+    rotations,
+    wilson,
+)
+from report import (  # noqa: E402
+    HEADLINES,
+    Judged,
+    chart,
+    compare_page,
+    csv_table,
+    markdown_table,
+    report_page,
+    shown,
+)
+
 from build_data import read_knowledge, rouge_l  # noqa: E402
 from generate import (  # noqa: E402
     DATA,
     Decoding,
     Tokenizer,
     answer_file,
+    conversation,
+    default_template,
+    encode_rendered,
     load_base,
     load_template,
+    load_tokenizer,
     pick_device,
     pick_dtype,
     read_instructions,
     read_records,
+    render,
     render_prompt,
 )
 from lora import load_adapter, remove_adapter  # noqa: E402
@@ -165,15 +198,28 @@ class Facts:
 
     def count(self, record, answer):
         """The FactCounts of an answer to a record."""
+        judged, mentioned = self.judge(record, answer)
+        asked = len(judged.right) + len(judged.missing)
+        return FactCounts(len(judged.right), asked, len(judged.wrong), mentioned)
+
+    def judge(self, record, answer):
+        """(Judged, number of values of the asked relations that it names) of an answer to a
+        record."""
         values, entity = record.get("values", []), record.get("entity") or ""
         own = {entity, *values}
         keys = [(record.get("kind"), relation) for relation in record.get("relations", [])]
         terms = set().union(*(self.of_relation.get(key, set()) for key in keys))
         said = terms_in(answer, terms | own)
         known = own | self.of_entity.get(entity, set())
-        foreign = [v for v in said & terms if all(v not in k for k in known)]
-        recalled = [v for v in values if v in said]
-        return FactCounts(len(recalled), len(values), len(foreign), len(said & terms))
+        foreign = sorted(v for v in said & terms if all(v not in k for k in known))
+        right = [value for value in values if value in said]
+        missing = [value for value in values if value not in said]
+        others = sorted(said - {*right, *foreign})
+        return Judged(right, foreign, missing, others), len(said & terms)
+
+    def judge_known(self, record, answer):
+        """The Judged of an answer; None to a record whose values are not known."""
+        return self.judge(record, answer)[0] if record.get("values") else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -194,7 +240,8 @@ class Candidate:
 
     def prompt(self, instruction, input=""):
         """Ids of a question as this model was trained to see it."""
-        return self.tokenizer.encode(render_prompt(self.template, instruction, input), bos=True)
+        record = {"instruction": instruction, "input": input}
+        return render_prompt(self.tokenizer, self.template, *conversation(record))
 
     def hashes(self):
         """SHA-256 of each file of weights, settings or tokens: [{file: hash}] of the base, and of
@@ -212,7 +259,7 @@ class Candidate:
 
 def parse_models(specs, template=""):
     """The Candidates of specs, NAME=BASE or NAME=BASE+ADAPTER. template: a name for all ("": each
-    adapter's own, med_template for a base). Raises ValueError for a spec that is none, before
+    adapter's own, else the base's). Raises ValueError for a spec that is none, before
     anything is loaded."""
     candidates = {}
     for spec in specs:
@@ -222,8 +269,9 @@ def parse_models(specs, template=""):
             raise ValueError(f"model {spec!r}: wanted NAME=BASE or NAME=BASE+ADAPTER, names once")
         if adapter and not (Path(adapter) / "adapter_config.json").is_file():
             raise ValueError(f"model {spec!r}: no adapter_config.json in {adapter}")
-        rendered_by = load_template(template or own_template(adapter) or "med_template")
-        candidates[name] = Candidate(name, find_base(base), adapter, rendered_by)
+        folder, made_with = find_base(base), template or own_template(adapter)
+        rendered_by = load_template(made_with or default_template(load_tokenizer(folder)))
+        candidates[name] = Candidate(name, folder, adapter, rendered_by)
     return list(candidates.values())
 
 
@@ -266,29 +314,27 @@ def continuation_logprobs(model, prompt, continuations):
     """log p(continuation | prompt), natural, summed over its tokens, for each list of ids behind
     the ids of one prompt. The prompt runs once; the continuations are one batch, padded on the
     right where causality hides the padding."""
-    B, n, width = len(continuations), len(prompt), max(map(len, continuations))
-    cache = model.new_cache(B, n + width - 1)
-    # The prompt in the first row, and from there in all.
-    ids = torch.tensor([prompt], device=model.device)
-    last = model.hidden_states(ids, cache.rows(0, [0]))[:, -1:]  # (1, 1, C)
-    cache.copy_rows([0] * (B - 1), range(1, B), 0, n)
-    # The continuations behind it; token i is predicted where token i - 1 stands.
-    padded = [c + [0] * (width - len(c)) for c in continuations]
-    ids = torch.tensor(padded, device=model.device)  # (B, T)
-    hidden = last.expand(B, -1, -1)
-    if width > 1:
-        others = model.hidden_states(ids[:, :-1], cache.rows(0, [n] * B))
-        hidden = torch.cat((hidden, others), dim=1)  # (B, T, C)
+    B, n, width = len(continuations), len(prompt) - 1, max(map(len, continuations))
+    cache, prefix = model.new_cache(B, n + width), n * model.config.prefix_lm
+    # The prompt but for its last id in the first row, and from there in all.
+    if n:
+        ids = torch.tensor([prompt[:-1]], device=model.device)
+        model.hidden_states(ids, cache.rows(0, [0], prefix=prefix))
+        cache.copy_rows([0] * (B - 1), range(1, B), 0, n)
+    # That id and the continuations behind it; token i is predicted where token i - 1 stands.
+    padded = [prompt[-1:] + c + [0] * (width - len(c)) for c in continuations]
+    ids = torch.tensor(padded, device=model.device)  # (B, 1 + T)
+    hidden = model.hidden_states(ids[:, :-1], cache.rows(0, [n] * B, prefix=prefix))
     logprobs = model.lm_head(hidden).float().log_softmax(-1)
-    logprobs = logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)  # (B, T)
+    logprobs = logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T)
     return [row[: len(c)].double().sum().item() for row, c in zip(logprobs, continuations)]
 
 
 def bits(candidate, record):
     """-log2 p(reference, EOS | prompt) of a record."""
-    tokenizer = candidate.tokenizer
-    reference = tokenizer.encode_answer(record["output"]) + [tokenizer.eos_id]
-    prompt = candidate.prompt(record["instruction"], record["input"])
+    prompt, answer = render(candidate.template, *conversation(record))
+    prompt, _ = encode_rendered(candidate.tokenizer, prompt)
+    reference, _ = encode_rendered(candidate.tokenizer, answer, first=False)
     return -continuation_logprobs(candidate.model, prompt, [reference])[0] / math.log(2)
 
 
@@ -299,90 +345,7 @@ def likelihoods(candidate, prompt, texts):
 
 
 # --------------------------------------------------------------------------------------------------
-# Multiple choice, and statements that are right or wrong
-
-LETTER = re.compile(
-    r"[\W本题的正确答案故应该选择项是为]*"
-    r"([A-H](?:[\s、,，和与及]*[A-H])*+)项?(?:是?正确的?)?"  # *+: of A、B或C, not A
-    r"(?= *(?:$|[\n.．、:：,，。;；!！)）\]】\"”」*]))"
-    r"(?!\W*(?:或|还是|[A-H]\b|[a-z]))"
-)
-
-
-def read_choices(path):
-    """Multiple-choice questions, [{question, options {letter: text}, answer letters, subject,
-    entity}], of ours, CMB (JSON with option), CMExam (CSV with Question, Options, Answer) or
-    TCMBench (JSON with example). Raises ValueError naming the file and the question that is
-    none."""
-    questions = []
-    for number, row in enumerate(read_choice_rows(Path(path)), 1):
-        try:
-            questions.append(make_choice(row))
-        except ValueError as error:
-            raise ValueError(f"{path} question {number}: {error}") from None
-    return questions
-
-
-def read_choice_rows(path):
-    """What stands for a question each in a file of any of the forms."""
-    if path.suffix == ".csv":
-        try:
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                return list(csv.DictReader(file))
-        except (OSError, ValueError, csv.Error) as error:
-            raise ValueError(
-                f"{path} cannot be read ({error}); wanted CSV in UTF-8 with Question, Options, "
-                "Answer"
-            ) from None
-    try:
-        rows = read_json_file(path)["example"]
-    except (OSError, ValueError, KeyError):
-        return [row for _, row in read_records(path)]
-    return rows if isinstance(rows, list) else [rows]
-
-
-def make_choice(row):
-    """The question {question, options, answer, subject, entity} of a row in any of the forms.
-    Raises ValueError for a row that is none."""
-    pairs = row.items() if isinstance(row, dict) else ()
-    row = {key.lower(): value for key, value in pairs if isinstance(key, str)}
-    question, options = read_options(row.get("question"), row.get("options", row.get("option")))
-    correct = row.get("answer")
-    if isinstance(correct, list):
-        correct = "".join(map(str, correct))
-    fits = isinstance(question, str) and isinstance(correct, str) and correct and len(options) > 1
-    fits = fits and all(isinstance(text, str) for text in options.values())
-    if not fits or not set(correct) <= set(options):
-        raise ValueError(
-            "wanted a question, two options or more, all texts, and an answer among their "
-            f"letters, got {options!r:.80} and {correct!r}"
-        )
-    keys = ("subject", "exam_subject", "knowledge_point", "exam_class")
-    subject = next((str(row[key]) for key in keys if row.get(key)), "all")
-    letters = "".join(sorted(correct))
-    return {
-        "question": question.strip(),
-        "options": options,
-        "answer": letters,
-        "subject": subject,
-        "entity": row.get("entity"),
-    }
-
-
-def read_options(question, options):
-    """(question, {letter: text}) of both as a file has them, in any of the forms."""
-    if options is None and isinstance(question, str):
-        # TCMBench: the options end the question
-        question, *lines = re.split(r"\n(?=[A-H][．.、])", question)
-        options = "\n".join(lines)
-    if isinstance(options, str):
-        options = dict(re.findall(r"^([A-H])[．.、:：\s]+(.+?)\s*$", options, re.M))
-    elif isinstance(options, list):  # [{"key": "A", "value": text}]
-        pairs = [(o.get("key"), o.get("value")) for o in options if isinstance(o, dict)]
-        options = {key: value for key, value in pairs if isinstance(key, str)}
-    if not isinstance(options, dict):
-        return question, {}
-    return question, {letter: text for letter, text in options.items() if text}
+# Multiple choice (exams.py has the rest), and statements that are right or wrong
 
 
 def choose(candidate, question):
@@ -395,27 +358,6 @@ def choose(candidate, question):
     return "".join(sorted(letters[i] for i in order[: len(question["answer"])]))
 
 
-def ask_choice(question):
-    """The question with its options, as it is put to a model."""
-    options = "\n".join(f"{letter}. {text}" for letter, text in sorted(question["options"].items()))
-    return {"instruction": f"{question['question']}\n{options}", "input": ""}
-
-
-def extract_choice(text, options):
-    """The letters that an answer chooses, or None. Strict: letters at its start (答案是 and the
-    like may stand before them, punctuation must follow: B超 is no B), several if it lists them
-    (A、C), else the one option whose text it names; an answer that wavers (A或B), names two texts
-    or none chooses nothing."""
-    match = LETTER.match(text)
-    letters = set(re.findall("[A-H]", match[1])) if match else set()
-    # an answer that is an option's whole text is that option: CEA may be one
-    if letters and letters <= set(options) and text.strip() not in options.values():
-        return "".join(sorted(letters))
-    found = terms_in(text, options.values())
-    letters = [letter for letter, option in options.items() if option in found]
-    return letters[0] if len(letters) == 1 else None
-
-
 def read_pairs(path):
     """[{consistent, inconsistent}, ...] of a file. Raises ValueError naming the line or record."""
     rows = read_records(path)
@@ -426,9 +368,21 @@ def read_pairs(path):
     return [row for _, row in rows]
 
 
+def ask_statement(statement):
+    """The question whether a statement holds."""
+    return {"instruction": f"下面的说法正确还是错误？\n{statement}", "input": ""}
+
+
+def told(text):
+    """What an answer says of a statement: True, False, or None. The last word counts: a reason may
+    stand before it (归脾汤出自《济生方》，所以这个说法错误)."""
+    found = re.findall("不正确|不对|有误|错误|正确|对的", text)
+    return found[-1] in ("正确", "对的") if found else None
+
+
 def believes(candidate, statement):
     """True if 正确 is a likelier answer than 错误 to whether the statement holds."""
-    prompt = candidate.prompt(f"下面的说法正确还是错误？\n{statement}")
+    prompt = candidate.prompt(**ask_statement(statement))
     right, wrong = likelihoods(candidate, prompt, ("正确", "错误"))
     return right > wrong
 
@@ -444,34 +398,22 @@ def is_likelier_right(candidate, pair):
 # Scores and their intervals
 
 REFUSAL = re.compile(
-    "抱歉|对不起|无法(回答|提供)|不能(回答|提供)|作为(一个|一名)?(人工智能|AI|语言模型)"
-    "|I'm sorry|As an AI"
+    "抱歉|对不起|答不了|(无法|不能)(回答|提供|判断|告诉)|作为(一个|一名)?(人工智能|AI|语言模型)"
+    "|我(并|还|也)?不(知道|了解)|(没有|未)收录|(没有|未见)[^，。]{0,12}(资料|记载)"
+    "|(超出|不在)[^，。]{0,8}(我|回答|知识|能力)[^，。]{0,8}范围|I'm sorry|As an AI"
 )
-FAMILIES = {  # scores of one scale share a chart
-    "facts": ["facts recalled", "facts contradicted"],
-    "overlap with the reference": ["ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU-4"],
-    "form": ["stopped", "repetition", "distinct-2", "empty", "refused", "U+FFFD"],
-    "choices": [
-        "choice by likelihood",
-        "choice by answer",
-        "choice not answered",
-        "true statements",
-        "false statements",
-        "right one of a pair",
-    ],
-}
-PLAIN = ("bits per character", "answer length")  # the other scores are shares of 1
 
 
 class Score:
     """A score of a model over N records: the ratio of the sums of two arrays (N,), the mean without
     the second; BLEU-4 where the first holds `bleu_counts` (N, 10). clusters (N,) has the number of
-    each record's entity."""
+    each record's entity; chance is what blind choice would reach."""
 
-    def __init__(self, numerators, clusters, denominators=None):
+    def __init__(self, numerators, clusters, denominators=None, chance=None):
         self.numerators, self.clusters = np.asarray(numerators, dtype=float), clusters
         ones = np.ones(len(clusters))
         self.denominators = ones if denominators is None else np.asarray(denominators, dtype=float)
+        self.chance = chance
 
     def value(self, weights=None):
         """The score of records that count weights (N,) times; None where nothing was asked."""
@@ -488,6 +430,20 @@ class Score:
         rng = np.random.default_rng(seed % 2**64)
         drawn = rng.multinomial(size, np.full(size, 1 / size), resamples)
         return [self.value(weights) for weights in drawn[:, self.clusters].astype(float)]
+
+    def interval(self, draws):
+        return interval(draws)
+
+
+class Proportion(Score):
+    """A mean of N values of 0 or 1, or of shares. Its interval is Wilson's for as many trials as
+    there are entities: records of one resemble each other, and at 0 or 100 % the bootstrap's would
+    have no width."""
+
+    def interval(self, draws=None, weights=None):
+        weights = np.ones(len(self.clusters)) if weights is None else weights
+        trials = len(set(self.clusters[weights > 0]))
+        return [round(x, 6) for x in wilson(self.value(weights) * trials, trials)]
 
 
 def clusters_of(rows):
@@ -518,47 +474,87 @@ def score_answers(records, answers, bit_counts, knowledge):
         "ROUGE-1": overlap[:, 0],
         "ROUGE-2": overlap[:, 1],
         "ROUGE-L": overlap[:, 2],
-        **describe_form(answers, texts),
     }
     scores = {name: Score(above, clusters, below) for name, (above, below) in ratios.items()}
-    return scores | {name: Score(values, clusters) for name, values in means.items()}
+    scores |= {name: Score(values, clusters) for name, values in means.items()}
+    return scores | score_form(answers, texts, clusters)
 
 
-def describe_form(answers, texts):
-    """{score: its value of each answer} of what is seen without a reference."""
-    return {
+def score_form(answers, texts, clusters):
+    """{name: Score} of what is seen without a reference."""
+    means = {
         "distinct-2": [distinct(text, 2) for text in texts],
         "repetition": [1 - distinct(text, 4) for text in texts],
-        "stopped": [row["finish_reason"] == "stop" for row in answers],
-        "empty": [not text.strip() for text in texts],
-        "refused": [bool(REFUSAL.search(text)) for text in texts],
-        "U+FFFD": ["\ufffd" in text for text in texts],
         "answer length": [len(characters(text)) for text in texts],
     }
-
-
-def score_choices(candidate, questions, answers):
-    """{name: Score} of a model's choices; answers are those to `ask_choice`."""
-    likely = [choose(candidate, q) == q["answer"] for q in questions]
-    given = [extract_choice(row["answer"], q["options"]) for q, row in zip(questions, answers)]
     shares = {
-        "choice by likelihood": likely,
-        "choice by answer": [letters == q["answer"] for letters, q in zip(given, questions)],
-        "choice not answered": [letters is None for letters in given],
+        "stopped": [row["finish_reason"] == "stop" for row in answers],
+        "empty": [not text.strip() for text in texts],
+        "refused": [declines(text) for text in texts],
+        "U+FFFD": ["\ufffd" in text for text in texts],
     }
-    clusters = clusters_of(questions)
-    return {name: Score(values, clusters) for name, values in shares.items()}
+    scores = {name: Score(values, clusters) for name, values in means.items()}
+    return scores | {name: Proportion(values, clusters) for name, values in shares.items()}
 
 
-def score_pairs(candidate, pairs):
-    """{name: Score} of a model's judgement of statements, once right and once wrong."""
+def declines(text):
+    return bool(REFUSAL.search(text))
+
+
+def score_outside(questions, answers):
+    """{name: Score} of a model's answers to questions outside what it was taught."""
+    declined = [declines(row["answer"]) for row in answers]
+    return {"outside questions declined": Proportion(declined, clusters_of(questions))}
+
+
+class Choice(NamedTuple):
+    """Of one question and one model."""
+
+    letters: list  # chosen in each order of the options; None: no choice
+    right: list  # in each order
+    likely: bool  # is the likeliest text right?
+
+
+def choices_of(candidate, questions, orders, answers):
+    """The Choice of each question; orders are its `rotations`, answers those to `ask_choice` of
+    each, one after the other."""
+    choices, answers = [], iter(answers)
+    for question, turned in zip(questions, orders):
+        letters = [extract_choice(next(answers)["answer"], q["options"]) for q in turned]
+        right = [is_right(q, chosen) for q, chosen in zip(turned, letters)]
+        choices.append(Choice(letters, right, is_right(question, choose(candidate, question))))
+    return choices
+
+
+def score_choices(questions, choices):
+    """{name: Score} of a model's choices."""
+    clusters, blind = clusters_of(questions), float(np.mean([chance(q) for q in questions]))
+    shares = {
+        "choice by likelihood": [choice.likely for choice in choices],
+        "choice by answer": [choice.right[0] for choice in choices],
+        "choice over rotations": [np.mean(choice.right) for choice in choices],
+    }
+    others = {
+        "choice right in every order": [all(choice.right) for choice in choices],
+        "choice not answered": [choice.letters[0] is None for choice in choices],
+    }
+    scores = {name: Proportion(values, clusters, chance=blind) for name, values in shares.items()}
+    return scores | {name: Proportion(values, clusters) for name, values in others.items()}
+
+
+def score_pairs(candidate, pairs, answers):
+    """{name: Score} of a model's judgement of statements, once right and once wrong; answers are
+    those to `ask_statement` of each pair's two, one after the other."""
+    verdicts = [told(row["answer"]) for row in answers]
+    both = [(a is True) + (b is False) for a, b in zip(verdicts[::2], verdicts[1::2])]
     shares = {
         "true statements": [believes(candidate, pair["consistent"]) for pair in pairs],
         "false statements": [not believes(candidate, pair["inconsistent"]) for pair in pairs],
+        "statements judged": np.array(both) / 2,  # 50 % for one who always says the same
         "right one of a pair": [is_likelier_right(candidate, pair) for pair in pairs],
     }
     clusters = clusters_of(pairs)
-    return {name: Score(values, clusters) for name, values in shares.items()}
+    return {name: Proportion(values, clusters, chance=0.5) for name, values in shares.items()}
 
 
 def interval(draws):
@@ -579,7 +575,8 @@ def summarise(scored, resamples, seed):
             draws = base_draws if model == first else score.draws(resamples, seed)
             if (value := score.value()) is None:
                 continue
-            cell = {"value": round(value, 6), "interval": interval(draws)}
+            cell = {"value": round(value, 6), "interval": score.interval(draws)}
+            cell |= {} if score.chance is None else {"chance": round(score.chance, 6)}
             cell |= {"records": len(score.clusters), "resampled": int(score.clusters.max()) + 1}
             if model != first and first in cells:
                 pairs = [pair for pair in zip(base_draws, draws) if None not in pair]
@@ -595,98 +592,6 @@ def summarise(scored, resamples, seed):
 # The report
 
 
-def shown(cell, name):
-    """A cell of the table as text: value [interval], difference in brackets."""
-    if cell is None:
-        return ""
-    plain = name in PLAIN
-    form = "{:.2f}".format if plain else lambda x: f"{100 * x:.1f} %"
-    text = f"{form(cell['value'])} [{', '.join(map(form, cell['interval']))}]"
-    if not cell.get("difference_interval"):
-        return text
-    low, high = cell["difference_interval"]
-    difference = f"{cell['difference']:+.2f}" if plain else f"{100 * cell['difference']:+.1f}"
-    return f"{text} ({difference}{'' if low <= 0 <= high else ' *'})"
-
-
-COLOURS = ["#8a94a6", "#c0392b", "#2c6fbb", "#3d8b56", "#b07d2b"]
-
-
-def bar(y, cell, label, colour):
-    """SVG at height y: a cell's value as a bar, its interval as a line, both as text."""
-    value, low, high = (200 + 420 * x for x in (cell["value"], *cell["interval"]))
-    width, text = max(1, value - 200), f"{100 * cell['value']:.1f} % {html.escape(label)}"
-    ends = f"M{low:.1f} {y + 3}v8M{high:.1f} {y + 3}v8"
-    return (
-        f'<rect x="200" y="{y}" width="{width:.1f}" height="14" fill="{colour}"/>'
-        f'<path d="M{low:.1f} {y + 7}H{high:.1f}{ends}" stroke="#222"/>'
-        f'<text x="{max(value, high) + 6:.1f}" y="{y + 12}">{text}</text>'
-    )
-
-
-def chart(table, models, names, title):
-    """An SVG of horizontal bars, one a model for each of the names; values are shares of 1."""
-    y, parts = 34, []
-    for name in [n for n in names if n in table]:
-        parts.append(f'<text x="8" y="{y + 13}" font-weight="600">{html.escape(name)}</text>')
-        for i, model in enumerate(models):
-            if model in table[name]:
-                parts.append(bar(y, table[name][model], model, COLOURS[i % len(COLOURS)]))
-                y += 18
-        y += 8
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {y + 4}" '
-        f'font-family="sans-serif" font-size="12"><rect width="760" height="{y + 4}" '
-        f'fill="#fff"/><text x="8" y="20" font-size="15">{html.escape(title)}</text>'
-        f"{''.join(parts)}</svg>\n"
-    )
-
-
-def html_row(cells, tag="td"):
-    cells = [f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells]
-    return f"<tr>{''.join(cells)}</tr>"
-
-
-def report(table, subjects, models, examples, info):
-    """The page: charts, the table, accuracy by subject, examples side by side, and what is needed
-    to make it again."""
-    families = [(title, names) for title, names in FAMILIES.items() if {*names} & {*table}]
-    charts = [chart(table, models, names, title) for title, names in families]
-    scores = [html_row(["score", *models], "th")]
-    for name, cells in table.items():
-        scores.append(html_row([name, *(shown(cells.get(model), name) for model in models)]))
-    by_subjects = [html_row(["subject", "questions", *models], "th")]
-    for subject, count, shares in subjects:
-        by_subjects.append(html_row([subject, count, *(f"{100 * x:.1f} %" for x in shares)]))
-    side_by_side = [html_row(["question", "reference", *models], "th")]
-    for record, texts in examples:
-        side_by_side.append(html_row([record["instruction"], record["output"], *texts]))
-    return f"""<!doctype html>
-<html lang="zh"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(" / ".join(models))}</title>
-<style>
-body {{ font: 15px/1.6 sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em;
-  color: #222 }}
-svg {{ max-width: 760px; display: block; margin: 1em 0; border: 1px solid #ddd }}
-table {{ border-collapse: collapse; width: 100%; margin: 1em 0 }}
-td, th {{ border: 1px solid #ddd; padding: .4em .6em; text-align: left; vertical-align: top }}
-th {{ background: #f4f4f4 }}
-pre {{ background: #f4f4f4; padding: 1em; overflow: auto }}
-</style>
-<h1>模型效果对比 Model comparison</h1>
-<p>{html.escape(models[0])} is what the others are compared with. Square brackets: 95 % bootstrap
-interval, {info["interval"]}; round ones: paired difference, * where its interval leaves out 0.
-No medical advice. 本页内容由模型生成，不构成医疗建议。</p>
-{"".join(charts)}
-<table>{"".join(scores)}</table>
-<h2>Choices by subject, by likelihood</h2><table>{"".join(by_subjects)}</table>
-<h2>Answers side by side</h2><table>{"".join(side_by_side)}</table>
-<h2>How to make it again</h2>
-<pre>{html.escape(json.dumps(info, ensure_ascii=False, indent=1))}</pre></html>
-"""
-
-
 def write_text(path, text):
     write_atomically(path, lambda p: p.write_bytes(text.encode()))
 
@@ -698,6 +603,7 @@ class Data:
     records: list
     questions: list
     pairs: list
+    outside: list
     knowledge: list
     files: list  # [(name, SHA-256), ...]: two may share a name
 
@@ -707,6 +613,7 @@ class Data:
             "held-out questions": self.records,
             "multiple-choice questions": self.questions,
             "pairs of statements": self.pairs,
+            "outside questions": self.outside,
         }
         return ", ".join(
             f"{clusters_of(rows).max() + 1} with {len(rows)} {kind}"
@@ -719,66 +626,158 @@ def file_hash(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def read_outside(path):
+    """Questions that are to be declined, of records {question} or as generate.py reads them."""
+    rows = [row for _, row in read_records(path)]
+    if all(isinstance(row.get("question"), str) for row in rows):
+        return [{"instruction": row["question"], "input": ""} for row in rows]
+    return read_instructions(path)
+
+
 def read_data(options, choices):
     """The Data that the options name; choices: files of multiple-choice questions."""
-    files = [options.data_path, *choices, options.knowledge, options.statements]
+    records, outside = options.data_path, options.outside
+    files = [records, *choices, options.knowledge, options.statements, outside]
     return Data(
-        records=read_instructions(options.data_path, answers=True),
-        questions=[question for path in choices for question in read_choices(path)],
+        records=read_instructions(records, answers=True) if records else [],
+        questions=read_exams(choices),
         pairs=read_pairs(options.statements) if options.statements else [],
+        outside=read_outside(outside) if outside else [],
         knowledge=read_knowledge(options.knowledge),
         files=[(Path(path).name, file_hash(path)) for path in files if path],
     )
 
 
-def score_models(models, data, decoding, folder, batch_size):
-    """({model: {score: Score}}, {model: its answers to the records}) of `each_model`; the answers
-    go into folder."""
-    scored, texts = {}, {}
+@dataclass
+class Results:
+    """Of each model, by its name."""
+
+    scores: dict  # {score: Score}
+    answers: dict  # texts, one for each record
+    choices: dict  # a Choice for each question
+
+
+def score_models(models, data, options, folder):
+    """The Results of `each_model`; the answers go into folder."""
+
+    def ask(candidate, questions, kind):
+        path = folder / f"{kind}-{candidate.name}.jsonl"
+        return answer(candidate, questions, options.decoding, path, options.batch_size)
+
+    results = Results({}, {}, {})
+    orders = [rotations(question, options.rotations) for question in data.questions]
+    in_turn = [ask_choice(question) for turned in orders for question in turned]
+    kinds = ("consistent", "inconsistent")
+    statements = [ask_statement(pair[kind]) for pair in data.pairs for kind in kinds]
     for candidate in models:
         name = candidate.name
-        path = folder / f"answers-{name}.jsonl"
-        answers = answer(candidate, data.records, decoding, path, batch_size)
-        texts[name] = [row["answer"] for row in answers]
-        counts = [bits(candidate, record) for record in data.records]
-        scored[name] = score_answers(data.records, answers, counts, data.knowledge)
+        scores = results.scores[name] = {}
+        if data.records:
+            answers = ask(candidate, data.records, "answers")
+            results.answers[name] = [row["answer"] for row in answers]
+            counts = [bits(candidate, record) for record in data.records]
+            scores |= score_answers(data.records, answers, counts, data.knowledge)
         if data.questions:
-            asked = [ask_choice(question) for question in data.questions]
-            path = folder / f"choices-{name}.jsonl"
-            answers = answer(candidate, asked, decoding, path, batch_size)
-            scored[name] |= score_choices(candidate, data.questions, answers)
+            answers = ask(candidate, in_turn, "choices")
+            choices = choices_of(candidate, data.questions, orders, answers)
+            results.choices[name] = choices
+            scores |= score_choices(data.questions, choices)
         if data.pairs:
-            scored[name] |= score_pairs(candidate, data.pairs)
-    return scored, texts
+            answers = ask(candidate, statements, "statements")
+            scores |= score_pairs(candidate, data.pairs, answers)
+        if data.outside:
+            answers = ask(candidate, data.outside, "outside")
+            scores |= score_outside(data.outside, answers)
+    return results
 
 
-def by_subject(scored, questions):
-    """[(subject, number of questions, [share right of each model]), ...] by likelihood."""
+EXAM_SCORES = (
+    "choice by likelihood",
+    "choice by answer",
+    "choice over rotations",
+    "choice right in every order",
+    "choice not answered",
+)
+
+
+def question_groups(questions, knowledge):
+    """{name: which questions (N,)}: all, those whose right option the knowledge base holds and the
+    rest, and each subject if there are several. Empty ones are left out."""
+    coverage = Coverage(knowledge)
+    held = np.array([coverage.holds(question) for question in questions])
+    groups = {"all": held | True, "right option in the knowledge base": held, "not in it": ~held}
+    subjects = [question["subject"] for question in questions]
+    if len(set(subjects)) > 1:
+        for subject in dict.fromkeys(subjects):
+            groups[subject] = np.array([subject == other for other in subjects])
+    return {name: own for name, own in groups.items() if own.any()}
+
+
+def break_down(scores, groups):
+    """[{group, questions, model, score: {value, interval}, ...}, ...] of {model: {score:
+    Proportion}}, a row for each group and model."""
     rows = []
-    for subject in dict.fromkeys(question["subject"] for question in questions):
-        own = np.array([float(question["subject"] == subject) for question in questions])
-        shares = [scores["choice by likelihood"].value(own) for scores in scored.values()]
-        rows.append((subject, int(own.sum()), shares))
+    for group, own in groups.items():
+        for model in scores:
+            row = {"group": group, "questions": int(own.sum()), "model": model}
+            for name in EXAM_SCORES:
+                score = scores[model][name]
+                value, ends = score.value(own.astype(float)), score.interval(weights=own)
+                row[name] = {"value": round(value, 6), "interval": ends}
+            rows.append(row)
     return rows
 
 
-def write_report(scored, texts, data, info, folder):
-    """Write scores.json, run.json, scores.svg and report.html, and print the table."""
-    models, table = list(scored), summarise(scored, info["resamples"], info["seed"])
+def exam_table(rows):
+    """The rows of `break_down` as texts, below their head."""
+    head = ["group", "questions", "model", *EXAM_SCORES]
+    cells = [[*list(row.values())[:3], *(shown(row[n], n) for n in EXAM_SCORES)] for row in rows]
+    return [head, *cells] if rows else []
+
+
+def spread(rows, at_most=400):
+    """At most so many rows, evenly spread."""
+    return rows[:: max(1, -(-len(rows) // at_most))]
+
+
+def side_by_side(results, data):
+    """{title: rows for `answers_table`}: answers to records, judged by their values, and letters
+    chosen in exams."""
+    facts, sides, rows = Facts(data.knowledge), {}, []
+    for record, *said in zip(data.records, *results.answers.values()):
+        judged = [facts.judge_known(record, text) for text in said]
+        rows.append((record["instruction"], record["output"], said, judged))
+    sides["Answers side by side"] = spread(rows)
+    rows = []
+    for question, *choices in zip(data.questions, *results.choices.values()):
+        said = [choice.letters[0] or "无选择 none" for choice in choices]
+        judged = []
+        for text, choice in zip(said, choices):
+            found = ([text], []) if choice.right[0] else ([], [text])
+            judged.append(Judged(*found, missing=[]))
+        rows.append((ask_choice(question)["instruction"], question["answer"], said, judged))
+    sides["Letters chosen"] = spread(rows)
+    return {title: rows for title, rows in sides.items() if rows}
+
+
+def write_report(results, data, info, folder):
+    """Write scores.json, exams.json, run.json, scores.svg and report.html, and print the tables."""
+    scores = results.scores
+    models, table = list(scores), summarise(scores, info["resamples"], info["seed"])
+    groups = question_groups(data.questions, data.knowledge) if data.questions else {}
+    exams = break_down(scores, groups)
     write_json(folder / "scores.json", table)
+    write_json(folder / "exams.json", exams)
     write_json(folder / "run.json", info)
-    # Some thirty examples, evenly spread.
-    answers = zip(*texts.values())
-    examples = list(zip(data.records, answers))[:: max(1, len(data.records) // 30)]
-    subjects = by_subject(scored, data.questions)
-    write_text(folder / "report.html", report(table, subjects, models, examples, info))
-    names = [name for family in FAMILIES.values() for name in family]
-    names = [name for name in names if name not in ("empty", "refused", "U+FFFD")]
-    title = f"{len(data.records)} held-out questions, {len(data.questions)} multiple choice"
-    write_text(folder / "scores.svg", chart(table, models, names, title))
-    print(f"| score | {' | '.join(models)} |\n|---|{'---|' * len(models)}")
-    for name, cells in table.items():
-        print(f"| {name} | {' | '.join(shown(cells.get(model), name) for model in models)} |")
+    sides = side_by_side(results, data)
+    write_text(folder / "report.html", report_page(table, models, exam_table(exams), sides, info))
+    title = "before and after tuning" if len(models) == 2 else "models side by side"
+    write_text(folder / "scores.svg", chart(table, models, HEADLINES, title))
+    rows = [[name, *(shown(cells.get(m), name) for m in models)] for name, cells in table.items()]
+    print(markdown_table(["score", *models], rows))
+    if exams:
+        head, *rows = exam_table(exams)
+        print(markdown_table(head, [list(map(str, row)) for row in rows]))
     print(f"95 % intervals: {info['interval']}")
 
 
@@ -786,59 +785,28 @@ def write_report(scored, texts, data, info, folder):
 # The table of answers
 
 
-def marked(first, text):
-    """text as HTML, what first does not have marked."""
-    # Answers that loop have more pairs of equal characters than can be tried.
-    loops = sum(map(first.count, text)) > 50000
-    matcher = difflib.SequenceMatcher(None, first, text, autojunk=loops)
-    parts = []
-    for tag, _, _, start, stop in matcher.get_opcodes():
-        part = html.escape(text[start:stop])
-        parts.append(part if tag == "equal" or not part else f"<mark>{part}</mark>")
-    return "".join(parts)
-
-
-def markdown_table(head, rows):
-    def line(cells):
-        return f"| {' | '.join(cells)} |\n"
-
-    def cell(text):
-        text = re.sub(r"([|\\])", r"\\\1", html.escape(text, quote=False))
-        return "<br>".join(text.splitlines())
-
-    ruler = f"|{'---|' * len(head)}\n"
-    return line(map(cell, head)) + ruler + "".join(line(map(cell, row)) for row in rows)
-
-
-def csv_table(head, rows):
-    """As spreadsheets read it: in UTF-8 with a BOM."""
-    sheet = io.StringIO(newline="")
-    csv.writer(sheet).writerows([head, *rows])
-    return "\ufeff" + sheet.getvalue()
-
-
-def html_table(head, rows):
-    """The page data/compare.html, filled."""
-    lines = [html_row(head, "th")]
-    for question, *answers in rows:
-        cells = [html.escape(question), *(marked(answers[0], text) for text in answers)]
-        lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    page = (DATA / "compare.html").read_text(encoding="utf-8")
-    return page.replace("{rows}", "".join(f"{line}\n" for line in lines))
-
-
-def compare(models, questions, decoding, folder, batch_size):
-    """Ask questions (records) of `each_model`, and write the table of answers into folder."""
+def compare(models, questions, options, folder):
+    """Ask questions (records) of `each_model`, and write the table of answers into folder: beside
+    them the references, where there are any, and what a knowledge base says is wrong or missing,
+    where the questions say which values they ask for."""
     answers = {}
     for candidate in models:
         path = folder / f"answers-{candidate.name}.jsonl"
-        rows = answer(candidate, questions, decoding, path, batch_size)
+        rows = answer(candidate, questions, options.decoding, path, options.batch_size)
         answers[candidate.name] = [row["answer"] for row in rows]
     asked = ["\n".join(filter(None, (q["instruction"], q["input"]))) for q in questions]
-    head, rows = ["问题", *answers], list(zip(asked, *answers.values()))
+    references = [q.get("output") or "" for q in questions]
+    known = any(q.get("values") for q in questions)
+    facts = Facts(read_knowledge(options.knowledge) if known else [])
+    columns = {"问题": asked} | ({"参考": references} if any(references) else {}) | answers
+    head, rows = list(columns), list(zip(*columns.values()))
     write_text(folder / "compare.md", markdown_table(head, rows))
     write_text(folder / "compare.csv", csv_table(head, rows))
-    write_text(folder / "compare.html", html_table(head, rows))
+    rows = []
+    for question, reference, record, *said in zip(asked, references, questions, *answers.values()):
+        judged = [facts.judge_known(record, text) for text in said]
+        rows.append((question, reference, said, judged))
+    write_text(folder / "compare.html", compare_page(list(answers), rows))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -852,11 +820,14 @@ class Options(Decoding):
     max_new_tokens: int = 128  # tokens of an answer at most; with --instruct_dir 256
     seed: int = setting(0, -(2**63), 2**63 - 1)  # of the resamples, and of answers that are sampled
     instruct_dir: str = ""  # a file of questions for the table; - is stdin
-    data_path: str = str(DATA / "heldout.jsonl")  # records with references
+    data_path: str = str(DATA / "heldout.jsonl")  # records with references (empty: none)
     # pairs of a right and a wrong statement (empty: none)
     statements: str = str(DATA / "calla.jsonl")
-    knowledge: str = str(DATA / "knowledge.jsonl")  # knowledge base, for facts contradicted
-    prompt_template: str = ""  # name or path (empty: each adapter's own, med_template for a base)
+    outside: str = ""  # questions that a model should decline (empty: none)
+    # knowledge base: what is contradicted, and which exam questions are covered
+    knowledge: str = str(DATA / "knowledge.jsonl")
+    rotations: int = setting(8, 1, 8)  # orders of a question's options, at most (1: the file's own)
+    prompt_template: str = ""  # name or path (empty: each adapter's own, else the base's)
     batch_size: int = 16  # answers decoded together
     resamples: int = setting(1000, 40)  # of the bootstrap; 2.5 % of fewer than 40 is none
     device: str = "auto"  # auto, cpu, cuda, cuda:1
@@ -878,15 +849,21 @@ def parse_options():
     text = "NAME=BASE or NAME=BASE+ADAPTER; the first is compared with"
     parser.add_argument("models", nargs="+", help=text)
     parser.add_argument("--output_dir", required=True, help="folder of the report or the table")
-    text = "multiple-choice files (CMB, CMExam, TCMBench, ours)"
-    parser.add_argument("--choices", nargs="*", default=argparse.SUPPRESS, help=text)
+    text = "multiple-choice files (CMB, CMExam, C-Eval, MTCMB, ... see tests/exams.py)"
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--choices", nargs="*", default=argparse.SUPPRESS, help=text)
+    text = "such files alone, without records, statements and questions outside"
+    either.add_argument("--exams", nargs="+", default=argparse.SUPPRESS, help=text)
     text = "the same as --batch_size"
     parser.add_argument("--rows", type=int, dest="batch_size", default=argparse.SUPPRESS, help=text)
     parser.add_settings(Options)
     given = vars(parser.parse_args())
-    unused = given.keys() & {"choices", "data_path", "statements", "knowledge", "resamples"}
+    of_report = {"choices", "exams", "data_path", "statements", "outside", "rotations", "resamples"}
+    unused = given.keys() & of_report
     if given.get("instruct_dir") and unused:
         raise ValueError(f"--instruct_dir makes a table without scores; leave out --{min(unused)}")
+    if exams := given.pop("exams", None):
+        given = {"data_path": "", "statements": "", "choices": exams} | given
     if given.get("instruct_dir"):
         given.setdefault("max_new_tokens", Decoding.max_new_tokens)
     specs, folder = given.pop("models"), Path(given.pop("output_dir"))
@@ -905,12 +882,13 @@ def describe_run(candidates, data, options, dtype, base_dtype):
         "decoding": asdict(options.decoding),
         "resamples": options.resamples,
         "seed": options.seed,
-        "interval": f"{options.resamples} resamples of whole entities: {data.describe()}",
+        "interval": f"Wilson's of a proportion, else {options.resamples} resamples of whole "
+        f"entities: {data.describe()}",
         "torch": torch.__version__.split("+")[0],
         "numpy": np.__version__,
         "dtype": str(dtype),
         "base_dtype": base_dtype,
-        "choice rule": LETTER.pattern,
+        "choice rule": CHOSEN.pattern,
         "refusal rule": REFUSAL.pattern,
     }
 
@@ -922,18 +900,13 @@ def main():
     base_dtype = "int8" if options.load_8bit else options.base_dtype
     models = each_model(candidates, device, dtype, base_dtype)  # loads when it is asked for one
     if options.instruct_dir:
-        questions = read_instructions(options.instruct_dir)
-        compare(models, questions, options.decoding, folder, options.batch_size)
+        compare(models, read_instructions(options.instruct_dir), options, folder)
         print(f"{folder}: compare.md, compare.csv, compare.html, answers of each model")
     else:
         data = read_data(options, choices)
         info = describe_run(candidates, data, options, dtype, base_dtype)
-        scored, texts = score_models(models, data, options.decoding, folder, options.batch_size)
-        write_report(scored, texts, data, info, folder)
-        print(
-            f"{folder}: report.html, scores.json, scores.svg, answers and choices of each model, "
-            "run.json"
-        )
+        write_report(score_models(models, data, options, folder), data, info, folder)
+        print(f"{folder}: report.html, scores.json, exams.json, scores.svg, run.json, all answers")
 
 
 if __name__ == "__main__":

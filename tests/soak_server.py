@@ -89,7 +89,7 @@ def offline(folder, tokens):
         if name == "tuned":
             L.load_adapter(model, folder)
         for question in QUESTIONS:
-            ids = tokenizer.encode(G.render_prompt(template, question), bos=True)
+            ids = G.render_prompt(tokenizer, template, [{"role": "user", "content": question}])
             new = list(G.generate_ids(model, ids, tokens, tokenizer.eos_id))
             answers[question, name] = G.visible(tokenizer.decode(new))
     return answers

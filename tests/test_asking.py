@@ -249,9 +249,10 @@ def test_chat_keeps_the_turns_that_fit(lively):
     """The prompts that a chat asks: BenTsao's form with multi, the question alone without; the
     oldest turns go first."""
     tokenizer, asked = G.Tokenizer(lively / "tokenizer.model"), []
+    template = G.load_template("bare")
 
     def answer(prompt):
-        asked.append(prompt)
+        asked.append(tokenizer.decode(prompt))
         yield "答"
 
     def talk(multi, room, lines):
@@ -264,8 +265,7 @@ def test_chat_keeps_the_turns_that_fit(lively):
             )
             G.chat(
                 answer,
-                lambda turns: G.render_turns(turns) if multi or len(turns) > 1 else turns[0][0],
-                tokenizer,
+                lambda messages: G.render_prompt(tokenizer, template, messages, multi),
                 multi,
                 room,
                 "",

@@ -15,7 +15,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, plain_prompt
 from fake_openai import Running, Scripted
 
 import build_data as D
@@ -678,7 +678,7 @@ def test_literature_rows_are_one_prompt_everywhere(tmp_path, monkeypatch, base):
     read = G.read_instructions(out, answers=True)
     assert len(built) >= 25 and len({len(r["messages"]) for r in built}) == 5
     for row, record in zip(built, read):
-        prompt = G.render_prompt(template, row["instruction"], "")
+        prompt = plain_prompt(template, row["instruction"], "")
         assert (
             row["instruction"].startswith(" <user>: ")
             and row["output"] == row["messages"][-1]["content"]
@@ -687,7 +687,7 @@ def test_literature_rows_are_one_prompt_everywhere(tmp_path, monkeypatch, base):
         first = encoded.mask.index(True)
         assert (
             encoded.ids[:first] == tokenizer.encode(prompt, bos=True)
-            and G.render_prompt(template, record["instruction"], "") == prompt
+            and plain_prompt(template, record["instruction"], "") == prompt
         )
         texts, asked = [m["content"] for m in row["messages"]], []
         replies = iter(texts[1::2])
@@ -699,13 +699,12 @@ def test_literature_rows_are_one_prompt_everywhere(tmp_path, monkeypatch, base):
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(texts[0::2]) + "\n"))
         G.chat(
             answer,
-            lambda turns: G.render_prompt(template, G.render_turns(turns)),
-            tokenizer,
+            lambda messages: G.render_prompt(tokenizer, template, messages, True),
             True,
             10**6,
             "",
         )
-        assert asked[-1].encode() == prompt.encode()
+        assert asked[-1] == tokenizer.encode(prompt, bos=True)
 
 
 def test_self_instruct_keeps_what_is_new(tmp_path, monkeypatch):
@@ -766,13 +765,10 @@ def test_stats_in_tokens(tmp_path, monkeypatch, capsys, records, base):
         D.load_tokenizer(base),
     )
     prompts = [
-        tokenizer.encode(G.render_prompt(template, r["instruction"]), bos=True)
-        for r in lines(records)
+        tokenizer.encode(plain_prompt(template, r["instruction"]), bos=True) for r in lines(records)
     ]
     rows = [
-        tokenizer.encode(
-            G.render_prompt(template, r["instruction"]) + r["output"], bos=True, eos=True
-        )
+        tokenizer.encode(plain_prompt(template, r["instruction"]) + r["output"], bos=True, eos=True)
         for r in lines(records)
     ]
     total, prompt = sum(map(len, rows)), sum(map(len, prompts))

@@ -275,11 +275,12 @@ def test_wrong_ids_in_the_config_are_told_and_not_followed(tmp_path, base, capsy
 
 
 def test_added_tokens_count_as_pieces(tmp_path, base):
-    """Alpaca's [PAD] is an embedding row and no piece of tokenizer.model; without
-    added_tokens.json it is an error."""
+    """Alpaca's [PAD] is an embedding row and no piece of tokenizer.model; without its row
+    added_tokens.json is another base's."""
     size = G.load_tokenizer(base).vocab_size
     M.save_model(M.LLaMA(make_config(vocab_size=size + 1)), tmp_path, base)
-    with pytest.raises(ValueError, match=f"{size} pieces, the model {size + 1} embedding rows"):
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": size, "[SEP]": size + 1}))
+    with pytest.raises(ValueError, match=f"{size + 2} pieces, the model {size + 1} embedding rows"):
         G.load_base(tmp_path, "cpu", torch.float32)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": size}))
     _, tokenizer = G.load_base(tmp_path, "cpu", torch.float32)

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from conftest import make_config
 from safetensors.torch import load_file, save_file
 from test_checkpoints import equal, hugging_face, meta_state, our_names, write_bin, write_meta
 
@@ -283,7 +284,7 @@ VALUES = [  # layout, file, what is set in it, what the line must name besides t
     ("single", CONFIG, {"hidden_size": 64.0}, "64.0"),
     ("single", CONFIG, {"num_hidden_layers": True}, "num_hidden_layers"),
     ("single", CONFIG, {"rms_norm_eps": -1e-5}, "rms_norm_eps"),
-    ("single", CONFIG, {"model_type": "qwen2"}, "qwen2"),
+    ("single", CONFIG, {"model_type": "mixtral"}, "mixtral"),
     ("single", CONFIG, {"attention_bias": True}, "attention_bias"),
     ("single", CONFIG, {"mlp_bias": True}, "mlp_bias"),
     ("single", CONFIG, {"hidden_act": "gelu"}, "hidden_act"),
@@ -300,7 +301,7 @@ VALUES = [  # layout, file, what is set in it, what the line must name besides t
     ("meta", PARAMS, {"ffn_dim_multiplier": 1e300}, "intermediate_size"),
     ("meta", PARAMS, {"ffn_dim_multiplier": 1e9}, "intermediate_size"),
     ("meta", PARAMS, {"ffn_dim_multiplier": "2"}, "int"),
-    ("meta", PARAMS, {"use_scaled_rope": True}, "use_scaled_rope"),
+    ("meta", PARAMS, {"quantization_args": {}}, "quantization_args"),
     ("meta", PARAMS, {"rope_scaling": ["linear"]}, "linear"),
 ]
 for layout, file, values, word in VALUES:
@@ -469,8 +470,15 @@ def test_mixed_dtypes_are_cast_to_the_one_named(tmp_path, good, monkeypatch):
 
 
 def test_a_tokenizer_of_another_size_is_named_with_both_sizes(tmp_path, good, base):
+    """Fewer rows than pieces, or thousands more: Chinese-LLaMA's weights beside LLaMA's tokenizer.
+    A few more are padding."""
+    size = G.load_tokenizer(base).vocab_size
+    for rows in (size - 1, size + 5000):
+        folder = tmp_path / str(rows)
+        M.save_model(M.LLaMA(make_config(vocab_size=rows)), folder, base)
+        with pytest.raises(ValueError, match=f"{size} pieces, the model {rows} embedding rows"):
+            G.load_base(folder, "cpu", torch.float32)
     shutil.copytree(good / "single", tmp_path / "m")
     shutil.copyfile(base / "tokenizer.model", tmp_path / "m" / "tokenizer.model")
-    size = G.load_tokenizer(base).vocab_size
-    with pytest.raises(ValueError, match=f"{size} pieces, the model 304 embedding rows"):
-        G.load_base(tmp_path / "m", "cpu", torch.float32)
+    model, tokenizer = G.load_base(tmp_path / "m", "cpu", torch.float32)
+    assert model.config.vocab_size == 304 > tokenizer.vocab_size

@@ -40,6 +40,9 @@ def prompts(count, seed, shortest=1, longest=40):
 class Letters:
     """A tokenizer of one character an id, for stop texts."""
 
+    unsettled = "\ufffd"
+    leading = ""
+
     def decode(self, ids):
         return "".join(chr(97 + i % 26) for i in ids)
 
@@ -401,7 +404,7 @@ def cached_logits(model, ids, compile=False):
     """Logits (T, V) of decoding one token after the other; compiled as --compile does it."""
     batch = G.Batch(model, 1, len(ids), compile=compile)
     with torch.inference_mode():
-        rows = [batch.forward(torch.tensor([[i], [at]]), at).clone() for at, i in enumerate(ids)]
+        rows = [batch.forward(torch.tensor([[i, at, 0]]), at).clone() for at, i in enumerate(ids)]
         return torch.cat(rows)
 
 

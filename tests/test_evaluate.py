@@ -205,107 +205,11 @@ def test_models_are_refused_before_any_is_loaded(base, tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
-# Multiple choice
-
-
-def test_extraction_is_strict():
-    options = {"A": "补气", "B": "活血", "C": "补气升阳", "D": "清热"}
-    for wanted, answers in {
-        "B": ["B"],
-        "C": ["答案是 C。", "它的功效是补气升阳。"],
-        "D": ["正确答案：D", "功效是清热"],
-        "AC": ["选AC"],
-        None: ["补气，也能活血", "不知道", "", "E", "Both"],
-    }.items():
-        for answer in answers:
-            assert E.extract_choice(answer, options) == wanted, answer
-    wavering = ["A或B", "A 或 B", "A、B或C", "A，或B", "A. B", "A；B", "A/B", "A和B都对"]
-    denying = ["不选A", "选A不选B", "选项有误，是D", "答案：B不对，是D", "A是错的", "A错误"]
-    words = ["B 超", "D-二聚体", "CA125", "A型流感", "E. coli", "AFP", "DNA检测", "E/CO2"]
-    chosen = ["选“B”。", "B是正确的。", "故选B，不选A"]
-    options = {"A": "血常规", "B": "胸部CT", "C": "尿常规", "D": "腹部超声", "E": "CEA"}
-    for wanted, answers in {
-        None: [*wavering, *denying, *words, "A patient", "A B超", "A正确率", "ABF"],
-        "A": ["C反应蛋白升高，应查血常规。", "A. B超", "A项。"],
-        "B": [*chosen, "B. 胸部CT", "B、胸部CT", "【答案】B\n【解析】血常规"],
-        "C": ["（C）", "C\n\n因为", "正确选项为C：尿常规"],
-        "D": ["B超检查最合适，即腹部超声。", "**D**", "本题应选择D。", "E 腹部超声"],
-        "E": ["CEA"],
-        "AC": ["A、C", "A，C。", "C和A", "选A、C项"],
-        "ABD": ["A, B, D"],
-        "ABCD": ["答案为A、B、C、D。"],
-    }.items():
-        for answer in answers:
-            assert E.extract_choice(answer, options) == wanted, answer
+# Statements
 
 
 def to_json(value, **how):
     return json.dumps(value, ensure_ascii=False, **how)
-
-
-def test_published_question_formats(tmp_path):
-    """CMB's, CMExam's and TCMBench's files as they are published, and ours, read as the same
-    questions."""
-    options = {"A": "甲", "B": "乙", "D": "丁"}
-    cmb = {
-        "exam_type": "医师考试",
-        "exam_class": "中医",
-        "exam_subject": "方剂学",
-        "question": "问",
-        "answer": "B",
-        "question_type": "单项选择题",
-        "option": {"A": "甲", "B": "乙", "C": "", "D": "丁"},
-    }
-    tcmbench = {"question": "问\nA．甲\nB．乙\nD．丁", "answer": ["B"], "index": 1}
-    pairs = [{"key": key, "value": value} for key, value in options.items()]
-    for name, text in {
-        "cmb.json": to_json([cmb]),
-        "cmexam.csv": '\ufeffQuestion,Options,Answer,Explanation\n问,"A 甲\nB 乙\nD 丁",B,因为\n',
-        "tcmbench.json": to_json({"type": "FKU", "example": [tcmbench]}, indent=1),
-        "list.json": to_json([{"Question": "问", "Options": pairs, "Answer": "B"}]),
-    }.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        (question,) = E.read_choices(tmp_path / name)
-        assert question["question"] == "问", name
-        assert question["options"] == options, name
-        assert question["answer"] == "B", name
-        assert question["subject"] == ("方剂学" if name == "cmb.json" else "all")
-    assert len(E.read_choices(ROOT / "data/choice.jsonl")) == 200
-    # U+2028 ends a line for str.splitlines.
-    line = to_json({"question": "问\u2028题", "options": {"A": "甲", "B": "乙"}, "answer": "A"})
-    (tmp_path / "lines.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")
-    assert [q["question"] for q in E.read_choices(tmp_path / "lines.jsonl")] == ["问\u2028题"] * 2
-    bad = [{"question": "问", "option": {"A": "甲", "B": "乙"}, "answer": "C"}]
-    (tmp_path / "bad.json").write_text(to_json(bad), encoding="utf-8")
-    with pytest.raises(ValueError, match="bad.json question 1"):
-        E.read_choices(tmp_path / "bad.json")
-
-
-def test_damaged_questions_are_told_by_file(tmp_path):
-    good = {"question": "q", "options": {"A": "x", "B": "y"}, "answer": "A"}
-    odd = [
-        {"options": {"A": 1, "B": 2}},
-        {"options": 5},
-        {"options": [{"key": [], "value": "x"}]},
-        {"answer": 1},
-        {"answer": [1]},
-        {"answer": ""},
-    ]
-    files = [("json", json.dumps([good | change]), "question 1: wanted") for change in odd]
-    files += [
-        ("json", '[["a"]]', "list"),
-        ("json", '{"example": 5}', "question 1: wanted"),
-        ("json", '{"example": [["a"]]}', "question 1: wanted"),
-        ("json", "", "empty"),
-        ("json", "题".encode("gbk"), "UTF-8"),
-        ("csv", "Question\n问题\n".encode("gbk"), "UTF-8"),
-        ("csv", 'Question\n"' + "x" * 200_000, "field larger than field limit"),
-    ]
-    for i, (ending, content, cause) in enumerate(files):
-        path = tmp_path / f"{i}.{ending}"
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        with pytest.raises(ValueError, match=f"{path.name}.*{cause}"):
-            E.read_choices(path)
 
 
 def test_damaged_pairs_are_told_by_line(tmp_path):
@@ -383,7 +287,9 @@ def test_report_runs_and_repeats_its_bytes(base, tmp_path):
     command += ["--output_dir", tmp_path / "report", "--statements="]
     command += ["--data_path", first_lines("heldout", tmp_path / "few.jsonl", 0, 1, -3, -2, -1)]
     command += ["--choices", first_lines("choice", tmp_path / "choice.jsonl", 0, 1, 2, 3)]
-    command += ["--max_new_tokens", "6", "--resamples", "50"]
+    outside = tmp_path / "outside.jsonl"
+    outside.write_text(to_json({"instruction": "红楼梦是谁写的？"}), encoding="utf-8")
+    command += ["--outside", outside, "--max_new_tokens", "6", "--resamples", "50"]
     seen = []
     for _ in range(2):
         done = subprocess.run(
@@ -394,8 +300,11 @@ def test_report_runs_and_repeats_its_bytes(base, tmp_path):
         seen[-1]["stdout"] = done.stdout
         shutil.rmtree(tmp_path / "report")
     assert seen[0] == seen[1]
-    files = {"report.html", "scores.json", "scores.svg", "run.json", "answers-tuned.jsonl"}
-    assert files | {"choices-base.jsonl"} <= seen[0].keys()
+    files = {"report.html", "scores.json", "exams.json", "scores.svg", "run.json"}
+    answers = {f"{kind}-base.jsonl" for kind in ("answers", "choices", "outside")}
+    assert files | answers <= seen[0].keys()
+    # Each of the four questions has four options, and is asked in four orders.
+    assert seen[0]["choices-base.jsonl"].count(b"\n") == 16
     table, page = json.loads(seen[0]["scores.json"]), seen[0]["report.html"].decode()
     assert table["bits per character"]["tuned"]["difference"] != 0 and "<script" not in page
     assert table["ROUGE-L"]["base"]["records"] == 5 and table["ROUGE-L"]["base"]["resampled"] == 2
@@ -404,6 +313,92 @@ def test_report_runs_and_repeats_its_bytes(base, tmp_path):
         "questions"
     )
     assert line in seen[0]["stdout"] and line in page and line in seen[0]["run.json"].decode()
+
+
+def test_exams_alone(base, tmp_path, monkeypatch, capsys):
+    """One command for files of several forms: no records, no statements; groups by what the
+    knowledge base holds and by subject."""
+    lines = [
+        json.loads(row) for row in (ROOT / "data/choice.jsonl").read_text("utf-8").split("\n")[:3]
+    ]
+    (tmp_path / "ours.jsonl").write_text("".join(to_json(row) + "\n" for row in lines), "utf-8")
+    mtcmb = {"id": 0, "question": "金星的卫星有几个？", "options": "A. 零 B. 一", "answer": "A"}
+    (tmp_path / "SE-B.jsonl").write_text(to_json(mtcmb), "utf-8")
+    ceval = "id,question,A,B,C,D,answer\n0,问,甲,乙,丙,以上都是,D\n"
+    (tmp_path / "val.csv").write_text(ceval, "utf-8")
+    files = [str(tmp_path / name) for name in ("ours.jsonl", "SE-B.jsonl", "val.csv")]
+    command = ["evaluate.py", f"m={base}", "--output_dir", str(tmp_path / "exam")]
+    command += ["--max_new_tokens", "2", "--resamples", "40", "--exams", *files]
+    monkeypatch.setattr(sys, "argv", command)
+    E.main()
+    rows = json.loads((tmp_path / "exam/exams.json").read_text("utf-8"))
+    assert {row["group"]: row["questions"] for row in rows} == {
+        "all": 5,
+        "right option in the knowledge base": 3,
+        "not in it": 2,
+        "中药学": 3,
+        "SE-B": 1,
+        "val": 1,
+    }
+    scores = json.loads((tmp_path / "exam/scores.json").read_text("utf-8"))
+    assert scores.keys() == set(E.EXAM_SCORES)
+    assert scores["choice by answer"]["m"]["chance"] == pytest.approx((4 / 4 + 1 / 2) / 5)
+    answers = (tmp_path / "exam/choices-m.jsonl").read_bytes()
+    assert answers.count(b"\n") == 3 * 4 + 2 + 1
+    assert "SE-B" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command, "--choices", files[0]])
+    with pytest.raises(SystemExit) as stopped:
+        M.run(E.main)
+    assert stopped.value.code == 2
+
+
+def test_what_declines(tmp_path):
+    for text in (
+        "抱歉，没有收录这味药。",
+        "其余的答不了。",
+        "我不知道，请咨询医生。",
+        "这超出了我能回答的范围。",
+    ):
+        assert E.declines(text), text
+    for text in ("胸腺大小不在正常范围内。", "你好！", "边界不清楚。", "孕妇不能使用。"):
+        assert not E.declines(text), text
+    # No reference that gives facts is taken for a refusal.
+    for name in ("heldout", "train"):
+        records = G.read_instructions(ROOT / f"data/{name}.jsonl")
+        assert not [r["output"] for r in records if r.get("values") and E.declines(r["output"])]
+    path = tmp_path / "outside.jsonl"
+    for row in ({"question": "谁写的？"}, {"instruction": "谁写的？", "output": "抱歉"}):
+        path.write_text(to_json(row), encoding="utf-8")
+        assert E.read_outside(path)[0].items() >= {"instruction": "谁写的？", "input": ""}.items()
+    rows = [{"answer": "我不知道。"}, {"answer": "曹雪芹。"}]
+    score = E.score_outside([{}, {}], rows)["outside questions declined"]
+    assert score.value() == 0.5
+
+
+def test_statements_are_judged_by_both_kinds(monkeypatch):
+    """Who calls everything right is right half of the time, as chance is."""
+    pairs = [{"consistent": "真", "inconsistent": "假"}] * 4
+    monkeypatch.setattr(E, "is_likelier_right", lambda *_: True)
+    monkeypatch.setattr(E, "believes", lambda *_: True)
+    rows = [{"answer": "这个说法正确。"}] * 8
+    scores = E.score_pairs(None, pairs, rows)
+    shares = {name: score.value() for name, score in scores.items()}
+    assert shares["true statements"] == 1 and shares["false statements"] == 0
+    assert shares["statements judged"] == scores["statements judged"].chance == 0.5
+    # One pair judged, one unanswered, one the wrong way round, one half: 3 of 8.
+    said = "正确 错误 嗯 嗯 错误 正确 正确 正确".split()
+    scores = E.score_pairs(None, pairs, [{"answer": text} for text in said])
+    assert scores["statements judged"].value() == 3 / 8
+
+
+def test_what_an_answer_says_of_a_statement():
+    for wanted, texts in {
+        True: ["正确", "归脾汤出自《济生方》，所以这个说法正确。", "不是错误，是正确的"],
+        False: ["错误。", "不正确", "这个说法不对", "归脾汤不出自《伤寒论》，说法有误。"],
+        None: ["", "不知道", "归脾汤出自《济生方》。"],
+    }.items():
+        for text in texts:
+            assert E.told(text) is wanted, text
 
 
 def test_answers_and_hashes_tell_dtype_path_and_tokenizer(base, tmp_path, monkeypatch):

@@ -371,18 +371,17 @@ def test_scores_of_ten_texts_by_hand(tmp_path, capsys):
 
 
 def test_labelled_texts_become_records_of_an_extractor(tmp_path):
-    """What the records teach is what `extract` asks and keeps: the prompt as a server sees it is
-    the record's, and its answer is taken as a reply, with every label found."""
+    """What the records teach is what `extract` asks and keeps: their questions are its prompts, and
+    their answers, taken as replies, give every label."""
     texts = labelled_file(tmp_path)
     records = tmp_path / "records.jsonl"
     assert command("extract", "--texts", texts, "--records", "--output", records) == 0
-    rows = G.read_instructions(records, answers=True)
-    assert len(rows) == len(LABELLED) * len(FORMS)
-    answers = {row["instruction"]: row["output"] for row in rows}
+    assert len(G.read_instructions(records, answers=True)) == len(LABELLED) * len(FORMS)
+    taught = [row["messages"] for _, row in G.read_records(records)]
+    answers = {M.to_json(asked): answer["content"] for *asked, answer in taught}
 
     def reply(prompt, body, number):
-        [[question, _]] = G.read_turns({"messages": body["messages"]})
-        return answers[question]
+        return answers[M.to_json(body["messages"])]
 
     with Scripted(reply) as server:
         kept, rejected = extract(server.url, texts)

@@ -4,6 +4,7 @@ figures; a bad one is named."""
 import json
 
 import pytest
+from conftest import plain_prompt
 from test_train import BENTSAO
 
 import generate as G
@@ -193,7 +194,7 @@ def test_every_answer_of_a_conversation_can_be_a_target(base, which, template):
         assert targets(tokenizer, last) == [turns[-1][1]]
         assert [text.lstrip(" ") for text in targets(tokenizer, every)] == [bot for _, bot in turns]
         assert last.ids[: last.mask.index(True)] == tokenizer.encode(
-            G.render_prompt(template, record["instruction"]), bos=True
+            plain_prompt(template, record["instruction"]), bos=True
         )
 
 
@@ -241,7 +242,7 @@ def test_known_figures_of_bentsaos_records():
     tokenizer = G.Tokenizer(BENTSAO / "llama_tokenizer.model")
     template, lengths, prompts, characters, single = G.load_template("med_template"), [], 0, 0, 0
     for record in G.read_instructions(BENTSAO / "bentsao_llama_data.json", answers=True):
-        text = G.render_prompt(template, record["instruction"], record["input"])
+        text = plain_prompt(template, record["instruction"], record["input"])
         prompt, answer = tokenizer.encode(text, bos=True), tokenizer.encode_answer(record["output"])
         lengths.append(len(prompt) + len(answer) + 1)
         prompts += len(prompt)

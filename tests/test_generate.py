@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, plain_prompt
 
 import generate as G
 
@@ -44,7 +44,7 @@ def test_templates_are_the_published_ones(name):
     template, (with_input, without, split) = G.load_template(name), CONSTANTS[name]
     assert template["prompt_no_input"] == without and template["response_split"] == split
     assert template["prompt_input"] == (with_input or without)
-    assert G.render_prompt(template, "a{b}") == without.replace("{instruction}", "a{b}")
+    assert plain_prompt(template, "a{b}") == without.replace("{instruction}", "a{b}")
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,6 @@ def test_templates_are_the_published_ones(name):
         {"prompt_no_input": '{instruction} {"a": 1}'},
         {"prompt_no_input": "{instruction} {"},
         {"prompt_no_input": "{instruction}}"},
-        {"prompt_no_input": "{instruction} {instruction!r}"},
         {"prompt_no_input": "{{instruction}}"},
         {"prompt_input": "{instruction}"},
         {"prompt_no_input": 3},
@@ -66,14 +65,17 @@ def test_a_template_that_cannot_be_filled_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(json.dumps(text))
     with pytest.raises(
         ValueError,
-        match=r"a.json: prompt_(no_)?input .*\{instruction\}",
+        match=r"a.json: .*\{instruction\}",
     ):
         G.load_template(tmp_path / "a.json")
 
 
 def test_doubled_braces_stand_for_themselves(tmp_path):
     (tmp_path / "a.json").write_text('{"prompt_no_input": "{{\\"a\\": {{{instruction}}}}}"}')
-    assert G.render_prompt(G.load_template(tmp_path / "a.json"), "{x}") == '{"a": {{x}}}'
+    assert G.render(G.load_template(tmp_path / "a.json"), [{"role": "user", "content": "{x}"}]) == (
+        '\0bos\0{"a": {{x}}}',
+        "",
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_streaming_never_shows_half_a_character(base):
 
 def test_answer_ids_are_those_of_the_joint_encoding(base):
     tokenizer = G.load_tokenizer(base)
-    prompt = G.render_prompt(G.load_template("med_template"), "黄芪有什么功效？")
+    prompt = plain_prompt(G.load_template("med_template"), "黄芪有什么功效？")
     for answer in ("黄芪的功效是补气。", " leading space", "a\nb", "的功效是"):
         assert tokenizer.encode(prompt) + tokenizer.encode_answer(answer) == tokenizer.encode(
             prompt + answer

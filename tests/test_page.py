@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, plain_prompt
 from soak_server import QUESTIONS, make_adapter, start
 
 import generate as G
@@ -35,7 +35,7 @@ def served(tmp_path_factory):
     make_adapter(folder / "tuned")
     model, tokenizer = G.load_base(ROOT / "data" / "tiny", "cpu", torch.float32)
     template, answers = G.load_template(folder / "tuned" / "template.json"), {}
-    prompts = [tokenizer.encode(G.render_prompt(template, q), bos=True) for q in QUESTIONS]
+    prompts = [tokenizer.encode(plain_prompt(template, q), bos=True) for q in QUESTIONS]
     decoding = G.Decoding(max_new_tokens=40, repetition_penalty=1.1)
     for name in ("base", "tuned"):
         if name == "tuned":

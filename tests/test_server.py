@@ -16,7 +16,7 @@ import time
 import openai
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, plain_prompt
 
 import generate as G
 import lora as L
@@ -49,11 +49,11 @@ def start(models, rows=3, positions=160, limit=64, **more):
     tokenizer, template, _, tuned = models
     batch = G.Batch(tuned, rows, positions, tokenizer.eos_id, tokenizer.decode)
 
-    def render(turns):
-        return G.render_prompt(template, G.render_turns(turns) if len(turns) > 1 else turns[0][0])
+    def prompt_of(messages):
+        return G.render_prompt(tokenizer, template, messages)
 
     options = G.Options(max_new_tokens=24, port=0, **more)
-    server = G.Server(batch, tokenizer, ["tuned", "base"], render, options)
+    server = G.Server(batch, tokenizer, ["tuned", "base"], prompt_of, options)
     server.seconds, server.limit = 1.0, limit
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
@@ -76,7 +76,7 @@ def offline(models):
     """{(question, name): greedy answer}, by the base without an adapter or by base and adapter."""
     tokenizer, template, plain, tuned = models
     return {
-        (q, name): answer_alone(model, tokenizer, G.render_prompt(template, q), 24)
+        (q, name): answer_alone(model, tokenizer, plain_prompt(template, q), 24)
         for q in QUESTIONS
         for name, model in (("base", plain), ("tuned", tuned))
     }
@@ -142,7 +142,7 @@ def test_stream_has_openais_form(server, models, offline):
     ]
     assert not chunks[-1].choices and chunks[-1].usage.completion_tokens == 24
     assert chunks[-1].usage.prompt_tokens == len(
-        tokenizer.encode(G.render_prompt(template, QUESTIONS[0]), bos=True)
+        tokenizer.encode(plain_prompt(template, QUESTIONS[0]), bos=True)
     )
     assert len({c.id for c in chunks}) == 1 and {c.object for c in chunks} == {
         "chat.completion.chunk"
@@ -191,7 +191,7 @@ def test_conversation_is_rendered_as_in_training(server, models):
             {"role": "user", "content": last},
         ]
         got = client_of(server).chat.completions.create(model="base", messages=messages)
-        prompt = G.render_prompt(template, f" <user>: 简短\n甲 <bot>: 乙 <user>: {shown}")
+        prompt = plain_prompt(template, f" <user>: 简短\n甲 <bot>: 乙 <user>: {shown}")
         assert got.choices[0].message.content == answer_alone(plain, tokenizer, prompt, 24)
 
 

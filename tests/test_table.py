@@ -12,12 +12,14 @@ import time
 
 import evaluate as E
 import pytest
+import report as R
 import torch
-from conftest import ROOT
+from conftest import ROOT, plain_prompt
 
 import generate as G
 import lora as L
 import model as M
+import train as T
 
 SEED = [  # three questions in the form of BenTsao's infer.json
     {
@@ -71,7 +73,7 @@ def alone(base, folder, template, row, max_new_tokens=8, **decoding):
     model, tokenizer = G.load_base(base, "cpu", torch.float32)
     if folder:
         L.load_adapter(model, folder)
-    prompt = G.render_prompt(G.load_template(template), row["instruction"], row["input"])
+    prompt = plain_prompt(G.load_template(template), row["instruction"], row["input"])
     ids = tokenizer.encode(prompt, bos=True)
     made = G.generate_ids(model, ids, max_new_tokens, tokenizer.eos_id, **decoding)
     return G.visible(tokenizer.decode(list(made)))
@@ -97,17 +99,17 @@ def test_table_of_three_models(base, adapters, questions, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     head, rows = read_table(table)
-    assert head == ["问题", "base", "alpaca", "tuned"] and len(rows) == 3
+    assert head == ["问题", "参考", "base", "alpaca", "tuned"] and len(rows) == 3
     for row, asked in zip(rows, SEED):
         models = [(None, "med_template"), (b, "alpaca"), (a, "med_template")]
-        assert row[1:] == [alone(base, *model, asked) for model in models]
-    assert len({tuple(row[1:]) for row in rows}) == 3 and rows[0][1] != rows[0][3]
+        assert row[1:] == [asked["output"], *(alone(base, *model, asked) for model in models)]
+    assert len({tuple(row[2:]) for row in rows}) == 3 and rows[0][2] != rows[0][4]
     assert [row[0] for row in rows[:2]] == [row["instruction"] for row in SEED[:2]]
     assert rows[2][0] == f"{SEED[2]['instruction']}\n{SEED[2]['input']}"
-    # Markdown: five lines, each of four cells.
+    # Markdown: five lines, each of five cells.
     markdown = (table / "compare.md").read_text(encoding="utf-8").rstrip("\n").split("\n")
     assert len(markdown) == 5
-    assert all(re.sub(r"\\.", "", line).count("|") == 5 for line in markdown)
+    assert all(re.sub(r"\\.", "", line).count("|") == 6 for line in markdown)
     assert "\r" not in "".join(markdown) and not re.search(r"<(?!br>)", "".join(markdown))
     # HTML: nothing of a text is a tag.
     page = (table / "compare.html").read_text(encoding="utf-8")
@@ -163,7 +165,7 @@ def test_decoding_options_are_honoured(base, adapters, questions, tmp_path, monk
     _, rows = read_table(tmp_path)
     for row, asked in zip(rows, SEED):
         wanted = [alone(base, folder, "bare", asked, **decoding) for folder in (None, adapters[0])]
-        assert row[1:] == wanted
+        assert row[2:] == wanted
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert len(files) == 5
     for path in tmp_path.glob("compare.*"):
@@ -180,14 +182,14 @@ def test_stop_texts_and_length(base, questions, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*command, "--output_dir", str(tmp_path / "long")])
     E.main()
     _, rows = read_table(tmp_path / "long")
-    texts = [row[1] for row in rows]
+    texts = [row[2] for row in rows]
     assert texts == [alone(base, None, "med_template", asked, 256) for asked in SEED]
     stop = max(texts[0], key=texts[0].index)  # the character that comes up last
     command += ["--output_dir", str(tmp_path / "short"), "--stop", stop]
     monkeypatch.setattr(sys, "argv", command)
     E.main()
     _, rows = read_table(tmp_path / "short")
-    assert [row[1] for row in rows] == [text.partition(stop)[0] for text in texts]
+    assert [row[2] for row in rows] == [text.partition(stop)[0] for text in texts]
 
 
 def test_options_of_the_report_are_none_of_the_table(base, questions, tmp_path, monkeypatch):
@@ -207,20 +209,22 @@ def test_options_of_the_report_are_none_of_the_table(base, questions, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def marked(first, said):
+    return R.marked(said, R.new_characters(first, said))
+
+
 def test_marks_are_what_the_first_has_not_and_take_no_minutes():
-    assert E.marked("黄芪补气<b>", "黄芪<b>不补气") == "黄芪&lt;b&gt;<mark>不补气</mark>"
-    assert E.marked("黄芪补气", "黄芪<b>不补气") == "黄芪<mark>&lt;b&gt;不</mark>补气"
-    assert E.marked("a", "a") == "a"
-    assert (
-        E.marked("补气", "补血&气") == "补<mark>血&amp;</mark>气" and E.marked("<", "<") == "&lt;"
-    )
+    assert marked("黄芪补气<b>", "黄芪<b>不补气") == "黄芪&lt;b&gt;<mark>不补气</mark>"
+    assert marked("黄芪补气", "黄芪<b>不补气") == "黄芪<mark>&lt;b&gt;不</mark>补气"
+    assert marked("a", "a") == "a"
+    assert marked("补气", "补血&气") == "补<mark>血&amp;</mark>气" and marked("<", "<") == "&lt;"
     started = time.monotonic()  # answers that loop, as a base's do
     for first, text in (
         ("的药" * 1000, "药物的" * 700),
         ("的" * 2000, "的" * 1000 + "药" + "的" * 1000),
         ("的" * 2000, "的" * 2000),
     ):
-        assert re.sub("</?mark>", "", E.marked(first, text)) == text
+        assert re.sub("</?mark>", "", marked(first, text)) == text
     assert time.monotonic() - started < 10
 
 
@@ -230,7 +234,46 @@ def test_what_is_not_marked_stands_in_the_first():
     rng = random.Random(0)
     for _ in range(300):
         first, text = ("".join(rng.choices("甲乙丙丁", k=rng.randrange(9))) for _ in range(2))
-        page = E.marked(first, text)
+        page = marked(first, text)
         assert re.sub("</?mark>", "", page) == text
         characters = iter(first)
         assert all(c in characters for c in re.sub("<mark>.*?</mark>", "", page))
+
+
+def test_right_wrong_and_missing_values_are_marked():
+    """By hand, and on random texts: what is marked are the values that `terms_in` finds."""
+    judged = R.Judged(["当归", "甘草"], ["大黄"], ["麻黄<"])
+    cell = R.answer_cell("有甘草、大黄和当归", "", judged)
+    assert cell == (
+        '有<mark class="right">甘草</mark>、<mark class="wrong">大黄</mark>和'
+        '<mark class="right">当归</mark><span class="missing">缺 麻黄&lt;</span>'
+    )
+    # The entity's name holds a value, and names none.
+    judged = R.Judged(["心肌"], [], [], ["病毒性心肌炎"])
+    cell = R.answer_cell("病毒性心肌炎的发病部位是心肌。", "", judged)
+    assert cell == '病毒性心肌炎的发病部位是<mark class="right">心肌</mark>。'
+    rng = random.Random(1)
+    for _ in range(300):
+        said = "".join(rng.choices("甲乙丙", k=rng.randrange(12)))
+        values = list({"".join(rng.choices("甲乙丙", k=rng.randrange(1, 4))) for _ in range(6)})
+        right, wrong = values[:3], values[3:]
+        kinds = R.value_characters(R.Judged(right, wrong, []), said)
+        found = T.terms_in(said, values)
+        assert any(kinds) == bool(found)
+        for value in found:  # a value that begins inside it may take over its end
+            at = [kinds[i] for i in range(len(said)) if said.startswith(value, i)]
+            assert ("right" if value in right else "wrong") in at
+
+
+def test_only_wrong_rows_can_be_shown():
+    """A row errs if a model other than the first names a wrong value or leaves one out."""
+    fine, errs = R.Judged(["甲"], [], []), R.Judged([], ["乙"], ["甲"])
+    rows = [("问一", "", ["乙", "甲"], [errs, fine]), ("问二", "参", ["甲", "乙"], [fine, errs])]
+    page = R.compare_page(["base", "tuned"], rows)
+    assert page.count("<tr class=errs>") == 1
+    assert page.index("问一") < page.index("<tr class=errs>") < page.index("问二")
+    assert "only-wrong" in page.split("</style>")[1] and "(1 / 2)" in page
+    assert 'data-column="tuned"' in page and '<span class="reference">参</span>' in page
+    # Without values nothing is judged, and there is nothing to filter.
+    page = R.compare_page(["base"], [("问", "", ["甲"], [None])]).split("</style>")[1]
+    assert "only-wrong" not in page and "参考" not in page.split("<table")[1]

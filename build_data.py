@@ -1627,7 +1627,7 @@ class Extract(Api):
         for job in jobs:
             said = to_items(job.facts[0], schema[job.facts[0].kind])
             rows.append({"messages": [*job.messages, message("assistant", said)]})
-        write_lines(self.output, rows)
+        write_lines(self.output, rows, self.texts)
 
 
 @dataclass

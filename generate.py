@@ -64,6 +64,7 @@ from model import (
     run,
     setting,
     to_json,
+    write_hashes,
     write_json,
 )
 
@@ -1892,6 +1893,13 @@ def load(options, adapter):
     return model, tokenizer, template, f"{about}; {template.get('description', '')}"
 
 
+def note_answers(output, adapter):
+    """Note the hashes of a file of answers and of the adapter that gave them, if there are both."""
+    if output and adapter:
+        made = [output, *filter(Path.is_file, Path(adapter).iterdir())]
+        write_hashes(f"{output}.hashes.json", made)
+
+
 def print_answers(model, tokenizer, prompt, decoding):
     """Print the answers to a prompt's ids as they grow, and their speed; yield their text."""
     started = time.time()
@@ -1933,6 +1941,7 @@ def main():
     elif way == "file":
         more = (options.output, rows, options.compile)
         answer_file(model, tokenizer, template, questions, options, *more)
+        note_answers(options.output, adapter)
     elif way == "serve":
         name = Path(adapter).resolve().name
         names = ["tuned" if name == "base" else name, "base"] if adapter else ["base"]

@@ -1066,6 +1066,17 @@ def write_json_lines(path, values):
     write_text(path, "".join(to_json(value) + "\n" for value in values))
 
 
+def file_hash(path):
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_hashes(path, files):
+    """Note, as {file: SHA-256}, what was made and from what."""
+    write_json(path, {str(file): file_hash(file) for file in files})
+
+
 @contextmanager
 def new_folder(path):
     """A folder to write into that gets its name when all is written; after an error nothing is

@@ -21,7 +21,6 @@ Activations are in --dtype, a frozen base is stored in --base_dtype. What is tra
 AdamW's two moments, logits and loss are float32.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -69,6 +68,7 @@ from model import (
     PackedRows,
     Parser,
     check_settings,
+    file_hash,
     find_base,
     find_tokenizer,
     fsync,
@@ -614,6 +614,7 @@ class Run:
         if self.writes:
             write_json_lines(folder / "log.jsonl", self.history)
             info = self.info | asdict(self.limits) | {"step": self.step}
+            info["adapter"] = [*map(file_hash, folder.glob("adapter_model.safetensors"))]
             write_json(folder / "run.json", info)
 
     def discard_old_checkpoints(self):
@@ -636,11 +637,6 @@ class Run:
 def describe_run(config):
     """What run.json says of a run: settings, versions, and SHA-256 of the files that it is made
     from."""
-
-    def digest(path):
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     base_files = []
     if config.base_model:
         base = find_base(config.base_model)
@@ -649,9 +645,9 @@ def describe_run(config):
     # what auto means here: another machine may take another dtype
     dtype = pick_dtype(config.dtype, pick_device(config.device))
     hashes = {
-        "base": [digest(file) for file in base_files if file.is_file()],
-        "data": [[weight, digest(path)] for path, weight in map(split_weight, config.data_path)],
-        "validation": digest(config.val_path) if config.val_path else None,
+        "base": [file_hash(file) for file in base_files if file.is_file()],
+        "data": [[weight, file_hash(path)] for path, weight in map(split_weight, config.data_path)],
+        "validation": file_hash(config.val_path) if config.val_path else None,
     }
     made_in = {
         # its content counts, not its name or the layout of its file
@@ -1048,18 +1044,22 @@ def answer_all(model, tokenizer, template, records, key):
     return [record | {key: shares[i % n][i // n]} for i, record in enumerate(records)]
 
 
+def find_terms(text, terms):
+    """Yield (start, term) of the terms that stand in a text somewhere not inside a longer one
+    (四逆汤 is not named by 当归四逆汤)."""
+    longest_first = sorted({*map(len, filter(None, terms))}, reverse=True)
+    end = 0
+    for start in range(len(text)):
+        found = (text[start : start + n] for n in longest_first)
+        term = next((part for part in found if part in terms), "")
+        # The longest that begins here, unless one from further left holds it.
+        if term and start + len(term) > end:
+            end = start + len(term)
+            yield start, term
+
+
 def terms_in(text, terms):
-    """The terms that stand in a text somewhere not inside a longer one (四逆汤 is not named by
-    当归四逆汤)."""
-    longest_first = sorted(filter(None, terms), key=len, reverse=True)
-    pattern = "|".join(map(re.escape, longest_first)) or "(?!)"  # which stands nowhere
-    found, end = set(), 0
-    # The longest term that begins at a place, unless one from further left holds it.
-    for match in re.finditer(f"(?=({pattern}))", text):
-        if match.end(1) > end:
-            end = match.end(1)
-            found.add(match[1])
-    return found
+    return {term for _, term in find_terms(text, terms)}
 
 
 def facts_recalled(records, answers):

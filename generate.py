@@ -300,7 +300,7 @@ class Batch:
             if request.finish_reason or request.cancelled:
                 last = self.rows.pop()
                 if i < len(self.rows):
-                    self.cache.copy_rows([len(self.rows)], [i], 0, len(last.ids) - 1)
+                    self.cache.copy_rows([(len(self.rows), i)], 0, len(last.ids) - 1)
                     self.rows[i] = last
 
     def admit(self, request):
@@ -318,7 +318,7 @@ class Batch:
             chunk = ids[start : start + size]
             self.model.hidden_states(torch.tensor([chunk], device=device), cache)
         # All beams begin with the prompt; the first alone may be chosen from, so that they part.
-        self.cache.copy_rows([first] * (n - 1), range(first + 1, first + n), 0, len(ids))
+        self.cache.copy_rows([(first, first + i) for i in range(1, n)], 0, len(ids))
         self.rows += [Row(request, request.prompt_ids[:], -1e9 * (i > 0)) for i in range(n)]
 
     def logits(self, fed, longest):
@@ -409,21 +409,11 @@ def step_beams(batch, at, logits):
         return
     # Where stop texts end so many that rows are left over, these go on without a chance.
     going += [replace(going[0], score=-1e9)] * n
-    place_beams(batch, at, going[:n], first, length)
-
-
-def place_beams(batch, at, beams, start, stop):
-    """Put each of beams into a row of `at` that holds its parent's keys and values: the first of a
-    parent keeps its row, others get a copy of positions start to stop (before, all are equal)."""
-    parents = [beam.parent for beam in beams]
-    # Rows whose beam has no successor.
-    free = [i for i in at if i not in parents]
-    for beam in beams:
-        row = beam.parent
-        if batch.rows[row] in beams:
-            row = free.pop()
-            batch.cache.copy_rows([beam.parent], [row], start, stop)
-        batch.rows[row] = beam
+    # Each beam's row takes over the keys and values of its parent's; in the prompt all are equal.
+    moves = [(beam.parent, i) for i, beam in zip(at, going) if beam.parent != i]
+    batch.cache.copy_rows(moves, first, length)
+    for i, beam in zip(at, going):
+        batch.rows[i] = beam
 
 
 # ==================================================================================================
@@ -580,28 +570,27 @@ def expand(match):
 END = "\0"  # no letter
 
 
+@dataclass(eq=False)
 class BytePairs:
     """Byte-level BPE (Sennrich et al. 2016; over bytes: Radford et al. 2019, 2.2). A text is cut
     into words, a word into its bytes; of the neighbours, those that training merged first are
-    merged, again and again.
+    merged, again and again. Raises ValueError for what does not fit together."""
 
-    ids      {piece: id}, pieces in LETTERS
-    ranks    {a + between + b: rank} of the neighbours a, b that merge, lowest first
-    pattern  what a word is
-    whole    the pieces that a word is, if it can, without merging
-    nfc      the text is brought to Unicode's form C first
+    ids: dict  # {piece: id}, pieces in LETTERS
+    ranks: dict  # {a + between + b: rank} of the neighbours a, b that merge, lowest first
+    between: str
+    pattern: str  # what a word is
+    whole: set  # the pieces that a word is, if it can, without merging
+    nfc: bool = False  # the text is brought to Unicode's form C first
 
-    Raises ValueError for what does not fit together."""
-
-    def __init__(self, ids, ranks, between, pattern, whole, nfc=False):
-        self.ids, self.ranks, self.between, self.whole, self.nfc = ids, ranks, between, whole, nfc
-        self.texts = {id: piece for piece, id in ids.items()}
+    def __post_init__(self):
+        self.texts = {id: piece for piece, id in self.ids.items()}
         self.merged = lru_cache(1 << 16)(self.merge)
         # In a group, so that split() keeps what it finds.
         escapes = r"\[(?:\\.|[^]])+\]|\\(?:[sS]|[pP]\{\w\})"
-        self.words = re.compile(f"({re.sub(escapes, expand, pattern)})")
-        made = {pair.replace(between, "") for pair in ranks}.union(LETTERS.values())
-        if self.words.groups > 1 or made - ids.keys():
+        self.words = re.compile(f"({re.sub(escapes, expand, self.pattern)})")
+        made = {pair.replace(self.between, "") for pair in self.ranks}.union(LETTERS.values())
+        if self.words.groups > 1 or made - self.ids.keys():
             raise ValueError("a pattern with groups, or pieces that are not in the vocabulary")
 
     def encode(self, text):
@@ -1204,13 +1193,14 @@ def load_base(path, device, dtype, base_dtype="auto"):
     decapoda-research/llama-7b-hf has it, is not followed. Raises ValueError if the embedding lacks
     rows for pieces (those of added_tokens.json, such as Alpaca's [PAD], count), or has far more."""
     path = find_base(path)
+    file = find_tokenizer(path).name
     size = Checkpoint(path).config.vocab_size  # first, for it says what this network is not
     tokenizer = load_tokenizer(path)
     pieces = tokenizer.vocab_size
     # A tokenizer of another base would give every word another one's row.
     if not 0 <= size - pieces < 4096:  # Qwen, GLM and others fill up to a round number of rows
         raise ValueError(
-            f"{path}: {find_tokenizer(path).name} has {pieces} pieces, the model {size} embedding "
+            f"{path}: {file} has {pieces} pieces, the model {size} embedding "
             "rows; they belong to different models"
         )
     # Wrong ids in config.json are common, and would end no answer.
@@ -1218,10 +1208,7 @@ def load_base(path, device, dtype, base_dtype="auto"):
     for key, ours in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
         said = theirs.get(key)
         if None not in (ours, said) and ours not in (said if isinstance(said, list) else [said]):
-            log(
-                f"warning: {path}/config.json has {key} {said}, {find_tokenizer(path).name} {ours}"
-                ", which is followed"
-            )
+            log(f"warning: {path}/config.json has {key} {said}, {file} {ours}, which is followed")
     if base_dtype in ("auto", *DTYPES):
         model = load_model(path, device, DTYPES.get(base_dtype, dtype))
     else:
@@ -1328,15 +1315,15 @@ COMMANDS = (
 )
 
 
-def chat(answer, prompt_of, multi, room, about, system=""):
+def chat(answer, prompt_of, multi, room, about, opening=()):
     """Read questions until end of input. With multi each sees the turns before it, as many as fit
     into room tokens. prompt_of(messages) is a prompt's ids; answer(ids) prints an answer and yields
-    it as it grows. Raises BrokenPipeError if nobody reads the answers."""
+    it as it grows. opening: messages before the first question. Raises BrokenPipeError if nobody
+    reads the answers."""
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  (gives input() its line editing)
     log(f"{DISCLAIMER}\n{COMMANDS}")
     mark = "> " * (sys.stdin.isatty() and sys.stdout.isatty())
-    opening = [{"role": "system", "content": system}] if system else []
     turns = []  # the messages of a question and its answer each
     while True:
         try:
@@ -1916,6 +1903,8 @@ def main():
     adapter = options.lora_weights if options.use_lora else ""
     model, tokenizer, template, about = load(options, adapter)
 
+    opening = [{"role": "system", "content": options.system}] if options.system else []
+
     def prompt_of(messages):
         # A lone question stands as in a record of one turn, unless --single_or_multi multi.
         return render_prompt(tokenizer, template, messages, multi)
@@ -1924,7 +1913,6 @@ def main():
         return print_answers(model, tokenizer, prompt, options)
 
     if way == "question":
-        opening = [{"role": "system", "content": options.system}] if options.system else []
         question = {"role": "user", "content": prompt, "input": options.input}
         for _ in answer(render_prompt(tokenizer, template, [*opening, question])):
             pass
@@ -1944,7 +1932,7 @@ def main():
             raise ValueError("a chat wants standard input and output, and one is closed")
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused alone
         room = options.context - options.max_new_tokens
-        chat(answer, prompt_of, multi, room, about, options.system)
+        chat(answer, prompt_of, multi, room, about, opening)
 
 
 if __name__ == "__main__":

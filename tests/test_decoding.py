@@ -41,6 +41,7 @@ class Letters:
     """A tokenizer of one character an id, for stop texts."""
 
     unsettled = "\ufffd"
+    leading = ""
 
     def decode(self, ids):
         return "".join(chr(97 + i % 26) for i in ids)

@@ -50,7 +50,8 @@ def tokenizer_texts(entities, forms):
             for text in fact.form["questions"] + fact.form["statements"]:
                 texts += [part for part in text.replace("{v}", "{e}").split("{e}") if part]
     for path in sorted((DATA / "templates").glob("*.json")):
-        prompt = load_template(path)["prompt_no_input"].replace("{instruction}", "")
+        # Those of chats are made of other bases' tokens.
+        prompt = load_template(path).get("prompt_no_input", "").replace("{instruction}", "")
         texts += [line for line in prompt.split("\n") if line.strip()]
     return texts
 

@@ -1465,9 +1465,6 @@ class Server(ThreadingHTTPServer):
         wanted: "messages" or "prompt"."""
         body = self.read_body(sent)
         self.cards(body.model)
-        # Before there are n of them.
-        if body.n > self.batch.size:
-            raise Refused(f"n is {body.n}, wanted 1 to {self.batch.size}", param="n")
         try:
             if not getattr(body, wanted) or {"messages", "prompt"} <= sent.keys():
                 raise ValueError(f"{wanted} wanted, and not both messages and prompt")
@@ -1518,6 +1515,7 @@ class Server(ThreadingHTTPServer):
 class Body(Decoding):
     """What a client may send."""
 
+    n: int = setting(1, 1, 64)  # as many as may wait
     model: str = ""
     messages: list = None
     prompt: str = None

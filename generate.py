@@ -1135,9 +1135,10 @@ def make_instruction(row, messages, conversations):
     answered = messages[-1]["role"] == "assistant"
     asked = messages[:-1] if answered else messages
     question = asked[-1]
-    if conversations and "input" in question:
+    several = conversations and not question["content"].startswith(" <user>: ")
+    if several and "input" in question:
         question["content"] += "\n" + question.pop("input")
-    text = render({}, asked, conversations)[0]
+    text = render({}, asked, several)[0]
     text = re.sub(f"{SPECIAL}bos{SPECIAL}|[{TARGET}{CONTEXT}]", "", text)
     record = {**row, "instruction": text, "input": question.get("input", "")}
     if answered:

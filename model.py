@@ -323,13 +323,13 @@ class KVCache(Context):
         longest = max(lengths) if longest is None else longest
         return KVCache(k, v, torch.as_tensor(lengths, device=k[0].device), longest, prefix)
 
-    def copy_rows(self, source, target, start, stop):
-        """Copy positions start to stop of the rows in the list `source` to those in `target`, one
-        after the other."""
+    def copy_rows(self, moves, start, stop):
+        """Copy positions start to stop of row a to row b, for each (a, b) of moves, all at once."""
         for kv in (*self.k, *self.v):
             # row by row: a list as index would be brought to the device each time
-            for a, b in zip(source, target):
-                kv[b, :, start:stop] = kv[a, :, start:stop]
+            copies = [(b, kv[a, :, start:stop].clone()) for a, b in moves]
+            for b, copy in copies:
+                kv[b, :, start:stop] = copy
 
     def extend(self, ids):
         """Positions (B, T) of new tokens behind those of their rows. Raises ValueError if they do

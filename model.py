@@ -347,7 +347,7 @@ class KVCache(Context):
         self.row = torch.arange(len(self.at), device=device)[:, None]
         # A mask keeps rows of unequal length apart. Fresh rows need none: causal attention does it.
         self.mask = None
-        if not was_empty or self.prefix:
+        if not was_empty or torch.is_tensor(self.prefix) or self.prefix:
             self.mask = prefix_mask(self.at, self.longest, self.prefix)
         return self.at
 

@@ -1317,7 +1317,7 @@ def chat(answer, prompt_of, multi, room, about, opening=()):
     reads the answers."""
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  (gives input() its line editing)
-    log(f"{DISCLAIMER}\n{COMMANDS}")
+    log(f"{about}\n{DISCLAIMER}\n{COMMANDS}")
     mark = "> " * (sys.stdin.isatty() and sys.stdout.isatty())
     turns = []  # the messages of a question and its answer each
     while True:
@@ -1771,7 +1771,7 @@ class Options(Decoding):
     system: str = ""  # system text before the question, or before a chat
     thinking: bool = False  # let a model that can (Qwen3) think before it answers
     base_model: str = ""  # folder of the base (empty: the one the adapter was trained on)
-    lora_weights: str = "lora-tcm"  # folder of the adapter
+    lora_weights: str = ""  # folder of the adapter (empty: lora-tcm, unless --base_model is given)
     use_lora: bool = True  # False asks the base alone
     instruct_dir: str = ""  # a file of questions, JSON array or lines; - is stdin
     # file for the answers to --instruct_dir, JSON lines; a run that was stopped goes on
@@ -1900,7 +1900,9 @@ def main():
     multi = options.single_or_multi == "multi"
     rows = options.batch_size
     questions = read_instructions(options.instruct_dir) if way == "file" else []
-    adapter = options.lora_weights if options.use_lora else ""
+    # Who names a base, a merged one say, does not get the adapter that lies here by chance.
+    adapter = options.lora_weights or "lora-tcm" * (not options.base_model)
+    adapter *= options.use_lora
     model, tokenizer, template, about = load(options, adapter)
 
     opening = [{"role": "system", "content": options.system}] if options.system else []
@@ -1927,6 +1929,7 @@ def main():
         # As many rows for the base as for the adapter, side by side.
         rows *= len(names)
         batch = Batch(model, rows, options.context, eos_ids(tokenizer), tokenizer.decode)
+        log(about)
         serve(Server(batch, tokenizer, names, prompt_of, options))
     else:
         if None in (sys.stdin, sys.stdout):

@@ -1195,15 +1195,22 @@ def load_base(path, device, dtype, base_dtype="auto"):
     decapoda-research/llama-7b-hf has it, is not followed. Raises ValueError if the embedding lacks
     rows for pieces (those of added_tokens.json, such as Alpaca's [PAD], count), or has far more."""
     path = find_base(path)
+    file = find_tokenizer(path).name
     size = Checkpoint(path).config.vocab_size  # first, for it says what this network is not
     tokenizer = load_tokenizer(path)
     pieces = tokenizer.vocab_size
     # A tokenizer of another base would give every word another one's row.
     if not 0 <= size - pieces < 4096:  # Qwen, GLM and others fill up to a round number of rows
         raise ValueError(
-            f"{path}: {find_tokenizer(path).name} has {pieces} pieces, the model {size} embedding "
+            f"{path}: {file} has {pieces} pieces, the model {size} embedding "
             "rows; they belong to different models"
         )
+    # Wrong ids in config.json are common, and would end no answer.
+    theirs = read_json_file(path / "config.json") if (path / "config.json").is_file() else {}
+    for key, ours in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
+        said = theirs.get(key)
+        if None not in (ours, said) and ours not in (said if isinstance(said, list) else [said]):
+            log(f"warning: {path}/config.json has {key} {said}, {file} {ours}, which is followed")
     if base_dtype in ("auto", *DTYPES):
         model = load_model(path, device, DTYPES.get(base_dtype, dtype))
     else:

@@ -484,20 +484,19 @@ class Run:
 
     def find_start(self):
         """The folder to go on from: a checkpoint; the run's own if it is finished; else None."""
-        given = self.config.resume_from_checkpoint
-        found = newest(self.folder)
-        # True, False and None are alpaca-lora's words.
-        if given.lower() in ("auto", "true"):
-            if not found:
-                print(f"no checkpoint in {self.folder} yet; beginning with step 1")
-            return found
-        if given.lower() in ("", "false", "none"):
-            if found and not self.config.overwrite:
-                raise ValueError(
-                    f"{found} holds a run; go on with --resume_from_checkpoint auto, give another "
-                    "--output_dir, or --overwrite it"
-                )
-            return None
+        given, found = self.config.resume_from_checkpoint, newest(self.folder)
+        match given.lower():  # True, False and None are alpaca-lora's words
+            case "auto" | "true":
+                if not found:
+                    print(f"no checkpoint in {self.folder} yet; beginning with step 1")
+                return found
+            case "" | "false" | "none":
+                if found and not self.config.overwrite:
+                    raise ValueError(
+                        f"{found} holds a run; go on with --resume_from_checkpoint auto, give "
+                        "another --output_dir, or --overwrite it"
+                    )
+                return None
         start = Path(given)
         if start != found and not (start / "state.safetensors").is_file():
             raise ValueError(
@@ -507,10 +506,18 @@ class Run:
         return start
 
     def go_on_from(self, start):
-        """Take over history and limits of a run, which must have been made with what this one is.
-        Raises ValueError naming what differs."""
+        """Take over history and limits of a run. Raises ValueError naming the first setting, or
+        file by its SHA-256, that weights depend on and that differs between the two."""
         made = read_json_file(start / "run.json")
-        compare_runs(start, made, self.info)
+        wanted = json.loads(json.dumps(self.info))  # where tuples are lists
+        for part in ("sha256", "made_in", "config"):
+            for name, value in wanted[part].items():
+                old = made[part].get(name, value)
+                if old != value and name not in NOT_COMPARED:
+                    raise ValueError(
+                        f"{start} was made with {name} {old!r:.60}, not {value!r:.60}; give what "
+                        "it was made with, or begin anew in another --output_dir"
+                    )
         self.info["started"] = made["started"]
         # The same tokens at once add gradients up in the same order, unless others are asked for.
         if self.config.micro_batch_tokens in (0, made["config"]["micro_batch_tokens"]):
@@ -653,33 +660,18 @@ def describe_run(config):
         "data": [[weight, digest(path)] for path, weight in map(split_weight, config.data_path)],
         "validation": digest(config.val_path) if config.val_path else None,
     }
-    made_in = {
-        # its content counts, not its name or the layout of its file
-        "template": load_template(config.prompt_template_name),
-        "dtype of the activations": str(dtype),
-        "processes": world_size(),
-    }
     return {
         "config": asdict(config),
-        "made_in": made_in,
+        "made_in": {
+            # its content counts, not its name or the layout of its file
+            "template": load_template(config.prompt_template_name),
+            "dtype of the activations": str(dtype),
+            "processes": world_size(),
+        },
         "sha256": hashes,
         "torch": torch.__version__,
         "started": time.time(),
     }
-
-
-def compare_runs(folder, made, wanted):
-    """Raise ValueError naming the first setting, or file by its SHA-256, that weights depend on and
-    that differs between two run.json."""
-    wanted = json.loads(json.dumps(wanted))  # where tuples are lists
-    for part in ("sha256", "made_in", "config"):
-        for name, value in wanted[part].items():
-            old = made[part].get(name, value)
-            if old != value and name not in NOT_COMPARED:
-                raise ValueError(
-                    f"{folder} was made with {name} {old!r:.60}, not {value!r:.60}; give what it "
-                    "was made with, or begin anew in another --output_dir"
-                )
 
 
 def checkpoints(folder):

@@ -266,9 +266,8 @@ def step_gradient(model, rows, config, limits=None):
         scale /= processes()[1]  # FSDP2 has made their mean on the way, and we want the sum
     else:
         sum_over_processes(gradients)
-    if scale != 1:
-        for gradient in gradients:
-            gradient.div_(scale)
+    for gradient in gradients:
+        gradient.div_(scale)
     # Numbers beyond 65,504 are infinite in fp16: once more, with a smaller loss.
     if is_fp16 and math.isfinite(loss) and not full_tensor(get_total_norm(gradients)).isfinite():
         limits.loss_scale /= 2
@@ -335,7 +334,8 @@ def train(config, model, data, run=None):
             record = {"step": step + 1, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
             tokens, seconds = sum(map(len, batch)), time.time() - started
             record |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-            if val_rows and run.is_multiple(config.eval_steps, total):
+            due = run.step == total or run.step % (config.eval_steps or total) == 0
+            if val_rows and due:
                 record["val_loss"] = evaluate(model, val_rows, config, run.limits)
             run.log(record)
             stopping = any_stopped(caught, model.device)
@@ -391,7 +391,7 @@ def any_stopped(caught, device):
 
 def check_finite(model, batch, loss, norm, config):
     """Raise ValueError naming the rows whose own loss is not finite, or else all of the batch."""
-    if math.isfinite(loss) and math.isfinite(norm):
+    if math.isfinite(loss + norm):
         return
     bad = [row for row in batch if not math.isfinite(evaluate(model, [row], config))] or batch
     names = ", ".join(row.name for row in bad[:9])
@@ -573,10 +573,6 @@ class Run:
                 file.write(json.dumps(record) + "\n")
         if self.wandb:
             self.wandb.log(record, step=record["step"])
-
-    def is_multiple(self, every, total):
-        """Is the step one of every so many, or the last?"""
-        return self.step == total or self.step % (every or total) == 0
 
     def best_step(self):
         """The first step of the lowest validation loss; None before a validation."""
@@ -844,7 +840,7 @@ def gradient_that_fits(model, rows, config, limits):
     while True:
         try:
             return step_gradient(model, rows, config, limits)
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             # One row alone cannot be halved, and other processes wait for this one's gradient.
             can_halve = processes()[1] == 1 and limits.tokens_at_once > max(map(len, rows))
             if not (can_halve and out_of_memory(error)):
@@ -1074,10 +1070,10 @@ def print_report(config, history, answers):
         print(f"\n问题 {record['instruction']}\n  参考 {record['output']}")
         print(f"  调前 {record['before']!r:.120}\n  调后 {record['after']}")
     tokens, seconds = (sum(record[key] for record in history) for key in ("tokens", "seconds"))
-    first, last = history[0], {"val_loss": math.nan} | history[-1]
+    last = {"val_loss": math.nan} | history[-1]
     print(
         f"\n{len(history)} steps, {tokens:,} real tokens in {seconds:.0f} s "
-        f"({tokens / seconds:,.0f} tokens/s), loss {first['loss']:.3f} -> {last['loss']:.3f}, "
+        f"({tokens / seconds:,.0f} tokens/s), loss {history[0]['loss']:.3f} -> {last['loss']:.3f}, "
         f"validation {last['val_loss']:.3f}"
     )
     old, new = (facts_recalled(answers, [r[key] for r in answers]) for key in ("before", "after"))
@@ -1335,7 +1331,7 @@ def main():
     questions = answer_all(model, tokenizer, template, questions, "before")
     history = train(config, model, (rows, val_rows), run)
     answers = answer_all(model, tokenizer, template, questions, "after")
-    if processes()[0] == 0:
+    if run.writes:
         write_json_lines(run.folder / "answers.jsonl", answers)
         print_report(config, history, answers)
 

@@ -1025,14 +1025,13 @@ def show_rows(tokenizer, rows):
 def answer_all(model, tokenizer, template, records, key):
     """The records with greedy answers to their questions as `key`. Each process answers a share."""
     rank, n = processes()
-    prompts = []
-    for record in records[rank::n]:
-        prompts.append(render_prompt(tokenizer, template, *conversation(record)))
-    own = answer_batch(model, tokenizer, prompts, Decoding(max_new_tokens=128), 32, key)
+    own = records[rank::n]
+    prompts = [render_prompt(tokenizer, template, *conversation(record)) for record in own]
+    answers = answer_batch(model, tokenizer, prompts, Decoding(max_new_tokens=128), 32, key)
     # Question i was answered by process i % n.
-    shares = [own] * n
+    shares = [answers] * n
     if n > 1:
-        dist.all_gather_object(shares, own)
+        dist.all_gather_object(shares, answers)
     return [record | {key: shares[i % n][i // n]} for i, record in enumerate(records)]
 
 

@@ -936,12 +936,10 @@ def own_part(tensor, like):
 
 def split_weight(argument):
     """("a.json", 0.5) of "a.json:0.5", and ("a.json", 1.0) of "a.json"."""
-    match = re.fullmatch(r"(.+):(\d*\.?\d+)", argument)
-    if not match or Path(argument).is_file():
-        return argument, 1.0
-    if not float(match[2]) > 0:
-        raise ValueError(f"data_path {argument}: weight {match[2]}, wanted a number above 0")
-    return match[1], float(match[2])
+    path, weight = re.fullmatch(r"(?s)(.*?)(?::(\d*\.?\d+))?", argument).groups("1")
+    if float(weight) == 0:
+        raise ValueError(f"data_path {argument}: weight {weight}, wanted a number above 0")
+    return path, float(weight)
 
 
 def read_data(config):

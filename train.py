@@ -334,8 +334,7 @@ def train(config, model, data, run=None):
             record = {"step": step + 1, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
             tokens, seconds = sum(map(len, batch)), time.time() - started
             record |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-            due = run.step == total or run.step % (config.eval_steps or total) == 0
-            if val_rows and due:
+            if val_rows and run.is_multiple(config.eval_steps, total):
                 record["val_loss"] = evaluate(model, val_rows, config, run.limits)
             run.log(record)
             stopping = any_stopped(caught, model.device)
@@ -573,6 +572,10 @@ class Run:
                 file.write(json.dumps(record) + "\n")
         if self.wandb:
             self.wandb.log(record, step=record["step"])
+
+    def is_multiple(self, every, total):
+        """Is the step one of every so many, or the last?"""
+        return self.step == total or self.step % (every or total) == 0
 
     def best_step(self):
         """The first step of the lowest validation loss; None before a validation."""

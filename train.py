@@ -266,9 +266,8 @@ def step_gradient(model, rows, config, limits=None):
         scale /= processes()[1]  # FSDP2 has made their mean on the way, and we want the sum
     else:
         sum_over_processes(gradients)
-    if scale != 1:
-        for gradient in gradients:
-            gradient.div_(scale)
+    for gradient in gradients:
+        gradient.div_(scale)
     # Numbers beyond 65,504 are infinite in fp16: once more, with a smaller loss.
     if is_fp16 and math.isfinite(loss) and not full_tensor(get_total_norm(gradients)).isfinite():
         limits.loss_scale /= 2
@@ -391,7 +390,7 @@ def any_stopped(caught, device):
 
 def check_finite(model, batch, loss, norm, config):
     """Raise ValueError naming the rows whose own loss is not finite, or else all of the batch."""
-    if math.isfinite(loss) and math.isfinite(norm):
+    if math.isfinite(loss + norm):
         return
     bad = [row for row in batch if not math.isfinite(evaluate(model, [row], config))] or batch
     names = ", ".join(row.name for row in bad[:9])
@@ -484,20 +483,19 @@ class Run:
 
     def find_start(self):
         """The folder to go on from: a checkpoint; the run's own if it is finished; else None."""
-        given = self.config.resume_from_checkpoint
-        found = newest(self.folder)
-        # True, False and None are alpaca-lora's words.
-        if given.lower() in ("auto", "true"):
-            if not found:
-                print(f"no checkpoint in {self.folder} yet; beginning with step 1")
-            return found
-        if given.lower() in ("", "false", "none"):
-            if found and not self.config.overwrite:
-                raise ValueError(
-                    f"{found} holds a run; go on with --resume_from_checkpoint auto, give another "
-                    "--output_dir, or --overwrite it"
-                )
-            return None
+        given, found = self.config.resume_from_checkpoint, newest(self.folder)
+        match given.lower():  # True, False and None are alpaca-lora's words
+            case "auto" | "true":
+                if not found:
+                    print(f"no checkpoint in {self.folder} yet; beginning with step 1")
+                return found
+            case "" | "false" | "none":
+                if found and not self.config.overwrite:
+                    raise ValueError(
+                        f"{found} holds a run; go on with --resume_from_checkpoint auto, give "
+                        "another --output_dir, or --overwrite it"
+                    )
+                return None
         start = Path(given)
         if start != found and not (start / "state.safetensors").is_file():
             raise ValueError(
@@ -507,10 +505,18 @@ class Run:
         return start
 
     def go_on_from(self, start):
-        """Take over history and limits of a run, which must have been made with what this one is.
-        Raises ValueError naming what differs."""
+        """Take over history and limits of a run. Raises ValueError naming the first setting, or
+        file by its SHA-256, that weights depend on and that differs between the two."""
         made = read_json_file(start / "run.json")
-        compare_runs(start, made, self.info)
+        wanted = json.loads(json.dumps(self.info))  # where tuples are lists
+        for part in ("sha256", "made_in", "config"):
+            for name, value in wanted[part].items():
+                old = made[part].get(name, value)
+                if old != value and name not in NOT_COMPARED:
+                    raise ValueError(
+                        f"{start} was made with {name} {old!r:.60}, not {value!r:.60}; give what "
+                        "it was made with, or begin anew in another --output_dir"
+                    )
         self.info["started"] = made["started"]
         # The same tokens at once add gradients up in the same order, unless others are asked for.
         if self.config.micro_batch_tokens in (0, made["config"]["micro_batch_tokens"]):
@@ -649,33 +655,18 @@ def describe_run(config):
         "data": [[weight, file_hash(path)] for path, weight in map(split_weight, config.data_path)],
         "validation": file_hash(config.val_path) if config.val_path else None,
     }
-    made_in = {
-        # its content counts, not its name or the layout of its file
-        "template": load_template(config.prompt_template_name),
-        "dtype of the activations": str(dtype),
-        "processes": world_size(),
-    }
     return {
         "config": asdict(config),
-        "made_in": made_in,
+        "made_in": {
+            # its content counts, not its name or the layout of its file
+            "template": load_template(config.prompt_template_name),
+            "dtype of the activations": str(dtype),
+            "processes": world_size(),
+        },
         "sha256": hashes,
         "torch": torch.__version__,
         "started": time.time(),
     }
-
-
-def compare_runs(folder, made, wanted):
-    """Raise ValueError naming the first setting, or file by its SHA-256, that weights depend on and
-    that differs between two run.json."""
-    wanted = json.loads(json.dumps(wanted))  # where tuples are lists
-    for part in ("sha256", "made_in", "config"):
-        for name, value in wanted[part].items():
-            old = made[part].get(name, value)
-            if old != value and name not in NOT_COMPARED:
-                raise ValueError(
-                    f"{folder} was made with {name} {old!r:.60}, not {value!r:.60}; give what it "
-                    "was made with, or begin anew in another --output_dir"
-                )
 
 
 def checkpoints(folder):
@@ -750,9 +741,7 @@ def draw_curve(history, path):
         return f"{60 + 720 * epoch / last['epoch']:.1f},{360 - 330 * height:.1f}"
 
     lines = {key: " ".join(place(r["epoch"], r[key]) for r in history if key in r) for key in keys}
-    # At most ten epochs, tens or tenths of them have a mark.
-    apart = 10.0 ** math.ceil(math.log10(last["epoch"] / 10))
-    marks = [i * apart for i in range(int(last["epoch"] / apart) + 1)]
+    marks = [0, last["epoch"] / 2, last["epoch"]]
     ticks = [("level", place(0, level), level) for level in levels]
     ticks += [("epoch", place(mark, low), mark) for mark in marks]
     tick = '<g transform="translate({1})"><use href="#{0}"/><text class="{0}">{2:g}</text></g>'
@@ -848,7 +837,7 @@ def gradient_that_fits(model, rows, config, limits):
     while True:
         try:
             return step_gradient(model, rows, config, limits)
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             # One row alone cannot be halved, and other processes wait for this one's gradient.
             can_halve = processes()[1] == 1 and limits.tokens_at_once > max(map(len, rows))
             if not (can_halve and out_of_memory(error)):
@@ -913,21 +902,14 @@ def sum_over_processes(tensors):
 def shard(model, device, dtype):
     """FSDP2 (--shard): cut each block's weights over the processes, then those of the rest; they
     are gathered for their products and freed again. Moved to device and cast to dtype a block at a
-    time, since the base may be mapped, and exceed the device. Raises ValueError where torch cannot
-    cut a quantised base."""
+    time, since the base may be mapped, and exceed the device."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     # First the blocks, then what is left of the model: embedding, last norm and head.
     mesh = dist.init_device_mesh(device.type, (processes()[1],))
     for part in (*model.layers, model):
         move_model(part, device, dtype)
-        try:
-            fully_shard(part, mesh=mesh)
-        except RuntimeError as error:  # torch 2.11 cuts floating-point parameters alone
-            raise ValueError(
-                f"torch {torch.__version__} cannot shard this base ({error}); int8 and nf4 want "
-                "torch 2.13, or take --base_dtype bf16"
-            ) from None
+        fully_shard(part, mesh=mesh)
     register_fsdp_forward_method(model, "hidden_states")
 
 
@@ -946,12 +928,10 @@ def own_part(tensor, like):
 
 def split_weight(argument):
     """("a.json", 0.5) of "a.json:0.5", and ("a.json", 1.0) of "a.json"."""
-    match = re.fullmatch(r"(.+):(\d*\.?\d+)", argument)
-    if not match or Path(argument).is_file():
-        return argument, 1.0
-    if not float(match[2]) > 0:
-        raise ValueError(f"data_path {argument}: weight {match[2]}, wanted a number above 0")
-    return match[1], float(match[2])
+    path, weight = re.fullmatch(r"(?s)(.*?)(?::(\d*\.?\d+))?", argument).groups("1")
+    if float(weight) == 0:
+        raise ValueError(f"data_path {argument}: weight {weight}, wanted a number above 0")
+    return path, float(weight)
 
 
 def read_data(config):
@@ -1033,14 +1013,13 @@ def show_rows(tokenizer, rows):
 def answer_all(model, tokenizer, template, records, key):
     """The records with greedy answers to their questions as `key`. Each process answers a share."""
     rank, n = processes()
-    prompts = []
-    for record in records[rank::n]:
-        prompts.append(render_prompt(tokenizer, template, *conversation(record)))
-    own = answer_batch(model, tokenizer, prompts, Decoding(max_new_tokens=128), 32, key)
+    own = records[rank::n]
+    prompts = [render_prompt(tokenizer, template, *conversation(record)) for record in own]
+    answers = answer_batch(model, tokenizer, prompts, Decoding(max_new_tokens=128), 32, key)
     # Question i was answered by process i % n.
-    shares = [own] * n
+    shares = [answers] * n
     if n > 1:
-        dist.all_gather_object(shares, own)
+        dist.all_gather_object(shares, answers)
     return [record | {key: shares[i % n][i // n]} for i, record in enumerate(records)]
 
 
@@ -1082,10 +1061,10 @@ def print_report(config, history, answers):
         print(f"\n问题 {record['instruction']}\n  参考 {record['output']}")
         print(f"  调前 {record['before']!r:.120}\n  调后 {record['after']}")
     tokens, seconds = (sum(record[key] for record in history) for key in ("tokens", "seconds"))
-    first, last = history[0], {"val_loss": math.nan} | history[-1]
+    last = {"val_loss": math.nan} | history[-1]
     print(
         f"\n{len(history)} steps, {tokens:,} real tokens in {seconds:.0f} s "
-        f"({tokens / seconds:,.0f} tokens/s), loss {first['loss']:.3f} -> {last['loss']:.3f}, "
+        f"({tokens / seconds:,.0f} tokens/s), loss {history[0]['loss']:.3f} -> {last['loss']:.3f}, "
         f"validation {last['val_loss']:.3f}"
     )
     old, new = (facts_recalled(answers, [r[key] for r in answers]) for key in ("before", "after"))
@@ -1338,12 +1317,10 @@ def main():
 
     # Training, and answers to some of the validation questions before and after.
     count = 0 if config.shard else config.num_answers  # token by token, gathering is too slow
-    every = max(1, len(val_records) // max(1, count))
-    questions = val_records[::every][:count]
-    questions = answer_all(model, tokenizer, template, questions, "before")
+    questions = answer_all(model, tokenizer, template, val_records[:count], "before")
     history = train(config, model, (rows, val_rows), run)
     answers = answer_all(model, tokenizer, template, questions, "after")
-    if processes()[0] == 0:
+    if run.writes:
         write_json_lines(run.folder / "answers.jsonl", answers)
         print_report(config, history, answers)
 

@@ -1324,7 +1324,9 @@ def main():
 
     # Training, and answers to some of the validation questions before and after.
     count = 0 if config.shard else config.num_answers  # token by token, gathering is too slow
-    questions = answer_all(model, tokenizer, template, val_records[:count], "before")
+    every = max(1, len(val_records) // max(1, count))
+    questions = val_records[::every][:count]
+    questions = answer_all(model, tokenizer, template, questions, "before")
     history = train(config, model, (rows, val_rows), run)
     answers = answer_all(model, tokenizer, template, questions, "after")
     if run.writes:

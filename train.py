@@ -741,7 +741,9 @@ def draw_curve(history, path):
         return f"{60 + 720 * epoch / last['epoch']:.1f},{360 - 330 * height:.1f}"
 
     lines = {key: " ".join(place(r["epoch"], r[key]) for r in history if key in r) for key in keys}
-    marks = [0, last["epoch"] / 2, last["epoch"]]
+    # At most ten epochs, tens or tenths of them have a mark.
+    apart = 10.0 ** math.ceil(math.log10(last["epoch"] / 10))
+    marks = [i * apart for i in range(int(last["epoch"] / apart) + 1)]
     ticks = [("level", place(0, level), level) for level in levels]
     ticks += [("epoch", place(mark, low), mark) for mark in marks]
     tick = '<g transform="translate({1})"><use href="#{0}"/><text class="{0}">{2:g}</text></g>'

@@ -1745,7 +1745,7 @@ def read_question(messages):
     return read
 
 
-def serve(server):
+def serve(server, about):
     """Serve until SIGTERM or Ctrl-C, then let the answers under way finish; a second one ends at
     once."""
 
@@ -1758,7 +1758,7 @@ def serve(server):
     # Connections are taken in a thread, while this one waits for a signal.
     threading.Thread(target=server.serve_forever, daemon=True).start()
     host, port = server.server_address
-    log(f"http://{host}:{port}/  models: {' '.join(server.names)}")
+    log(f"http://{host}:{port}/  models: {' '.join(server.names)}\n{about}")
     # until then new requests are told so
     while not server.stopping or server.batch.waiting or server.batch.rows:
         time.sleep(0.1)
@@ -1936,8 +1936,7 @@ def main():
         # As many rows for the base as for the adapter, side by side.
         rows *= len(names)
         batch = Batch(model, rows, options.context, eos_ids(tokenizer), tokenizer.decode)
-        log(about)
-        serve(Server(batch, tokenizer, names, prompt_of, options))
+        serve(Server(batch, tokenizer, names, prompt_of, options), about)
     else:
         if None in (sys.stdin, sys.stdout):
             raise ValueError("a chat wants standard input and output, and one is closed")

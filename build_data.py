@@ -4,6 +4,7 @@
   python build_data.py knowledge --model M --output x.jsonl      facts -> instruction records
   python build_data.py literature --model M --output x.jsonl     conclusions of papers -> dialogues
   python build_data.py self-instruct --model M --output x.jsonl  seed tasks -> new tasks
+  python build_data.py extract --texts t.txt --model M --output kb.jsonl    texts -> facts
   python build_data.py stats x.jsonl                             what a file of records holds
 
 What this file teaches: how a base of facts becomes records to tune a model with.
@@ -35,7 +36,7 @@ import signal
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count, cycle, islice
 from pathlib import Path
 from string import Template
@@ -60,6 +61,7 @@ from model import (
     run,
     setting,
     to_json,
+    write_hashes,
     write_json,
     write_json_lines,
     write_text,
@@ -95,6 +97,7 @@ def facts(entity, forms):
 
 # The patterns of a disease, and the formula for each.
 PAIRED = ("中医证型", "常用方剂")
+UNPAIRED = "未配对"  # what an entity has whose lists of these are not in one order
 
 
 def values_of(entity, relation):
@@ -103,7 +106,8 @@ def values_of(entity, relation):
         values = unique(entity.get(relation, []))
         return "、".join(values), values
     # Treatment by pattern is made of two relations: the i-th formula treats the i-th pattern.
-    pairs = unique(zip(*(entity.get(relation, []) for relation in PAIRED)))
+    lists = [entity.get(relation, []) for relation in PAIRED if UNPAIRED not in entity]
+    pairs = unique(zip(*lists))
     text = "，".join(f"{pattern}用{formula}" for pattern, formula in pairs)
     return text, unique(chain(*pairs))
 
@@ -182,7 +186,7 @@ def build(args, jobs, sieve):
     """Ask the jobs, write the records that the sieve keeps and, with the reason, the others."""
     jobs = list(jobs)
     # Ask, and where a reply cannot be parsed, ask once more. What is on the file is not asked.
-    client = Client(replies_beside(args.output, "prompt_hash"), args)
+    client = Client(replies_beside(args.output, sieve.mark), args)
     client.ask({job.key: job.messages for job in jobs})
     if args.dry_run:
         print("--- on top of that, a reply that cannot be parsed is asked once more")
@@ -199,10 +203,8 @@ def build(args, jobs, sieve):
             else:
                 kept.append(record)
     # Only when the records are written may an error of the endpoint end the command.
-    write_lines(args.output, kept)
     write_lines(beside(args.output, ".rejected.jsonl"), rejected)
-    if kept:
-        report(args.output, args.knowledge, beside(args.output, ".html"))
+    sieve.write(args, kept)
     client.end()
 
 
@@ -225,7 +227,7 @@ def read_reply(job, client):
 
 def records_of(job, items):
     """The records in a reply: one of each item, or one dialogue of which each item is a turn."""
-    if job.fields == TASK:
+    if job.fields != TURN:
         return items
     turns = [tuple(item.values()) for item in items]
     if not 2 <= len(turns) <= 6 or not all(map(all, turns)):
@@ -240,9 +242,11 @@ def records_of(job, items):
 # ==================================================================================================
 # How a reply is judged
 
-# The fields of an item of a reply: a task, or one turn of a dialogue.
+# The fields of an item of a reply: a task, one turn of a dialogue, a fact of a text.
 TASK = ("instruction", "input", "output")
 TURN = ("user", "bot")
+# A fact with the words of a text that state it.
+STATED = ("head", "relation", "tail", "evidence")
 
 # What in a record gives it away: {reason: pattern}.
 FAULTS = {
@@ -272,7 +276,8 @@ def parse_items(content, fields):
         raise ValueError(f"no JSON: {error}") from None
     except (LookupError, TypeError, AttributeError):
         raise ValueError(f"wanted items, each with texts for {', '.join(fields)}") from None
-    if not items:
+    # A text may state no fact.
+    if not items and fields != STATED:
         raise ValueError("no items")
     return items
 
@@ -282,6 +287,8 @@ class Sieve:
 
     names: the `Names` that a record may use only where its prompt holds them. seeds: instructions
     that new ones must differ from (self-instruct)."""
+
+    mark = "prompt_hash"  # what each line that it writes holds
 
     def __init__(self, names=None, seeds=()):
         self.names = names
@@ -349,6 +356,11 @@ class Sieve:
         # What is rejected must not be remembered, or a good record would fall with it.
         self.exact.add(text)
         self.grams.add(grams, text)
+
+    def write(self, args, kept):
+        write_lines(args.output, kept, args.knowledge)
+        if kept:
+            report(args.output, args.knowledge, beside(args.output, ".html"))
 
 
 def plain(text):
@@ -489,7 +501,7 @@ class Job:
 
     @property
     def fields(self):
-        return TURN if self.form == "literature" else TASK
+        return {"literature": TURN, "extract": STATED}.get(self.form, TASK)
 
 
 def read_prompts(folder):
@@ -674,6 +686,144 @@ def repairs(args, jobs, replies):
             said = message("assistant", said or "（空）")
             prompts[key] = [*job.messages, said, message("user", asked)]
     return prompts
+
+
+# ==================================================================================================
+# Facts out of texts
+
+
+def read_texts(path, size=500):
+    """The pieces of texts, at most `size` characters each and cut behind sentences, as Facts: the
+    subject is the entity, the place is the relation, labelled triples are the values. The file is
+    plain text, a paragraph a line, or holds records with a text; spo_list is read in CMeKG's form
+    and in CMeIE's (Guan et al. 2020). Raises ValueError naming the place of what is neither."""
+    for where, row in read_rows(path, r"\s*(?![{[])", ["text"], "\n"):
+        try:
+            text = row.get("text", row.get("结论", row.get("output")))
+            labelled = [labelled_triple(item) for item in row.get("spo_list", [])]
+            # A sentence that is longer is cut where it must be.
+            pieces = re.findall(rf"(?s).{{1,{size}}}(?:(?<=[。！？；\n])|$)|.{{1,{size}}}", text)
+        except (LookupError, TypeError, ValueError):
+            wanted = (
+                "wanted text, 结论 or output, and spo_list, if there, in CMeIE's form or CMeKG's"
+            )
+            raise ValueError(f"{path} {where}: {wanted}") from None
+        for piece in pieces:
+            yield Fact(str(row.get("疾病") or ""), None, where, piece, labelled)
+
+
+def labelled_triple(item):
+    if isinstance(item, dict):
+        item = item["subject"], item["predicate"], item["object"]["@value"]
+    head, relation, tail = item
+    return head, relation, tail
+
+
+def extract_jobs(args, texts, schema):
+    """For each piece of texts a job for each kind of entity: an LLM that is asked for all kinds
+    at once overlooks more."""
+    prompts = read_prompts(args.prompts)
+    examples = list(read_texts(args.examples))[:3] if args.examples else []
+    for i, text in enumerate(texts):
+        for kind, relations in schema.items():
+            shown = "\n".join(f"文本：{one.text}\n{to_items(one, relations)}" for one in examples)
+            yield make_job(
+                args,
+                prompts,
+                "extract",
+                f"{text.relation}#{i}/{kind}",
+                [replace(text, kind=kind)],
+                kind=kind,
+                relations="、".join(relations),
+                examples=shown,
+                subject=text.entity,
+                text=text.text,
+            )
+
+
+def to_items(text, relations):
+    """The reply that gives the labelled facts of a text under some relations."""
+    items = []
+    for head, relation, tail in text.values:
+        evidence = re.search(f"[^。！？；\n]*{re.escape(tail)}[^。！？；\n]*", text.text)
+        if evidence and relation in relations:
+            items.append(dict(zip(STATED, (head, relation, tail, evidence[0]))))
+    return to_json({"items": items})
+
+
+# What denies the value behind it; some words reach over a list.
+DENIED = "(?:(?:否认|未见|未发现|排除|不伴|没有|并非|不是)[^，。；！？]{0,20}|[无未](?:明显|出现)?)"
+
+
+@dataclass
+class TripleSieve:
+    """Finds the reason to reject a triple that its text does not state, and joins the others to a
+    knowledge base. schema: {kind: relations}. labelled: {(place, head, relation, tail), ...}, what
+    is there to be found."""
+
+    schema: dict
+    labelled: set
+    mark: str = "head"  # what each line that it writes holds
+
+    def reason(self, record, job):
+        [asked] = job.facts
+        head, relation, tail, evidence = map(record.get, STATED)
+        record["source"] = asked.relation
+        affirmed = re.sub(DENIED + re.escape(tail), "", evidence)
+        fits = {
+            "relation not asked for": relation in self.schema[asked.kind],
+            "no name": plain(head) and plain(tail) and len(head + tail) < 60,
+            "evidence not in the text": plain(evidence) in plain(asked.text),
+            "value not in its evidence": plain(tail) in plain(evidence),
+            "head not in the text": plain(head) in plain(asked.entity + asked.text),
+            "denied": plain(tail) in plain(affirmed),
+        }
+        return next((reason for reason, fit in fits.items() if not fit), "")
+
+    def write(self, args, kept):
+        """Write each triple once, with all its evidence, and those that cannot all be true; print
+        how they agree with the labelled ones."""
+        triples = defaultdict(list)
+        for record in kept:
+            head, relation, tail = map(record.get, TRIPLE)
+            said = {"source": record["source"], "text": record["evidence"]}
+            triples[head, relation, tail].append(said)
+            triples[head, "类型", record["kind"]] = []
+            # Which formula is for which pattern, two lists of a text do not tell.
+            if relation in PAIRED:
+                triples[head, UNPAIRED, "是"] = []
+        rows = [dict(zip(STATED, (*triple, said))) for triple, said in triples.items()]
+        write_lines(args.output, rows, args.texts)
+        doubts = [{"conflict": together} for together in conflicts(triples)]
+        write_lines(beside(args.output, ".conflicts.jsonl"), doubts)
+        print(*doubts, sep="\n")
+        found = {(one["source"], *triple) for triple, said in triples.items() for one in said}
+        print_scores(found, self.labelled)
+
+
+def conflicts(triples):
+    """Triples that cannot all be true: two kinds of one entity, two complications of each other, an
+    indication that is contraindicated."""
+    sides = defaultdict(dict)
+    for triple in triples:
+        head, relation, tail = triple
+        tail = re.split("(?:患?者)?(?:[禁忌慎]|不宜)", tail)[0]
+        side = {"类型": tail, "并发症": head, "主治": 1, "治疗": 1, "使用注意": 0}.get(relation)
+        about = frozenset((head, relation if relation == "类型" else tail))
+        if side is not None:
+            sides[about][side] = triple
+    return [[*side.values()] for side in sides.values() if len(side) > 1]
+
+
+def print_scores(found, labelled):
+    """Precision, recall and F1 of (place, head, relation, tail) found, strict, in all and by
+    relation."""
+    some = found, labelled, found & labelled
+    found, labelled, right = (Counter(chain(*(("all", t[2]) for t in each))) for each in some)
+    for relation, n in labelled.items():
+        k, m = right[relation], found[relation]
+        scores = f"recall {k / n:.4f}, F1 {2 * k / (m + n):.4f}"
+        print(f"{relation}: precision {k / max(1, m):.4f}, {scores}")
 
 
 # ==================================================================================================
@@ -1122,15 +1272,17 @@ def read_knowledge(path):
 TRIPLE = ("head", "relation", "tail")
 
 
-def read_rows(path):
-    """[("line 3", object), ...] of a file of JSON, or of triples between tabs."""
+def read_rows(path, form=r"\s*(?![{[]).*\t", fields=TRIPLE, separator="\t"):
+    """[("line 3", object), ...] of a file of JSON or, if it begins with a form, of lines of fields:
+    by default triples between tabs."""
     text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     # A tab in the first line, and no JSON: the lines are triples. What is wrong with a file that is
     # not UTF-8, read_records says.
-    if "\ufffd" in text or not re.match(r"\s*(?![{[]).*\t", text):
+    if "\ufffd" in text or not re.match(form, text):
         return read_records(path)
     lines = enumerate(text.split("\n"), 1)
-    return [(f"line {n}", dict(zip(TRIPLE, line.split("\t")))) for n, line in lines if line.strip()]
+    split = ((f"line {n}", line.split(separator)) for n, line in lines if line.strip())
+    return [(where, dict(zip(fields, texts))) for where, texts in split]
 
 
 def join_triples(path, rows):
@@ -1168,7 +1320,7 @@ def read_entity(row, rules):
         # Two patterns may share one formula.
         entity[relation] = values if relation in PAIRED else unique(values)
     patterns, formulas = (len(entity.get(relation, [])) for relation in PAIRED)
-    if 0 < patterns != formulas > 0:
+    if 0 < patterns != formulas > 0 and UNPAIRED not in entity:
         raise ValueError(f"{name} has {patterns} 中医证型 and {formulas} 常用方剂, wanted pairs")
     return entity
 
@@ -1195,10 +1347,13 @@ def read_forms(path):
     return forms
 
 
-def write_lines(path, records):
-    """Write records as JSON lines, replacing the file at once, and say so."""
+def write_lines(path, records, *sources):
+    """Write records as JSON lines, replacing the file at once, and say so; note the hashes of the
+    files that they were made from."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_json_lines(path, records)
+    if sources:
+        write_hashes(f"{path}.hashes.json", [path, *sources])
     print(f"{path}: {len(records):,} records")
 
 
@@ -1380,6 +1535,7 @@ class Source:
 class Offline(Source):
     """Instruction records from forms, split by entity."""
 
+    knowledge: str = f"{DATA}/tiny/knowledge.jsonl"  # by default what the small base has read
     forms: str = f"{DATA}/forms.json"  # questions and statements by relation
     output_dir: str = str(DATA)  # folder for train.jsonl and heldout.jsonl
     heldout: float = setting(0.1, high=0.99)  # share of the entities held out
@@ -1393,7 +1549,8 @@ class Offline(Source):
             ("heldout", held_out, 1),
         ):
             records = write_records(part, forms, questions, random.Random(self.seed))
-            write_lines(f"{self.output_dir}/{name}.jsonl", list(records))
+            path = f"{self.output_dir}/{name}.jsonl"
+            write_lines(path, list(records), self.knowledge, self.forms)
 
 
 @dataclass
@@ -1444,6 +1601,37 @@ class SelfInstruct(Asked):
 
 
 @dataclass
+class Extract(Api):
+    """An LLM finds the facts of texts: triples with the words that state them."""
+
+    texts: str = ""  # plain text, or records with a text (must be given)
+    schema: str = f"{DATA}/forms.json"  # kinds and the relations of each
+    prompts: str = f"{DATA}/prompts/extract"  # folder of the prompt
+    examples: str = ""  # labelled texts; the prompt shows the first three
+    records: bool = False  # ask nothing: make labelled texts records that train an extractor
+    temperature: float = setting(0.0, 0)  # of the sampling
+
+    def __post_init__(self):
+        if self.records:
+            self.model, self.dry_run = "none", True
+        if not self.texts:
+            raise ValueError("--texts must be given")
+        super().__post_init__()
+
+    def run(self):
+        schema, texts = read_json_file(self.schema), list(read_texts(self.texts))
+        jobs = extract_jobs(self, texts, schema)
+        if not self.records:
+            labelled = {(text.relation, *triple) for text in texts for triple in text.values}
+            return build(self, jobs, TripleSieve(schema, labelled))
+        rows = []
+        for job in jobs:
+            said = to_items(job.facts[0], schema[job.facts[0].kind])
+            rows.append({"messages": [*job.messages, message("assistant", said)]})
+        write_lines(self.output, rows, self.texts)
+
+
+@dataclass
 class Stats:
     """What a file of records holds."""
 
@@ -1466,6 +1654,7 @@ def main():
         "knowledge": Knowledge,
         "literature": Literature,
         "self-instruct": SelfInstruct,
+        "extract": Extract,
         "stats": Stats,
     }.items():
         command = commands.add_parser(name, help=options.__doc__)

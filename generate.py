@@ -64,6 +64,7 @@ from model import (
     run,
     setting,
     to_json,
+    write_hashes,
     write_json,
 )
 
@@ -300,7 +301,7 @@ class Batch:
             if request.finish_reason or request.cancelled:
                 last = self.rows.pop()
                 if i < len(self.rows):
-                    self.cache.copy_rows([len(self.rows)], [i], 0, len(last.ids) - 1)
+                    self.cache.copy_rows([(len(self.rows), i)], 0, len(last.ids) - 1)
                     self.rows[i] = last
 
     def admit(self, request):
@@ -318,7 +319,7 @@ class Batch:
             chunk = ids[start : start + size]
             self.model.hidden_states(torch.tensor([chunk], device=device), cache)
         # All beams begin with the prompt; the first alone may be chosen from, so that they part.
-        self.cache.copy_rows([first] * (n - 1), range(first + 1, first + n), 0, len(ids))
+        self.cache.copy_rows([(first, first + i) for i in range(1, n)], 0, len(ids))
         self.rows += [Row(request, request.prompt_ids[:], -1e9 * (i > 0)) for i in range(n)]
 
     def logits(self, fed, longest):
@@ -409,21 +410,11 @@ def step_beams(batch, at, logits):
         return
     # Where stop texts end so many that rows are left over, these go on without a chance.
     going += [replace(going[0], score=-1e9)] * n
-    place_beams(batch, at, going[:n], first, length)
-
-
-def place_beams(batch, at, beams, start, stop):
-    """Put each of beams into a row of `at` that holds its parent's keys and values: the first of a
-    parent keeps its row, others get a copy of positions start to stop (before, all are equal)."""
-    parents = [beam.parent for beam in beams]
-    # Rows whose beam has no successor.
-    free = [i for i in at if i not in parents]
-    for beam in beams:
-        row = beam.parent
-        if batch.rows[row] in beams:
-            row = free.pop()
-            batch.cache.copy_rows([beam.parent], [row], start, stop)
-        batch.rows[row] = beam
+    # Each beam's row takes over the keys and values of its parent's; in the prompt all are equal.
+    moves = [(beam.parent, i) for i, beam in zip(at, going) if beam.parent != i]
+    batch.cache.copy_rows(moves, first, length)
+    for i, beam in zip(at, going):
+        batch.rows[i] = beam
 
 
 # ==================================================================================================
@@ -526,8 +517,7 @@ def stream(tokenizer, request, step=None):
         ended = request.finish_reason  # read before the ids, which another thread may add to
         text = tokenizer.decode(request.ids)
         text = text if ended else text.rstrip(tokenizer.unsettled)
-        text = visible(text, request.decoding.stop, ended)
-        text = text.lstrip(tokenizer.leading)
+        text = visible(text, request.decoding.stop, ended).lstrip(tokenizer.leading)
         yield text[shown:]
         shown = len(text)
 
@@ -581,28 +571,27 @@ def expand(match):
 END = "\0"  # no letter
 
 
+@dataclass(eq=False)
 class BytePairs:
     """Byte-level BPE (Sennrich et al. 2016; over bytes: Radford et al. 2019, 2.2). A text is cut
     into words, a word into its bytes; of the neighbours, those that training merged first are
-    merged, again and again.
+    merged, again and again. Raises ValueError for what does not fit together."""
 
-    ids      {piece: id}, pieces in LETTERS
-    ranks    {a + between + b: rank} of the neighbours a, b that merge, lowest first
-    pattern  what a word is
-    whole    the pieces that a word is, if it can, without merging
-    nfc      the text is brought to Unicode's form C first
+    ids: dict  # {piece: id}, pieces in LETTERS
+    ranks: dict  # {a + between + b: rank} of the neighbours a, b that merge, lowest first
+    between: str
+    pattern: str  # what a word is
+    whole: set  # the pieces that a word is, if it can, without merging
+    nfc: bool = False  # the text is brought to Unicode's form C first
 
-    Raises ValueError for what does not fit together."""
-
-    def __init__(self, ids, ranks, between, pattern, whole, nfc=False):
-        self.ids, self.ranks, self.between, self.whole, self.nfc = ids, ranks, between, whole, nfc
-        self.texts = {id: piece for piece, id in ids.items()}
+    def __post_init__(self):
+        self.texts = {id: piece for piece, id in self.ids.items()}
         self.merged = lru_cache(1 << 16)(self.merge)
         # In a group, so that split() keeps what it finds.
         escapes = r"\[(?:\\.|[^]])+\]|\\(?:[sS]|[pP]\{\w\})"
-        self.words = re.compile(f"({re.sub(escapes, expand, pattern)})")
-        made = {pair.replace(between, "") for pair in ranks}.union(LETTERS.values())
-        if self.words.groups > 1 or made - ids.keys():
+        self.words = re.compile(f"({re.sub(escapes, expand, self.pattern)})")
+        made = {pair.replace(self.between, "") for pair in self.ranks}.union(LETTERS.values())
+        if self.words.groups > 1 or made - self.ids.keys():
             raise ValueError("a pattern with groups, or pieces that are not in the vocabulary")
 
     def encode(self, text):
@@ -713,7 +702,7 @@ def read_tiktoken(path, kind):
     lines = (line.split() for line in Path(path).read_bytes().splitlines() if line)
     ids = {spell(b64decode(piece)): int(rank) for piece, rank in lines}
     names, begin = BEHIND[kind].split(), "<|begin_of_text|>"
-    special = {name: len(ids) + i for i, name in enumerate(names)}
+    special = dict(zip(names, count(len(ids))))
     end = names[begin in names]  # the first, but for BOS
     return ByteTokenizer(BytePairs(ids, ids, "", WORDS, ids), special, begin, end)
 
@@ -728,9 +717,8 @@ class ChatGLMTokenizer(Tokenizer):
         super().__init__(path)
         self.answer_pieces = self.pieces
         names = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>"
-        for name in names.split():
-            self.special[name] = self.vocab_size
-            self.vocab_size += 1
+        self.special |= zip(names.split(), count(self.vocab_size))
+        self.vocab_size += len(names.split())
         self.opening = [self.special["[gMASK]"], self.special["sop"]]
         self.bos_id = self.opening[0]
 
@@ -757,7 +745,6 @@ class ChatGLM6BTokenizer(Tokenizer):
 
     def __init__(self, path):
         super().__init__(path, b"" if b"[gMASK]" in Path(path).read_bytes() else old_pieces())
-        self.answer_pieces = self.pieces
         self.bos_id, self.eos_id, self.opening = None, self.special["<eop>"], []
 
     def encode(self, text, bos=False, eos=False):
@@ -810,11 +797,14 @@ def load_tokenizer(folder):
 # Templates: a conversation as texts and special tokens
 
 # tokens that end an answer besides EOS, in the vocabularies that have them
-ENDS = {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"}
-ENDS |= {"<|user|>", "<|observation|>"}
+ENDS = (
+    "<|im_end|> <|endoftext|> <|eot_id|> <|eom_id|> <|end_of_text|> <|user|> <|observation|>"
+).split()
 # The texts of a template that has none of its own: BenTsao's, with several turns in one
 # instruction.
 FORMS = {
+    "prompt_no_input": "{instruction}",
+    "prompt_input": "{instruction}",
     "system": "{system}\n",
     "turn": " <user>: {opening}{user} <bot>: {answer}",
     "question": " <user>: {opening}{user}",
@@ -831,7 +821,7 @@ FORMS = {
 
 def eos_ids(tokenizer):
     """The ids that end an answer."""
-    ends = ENDS & tokenizer.special.keys()
+    ends = tokenizer.special.keys() & ENDS
     return sorted({tokenizer.eos_id, *(tokenizer.special[name] for name in ends)})
 
 
@@ -853,11 +843,11 @@ def load_template(name):
     tokenizer's. Raises ValueError for a template that loses a part of a conversation."""
     path = Path(name) if str(name).endswith(".json") else DATA / "templates" / f"{name}.json"
     template = read_json_file(path)
-    if "prompt" not in template:
-        template.setdefault("prompt_input", template.get("prompt_no_input"))
     roles = ["system", "user", "assistant", "user", "assistant"]
     trial = [{"role": role, "content": role.upper()} for role in roles]
     try:
+        if "prompt" not in template:
+            template.setdefault("prompt_input", template["prompt_no_input"])
         for trial[3]["input"] in "", "?":
             text = "".join(render(template, trial))
             if any(text.count(role.upper()) < roles.count(role) for role in roles):
@@ -881,62 +871,62 @@ def default_template(tokenizer):
 
 
 # In a rendered text these stand around the name of a special token, before what is a target of
-# training, and behind it.
-SPECIAL, TARGET, CONTEXT = "\0", "\1", "\2"
+# training, and behind it. They are halves of characters, which no text has.
+SPECIAL, TARGET, CONTEXT = "\ud800", "\ud801", "\ud802"
 
 
 def fill(forms, name, fields):
     """A text of a template with its fields. Special tokens are looked for in the template's own
     text, and never in what somebody wrote."""
     names = "|".join(map(re.escape, forms["special"])) or "(?!)"
-    return re.sub(names, r"\0\g<0>\0", forms[name]).format(**fields)
+    return re.sub(names, rf"{SPECIAL}\g<0>{SPECIAL}", forms[name]).format(**fields)
 
 
 def render(template, messages, several=False):
     """(prompt, answer) of a conversation as texts with the marks above; the answer is empty where
     the last message is a question. several: in the form of several turns, even if there is one.
-    Raises ValueError for a mark in a message."""
+    Raises ValueError for half a character."""
     forms, asked = FORMS | template, messages[-1]["role"] == "user"
     texts = message_texts(forms, messages)
-    fields = {"bos": "\0bos\0", "eos": "\0eos\0", "system": "", "turns": ""}
+    fields = {name: SPECIAL + name + SPECIAL for name in ("bos", "eos")}
+    fields |= {"system": "", "turns": ""}
     system = texts.pop(0) if messages[0]["role"] == "system" else forms["default_system"]
     if system is not None:
         fields["system"] = fill(forms, "system", fields | {"system": system})
 
     # One question after the other: the one before goes to the turns, without its thoughts.
-    answers = [split_thoughts(forms, text) for text in texts[1::2]] + [("", "")]
     fields["opening"] = fields["system"]
-    for i, user in enumerate(texts[::2]):
+    for i, (user, text) in enumerate(zip_longest(texts[::2], texts[1::2], fillvalue="")):
         if i:
-            fields["assistant"] = answers[i - 1][1]
             fields["answer"] = TARGET + fill(forms, "answer", fields) + CONTEXT
             fields["turns"] += fill(forms, "turn", fields)
             fields["opening"] = ""
-        fields |= {"user": user, "i": i, "n": i + 1}
-    prompt = render_question(forms, fields, messages[-2 + asked].get("input"), several)
+        thoughts, text = split_thoughts(forms, text)
+        fields |= {"user": user, "thoughts": thoughts, "assistant": text, "i": i, "n": i + 1}
+    prompt = render_question(forms, fields, messages[-2 + asked].get("input", ""), several)
 
     # Thoughts are learnt. That there are none belongs to the prompt, and is not.
-    fields["thoughts"], text = answers[i]
     block = fill(forms, "thoughts", fields)
     fields["assistant"] = text.lstrip("\n") if block else text
     answer = "" if asked else fill(forms, "last", fields)
-    if fields["thoughts"]:
-        return prompt, block + answer
-    return prompt + block * (not asked or not forms["thinking"]), answer
+    if thoughts:
+        answer = block + answer
+    elif not (asked and forms["thinking"]):
+        prompt += block
+    return prompt, answer
 
 
 def message_texts(forms, messages):
-    """The texts of messages. Raises ValueError for one of our marks in what somebody wrote."""
-    for message in messages:
-        if {SPECIAL, TARGET, CONTEXT} & {*message["content"], *message.get("input", "")}:
-            raise ValueError("a text has one of the characters U+0000, U+0001 and U+0002")
+    """The texts of messages. Raises ValueError for half a character, which may be one of our
+    marks."""
+    "".join(m["content"] + m.get("input", "") for m in messages).encode()
     trim = forms["trim"]
     return [m["content"].strip() if m["role"] in trim else m["content"] for m in messages]
 
 
 def render_question(forms, fields, input, several):
     """The prompt, when all but the last question's input stands in fields."""
-    fields["input"] = input or ""
+    fields["input"] = input
     if input and "prompt" in forms:
         fields["user"] += "\n" + input
     last = fill(forms, "question" if several or fields["turns"] else "lone", fields)
@@ -975,7 +965,7 @@ def encode_rendered(tokenizer, text, first=True):
         at_start = first and ids in ([], tokenizer.opening)
         encode = tokenizer.encode if at_start else tokenizer.encode_answer
         encode = special if i % 2 else encode
-        texts, before, start = re.split("[\1\2]", part), "", 0
+        texts, before, start = re.split(f"[{TARGET}{CONTEXT}]", part), "", 0
         new = encode("".join(texts))
         targets = [False] * len(new)
         for j, piece in enumerate(texts):
@@ -1009,10 +999,10 @@ def split_turns(instruction):
     """[user, bot, ..., user], the texts of an instruction in that form; else [instruction]."""
     if instruction.startswith("<user>: "):  # BenTsao's infer_literature.py leaves the space out
         instruction = " " + instruction
-    texts = re.split(" <(?:user|bot)>: ", instruction)[1:]
-    pairs = list(zip_longest(texts[::2], texts[1::2]))
+    start, *parts = re.split(" <(user|bot)>: ", instruction)
     # A mark that stands where none belongs is text.
-    return texts if pairs and render_turns(pairs) == instruction else [instruction]
+    in_turn = not start and re.fullmatch("(userbot)*user", "".join(parts[::2]))
+    return parts[1::2] if in_turn else [instruction]
 
 
 def read_records(path):
@@ -1043,34 +1033,39 @@ def read_records(path):
 
 
 # OpenAI's roles and ShareGPT's
-ROLES = {"developer": "system", "human": "user", "gpt": "assistant"}
-ROLES |= {role: role for role in ("system", "user", "assistant")}
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
 
 
 def read_chat(messages):
     """OpenAI's messages [{role, content}] or ShareGPT's [{from, value}] as the former: a system
     text or none, then user and assistant in turn. Thoughts apart from a text, as
-    reasoning_content, come before it in <think>."""
+    reasoning_content, come before it in <think>. An answer that is not there yet is left out.
+    Raises ValueError, or what Python raises for other types."""
     found = []
     for m in messages:
         role, text = ROLES[m.get("role", m.get("from"))], m.get("content", m.get("value"))
-        text = plain_text(text)
+        # OpenAI's other form of a text is a list of parts.
+        if isinstance(text, list) and text:
+            if any(part["type"] != "text" for part in text):
+                raise ValueError("a message has parts that are no text")
+            text = "\n".join(part["text"] for part in text)
         if m.get("reasoning_content"):
             text = f"<think>\n{m['reasoning_content']}\n</think>\n\n{text}"
         found.append({"role": role, "content": text})
+    if found[-1] == {"role": "assistant", "content": None}:
+        found.pop()
+    "".join(m["content"] for m in found)  # raises for what is no text
     # An assistant's text may end it, or a question that waits for one.
     if not re.fullmatch("s?u(au)*a?", "".join(m["role"][0] for m in found)):
         raise ValueError("wanted user and assistant in turn, before them one system text or none")
     return found
-
-
-def plain_text(content):
-    """A message's text. OpenAI's other form of it is a list of parts."""
-    if not content or not isinstance(content, list):
-        return content
-    if any(part["type"] != "text" for part in content):
-        raise ValueError("a message has parts that are no text")
-    return "\n".join(part["text"] for part in content)
 
 
 def row_texts(row):
@@ -1087,25 +1082,20 @@ def read_messages(row):
     """The messages of a record in any form of `read_instructions`; the last is a user's where a
     question waits for its answer, and the last question has the record's input. Raises ValueError
     for a record in none of them."""
-    messages = row.get("messages") or row.get("conversations")
     try:
-        if messages:
-            messages = read_chat(messages)
-        else:
+        messages, input = row.get("messages") or row.get("conversations"), row.get("input")
+        if not messages:
             said = zip(cycle(("user", "assistant")), row_texts(row))
             messages = [{"role": role, "content": text} for role, text in said]
-        # An answer that is not there yet.
-        if messages[-1]["role"] == "assistant" and messages[-1]["content"] is None:
-            messages.pop()
-        # Raises for what is no text.
-        "".join([*(m["content"] for m in messages), row.get("input") or ""])
+        messages = read_chat(messages)
+        if input:
+            question = messages[-1 - (messages[-1]["role"] == "assistant")]
+            question["input"] = "" + input
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
             "wanted texts as instruction and output (and input), or messages of user and assistant "
             f"in turn ({type(error).__name__}: {error})"
         ) from None
-    if row.get("input"):
-        messages[-1 - (messages[-1]["role"] == "assistant")]["input"] = row["input"]
     return messages
 
 
@@ -1149,8 +1139,8 @@ def make_instruction(row, messages, conversations):
     several = conversations and not question["content"].startswith(" <user>: ")
     if several and "input" in question:
         question["content"] += "\n" + question.pop("input")
-    bare = dict.fromkeys(("prompt_no_input", "prompt_input"), "{instruction}")
-    text = re.sub("\0bos\0|[\1\2]", "", render(bare, asked, several)[0])
+    text = render({}, asked, several)[0]
+    text = re.sub(f"{SPECIAL}bos{SPECIAL}|[{TARGET}{CONTEXT}]", "", text)
     record = {**row, "instruction": text, "input": question.get("input", "")}
     if answered:
         record["output"] = messages[-1]["content"]
@@ -1205,13 +1195,14 @@ def load_base(path, device, dtype, base_dtype="auto"):
     decapoda-research/llama-7b-hf has it, is not followed. Raises ValueError if the embedding lacks
     rows for pieces (those of added_tokens.json, such as Alpaca's [PAD], count), or has far more."""
     path = find_base(path)
+    file = find_tokenizer(path).name
     size = Checkpoint(path).config.vocab_size  # first, for it says what this network is not
     tokenizer = load_tokenizer(path)
     pieces = tokenizer.vocab_size
     # A tokenizer of another base would give every word another one's row.
     if not 0 <= size - pieces < 4096:  # Qwen, GLM and others fill up to a round number of rows
         raise ValueError(
-            f"{path}: {find_tokenizer(path).name} has {pieces} pieces, the model {size} embedding "
+            f"{path}: {file} has {pieces} pieces, the model {size} embedding "
             "rows; they belong to different models"
         )
     # Wrong ids in config.json are common, and would end no answer.
@@ -1219,10 +1210,7 @@ def load_base(path, device, dtype, base_dtype="auto"):
     for key, ours in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
         said = theirs.get(key)
         if None not in (ours, said) and ours not in (said if isinstance(said, list) else [said]):
-            log(
-                f"warning: {path}/config.json has {key} {said}, {find_tokenizer(path).name} {ours}"
-                ", which is followed"
-            )
+            log(f"warning: {path}/config.json has {key} {said}, {file} {ours}, which is followed")
     if base_dtype in ("auto", *DTYPES):
         model = load_model(path, device, DTYPES.get(base_dtype, dtype))
     else:
@@ -1329,15 +1317,15 @@ COMMANDS = (
 )
 
 
-def chat(answer, prompt_of, multi, room, about, system=""):
+def chat(answer, prompt_of, multi, room, about, opening=()):
     """Read questions until end of input. With multi each sees the turns before it, as many as fit
     into room tokens. prompt_of(messages) is a prompt's ids; answer(ids) prints an answer and yields
-    it as it grows. Raises BrokenPipeError if nobody reads the answers."""
+    it as it grows. opening: messages before the first question. Raises BrokenPipeError if nobody
+    reads the answers."""
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  (gives input() its line editing)
-    log(f"{DISCLAIMER}\n{COMMANDS}")
+    log(f"{about}\n{DISCLAIMER}\n{COMMANDS}")
     mark = "> " * (sys.stdin.isatty() and sys.stdout.isatty())
-    opening = [{"role": "system", "content": system}] if system else []
     turns = []  # the messages of a question and its answer each
     while True:
         try:
@@ -1479,9 +1467,6 @@ class Server(ThreadingHTTPServer):
         wanted: "messages" or "prompt"."""
         body = self.read_body(sent)
         self.cards(body.model)
-        # Before there are n of them.
-        if body.n > self.batch.size:
-            raise Refused(f"n is {body.n}, wanted 1 to {self.batch.size}", param="n")
         try:
             if not getattr(body, wanted) or {"messages", "prompt"} <= sent.keys():
                 raise ValueError(f"{wanted} wanted, and not both messages and prompt")
@@ -1532,6 +1517,7 @@ class Server(ThreadingHTTPServer):
 class Body(Decoding):
     """What a client may send."""
 
+    n: int = setting(1, 1, 64)  # as many as may wait
     model: str = ""
     messages: list = None
     prompt: str = None
@@ -1727,8 +1713,8 @@ class Handler(BaseHTTPRequestHandler):
                     tell(i, piece)
                 tell(i, "", request.finish_reason)
             else:
-                text = "".join(pieces)
-                choices.append(choice(i, text, request.finish_reason, role="assistant"))
+                whole = choice(i, "".join(pieces), request.finish_reason, role="assistant")
+                choices.append(whole)
         asked = len(requests[0].prompt_ids)
         made = sum(len(request.ids) for request in requests)
         usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
@@ -1759,7 +1745,7 @@ def read_question(messages):
     return read
 
 
-def serve(server):
+def serve(server, about):
     """Serve until SIGTERM or Ctrl-C, then let the answers under way finish; a second one ends at
     once."""
 
@@ -1772,7 +1758,7 @@ def serve(server):
     # Connections are taken in a thread, while this one waits for a signal.
     threading.Thread(target=server.serve_forever, daemon=True).start()
     host, port = server.server_address
-    log(f"http://{host}:{port}/  models: {' '.join(server.names)}")
+    log(f"http://{host}:{port}/  models: {' '.join(server.names)}\n{about}")
     # until then new requests are told so
     while not server.stopping or server.batch.waiting or server.batch.rows:
         time.sleep(0.1)
@@ -1792,7 +1778,7 @@ class Options(Decoding):
     system: str = ""  # system text before the question, or before a chat
     thinking: bool = False  # let a model that can (Qwen3) think before it answers
     base_model: str = ""  # folder of the base (empty: the one the adapter was trained on)
-    lora_weights: str = "lora-tcm"  # folder of the adapter
+    lora_weights: str = ""  # folder of the adapter (empty: lora-tcm, unless --base_model is given)
     use_lora: bool = True  # False asks the base alone
     instruct_dir: str = ""  # a file of questions, JSON array or lines; - is stdin
     # file for the answers to --instruct_dir, JSON lines; a run that was stopped goes on
@@ -1892,6 +1878,13 @@ def load(options, adapter):
     return model, tokenizer, template, f"{about}; {template.get('description', '')}"
 
 
+def note_answers(output, adapter):
+    """Note the hashes of a file of answers and of the adapter that gave them, if there are both."""
+    if output and adapter:
+        made = [output, *filter(Path.is_file, Path(adapter).iterdir())]
+        write_hashes(f"{output}.hashes.json", made)
+
+
 def print_answers(model, tokenizer, prompt, decoding):
     """Print the answers to a prompt's ids as they grow, and their speed; yield their text."""
     started = time.time()
@@ -1914,8 +1907,12 @@ def main():
     multi = options.single_or_multi == "multi"
     rows = options.batch_size
     questions = read_instructions(options.instruct_dir) if way == "file" else []
-    adapter = options.lora_weights if options.use_lora else ""
+    # Who names a base, a merged one say, does not get the adapter that lies here by chance.
+    adapter = options.lora_weights or "lora-tcm" * (not options.base_model)
+    adapter *= options.use_lora
     model, tokenizer, template, about = load(options, adapter)
+
+    opening = [{"role": "system", "content": options.system}] if options.system else []
 
     def prompt_of(messages):
         # A lone question stands as in a record of one turn, unless --single_or_multi multi.
@@ -1925,7 +1922,6 @@ def main():
         return print_answers(model, tokenizer, prompt, options)
 
     if way == "question":
-        opening = [{"role": "system", "content": options.system}] if options.system else []
         question = {"role": "user", "content": prompt, "input": options.input}
         for _ in answer(render_prompt(tokenizer, template, [*opening, question])):
             pass
@@ -1933,19 +1929,20 @@ def main():
     elif way == "file":
         more = (options.output, rows, options.compile)
         answer_file(model, tokenizer, template, questions, options, *more)
+        note_answers(options.output, adapter)
     elif way == "serve":
         name = Path(adapter).resolve().name
         names = ["tuned" if name == "base" else name, "base"] if adapter else ["base"]
         # As many rows for the base as for the adapter, side by side.
         rows *= len(names)
         batch = Batch(model, rows, options.context, eos_ids(tokenizer), tokenizer.decode)
-        serve(Server(batch, tokenizer, names, prompt_of, options))
+        serve(Server(batch, tokenizer, names, prompt_of, options), about)
     else:
         if None in (sys.stdin, sys.stdout):
             raise ValueError("a chat wants standard input and output, and one is closed")
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused alone
         room = options.context - options.max_new_tokens
-        chat(answer, prompt_of, multi, room, about, options.system)
+        chat(answer, prompt_of, multi, room, about, opening)
 
 
 if __name__ == "__main__":

@@ -323,13 +323,13 @@ class KVCache(Context):
         longest = max(lengths) if longest is None else longest
         return KVCache(k, v, torch.as_tensor(lengths, device=k[0].device), longest, prefix)
 
-    def copy_rows(self, source, target, start, stop):
-        """Copy positions start to stop of the rows in the list `source` to those in `target`, one
-        after the other."""
+    def copy_rows(self, moves, start, stop):
+        """Copy positions start to stop of row a to row b, for each (a, b) of moves, all at once."""
         for kv in (*self.k, *self.v):
             # row by row: a list as index would be brought to the device each time
-            for a, b in zip(source, target):
-                kv[b, :, start:stop] = kv[a, :, start:stop]
+            copies = [(b, kv[a, :, start:stop].clone()) for a, b in moves]
+            for b, copy in copies:
+                kv[b, :, start:stop] = copy
 
     def extend(self, ids):
         """Positions (B, T) of new tokens behind those of their rows. Raises ValueError if they do
@@ -347,7 +347,7 @@ class KVCache(Context):
         self.row = torch.arange(len(self.at), device=device)[:, None]
         # A mask keeps rows of unequal length apart. Fresh rows need none: causal attention does it.
         self.mask = None
-        if not was_empty or self.prefix:
+        if not was_empty or torch.is_tensor(self.prefix) or self.prefix:
             self.mask = prefix_mask(self.at, self.longest, self.prefix)
         return self.at
 
@@ -1064,6 +1064,17 @@ def write_json(path, value):
 
 def write_json_lines(path, values):
     write_text(path, "".join(to_json(value) + "\n" for value in values))
+
+
+def file_hash(path):
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_hashes(path, files):
+    """Note, as {file: SHA-256}, what was made and from what."""
+    write_json(path, {str(file): file_hash(file) for file in files})
 
 
 @contextmanager

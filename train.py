@@ -21,7 +21,6 @@ Activations are in --dtype, a frozen base is stored in --base_dtype. What is tra
 AdamW's two moments, logits and loss are float32.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -69,6 +68,7 @@ from model import (
     PackedRows,
     Parser,
     check_settings,
+    file_hash,
     find_base,
     find_tokenizer,
     fsync,
@@ -266,9 +266,8 @@ def step_gradient(model, rows, config, limits=None):
         scale /= processes()[1]  # FSDP2 has made their mean on the way, and we want the sum
     else:
         sum_over_processes(gradients)
-    if scale != 1:
-        for gradient in gradients:
-            gradient.div_(scale)
+    for gradient in gradients:
+        gradient.div_(scale)
     # Numbers beyond 65,504 are infinite in fp16: once more, with a smaller loss.
     if is_fp16 and math.isfinite(loss) and not full_tensor(get_total_norm(gradients)).isfinite():
         limits.loss_scale /= 2
@@ -391,7 +390,7 @@ def any_stopped(caught, device):
 
 def check_finite(model, batch, loss, norm, config):
     """Raise ValueError naming the rows whose own loss is not finite, or else all of the batch."""
-    if math.isfinite(loss) and math.isfinite(norm):
+    if math.isfinite(loss + norm):
         return
     bad = [row for row in batch if not math.isfinite(evaluate(model, [row], config))] or batch
     names = ", ".join(row.name for row in bad[:9])
@@ -484,20 +483,19 @@ class Run:
 
     def find_start(self):
         """The folder to go on from: a checkpoint; the run's own if it is finished; else None."""
-        given = self.config.resume_from_checkpoint
-        found = newest(self.folder)
-        # True, False and None are alpaca-lora's words.
-        if given.lower() in ("auto", "true"):
-            if not found:
-                print(f"no checkpoint in {self.folder} yet; beginning with step 1")
-            return found
-        if given.lower() in ("", "false", "none"):
-            if found and not self.config.overwrite:
-                raise ValueError(
-                    f"{found} holds a run; go on with --resume_from_checkpoint auto, give another "
-                    "--output_dir, or --overwrite it"
-                )
-            return None
+        given, found = self.config.resume_from_checkpoint, newest(self.folder)
+        match given.lower():  # True, False and None are alpaca-lora's words
+            case "auto" | "true":
+                if not found:
+                    print(f"no checkpoint in {self.folder} yet; beginning with step 1")
+                return found
+            case "" | "false" | "none":
+                if found and not self.config.overwrite:
+                    raise ValueError(
+                        f"{found} holds a run; go on with --resume_from_checkpoint auto, give "
+                        "another --output_dir, or --overwrite it"
+                    )
+                return None
         start = Path(given)
         if start != found and not (start / "state.safetensors").is_file():
             raise ValueError(
@@ -507,10 +505,18 @@ class Run:
         return start
 
     def go_on_from(self, start):
-        """Take over history and limits of a run, which must have been made with what this one is.
-        Raises ValueError naming what differs."""
+        """Take over history and limits of a run. Raises ValueError naming the first setting, or
+        file by its SHA-256, that weights depend on and that differs between the two."""
         made = read_json_file(start / "run.json")
-        compare_runs(start, made, self.info)
+        wanted = json.loads(json.dumps(self.info))  # where tuples are lists
+        for part in ("sha256", "made_in", "config"):
+            for name, value in wanted[part].items():
+                old = made[part].get(name, value)
+                if old != value and name not in NOT_COMPARED:
+                    raise ValueError(
+                        f"{start} was made with {name} {old!r:.60}, not {value!r:.60}; give what "
+                        "it was made with, or begin anew in another --output_dir"
+                    )
         self.info["started"] = made["started"]
         # The same tokens at once add gradients up in the same order, unless others are asked for.
         if self.config.micro_batch_tokens in (0, made["config"]["micro_batch_tokens"]):
@@ -614,6 +620,7 @@ class Run:
         if self.writes:
             write_json_lines(folder / "log.jsonl", self.history)
             info = self.info | asdict(self.limits) | {"step": self.step}
+            info["adapter"] = [*map(file_hash, folder.glob("adapter_model.safetensors"))]
             write_json(folder / "run.json", info)
 
     def discard_old_checkpoints(self):
@@ -636,11 +643,6 @@ class Run:
 def describe_run(config):
     """What run.json says of a run: settings, versions, and SHA-256 of the files that it is made
     from."""
-
-    def digest(path):
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     base_files = []
     if config.base_model:
         base = find_base(config.base_model)
@@ -649,37 +651,22 @@ def describe_run(config):
     # what auto means here: another machine may take another dtype
     dtype = pick_dtype(config.dtype, pick_device(config.device))
     hashes = {
-        "base": [digest(file) for file in base_files if file.is_file()],
-        "data": [[weight, digest(path)] for path, weight in map(split_weight, config.data_path)],
-        "validation": digest(config.val_path) if config.val_path else None,
-    }
-    made_in = {
-        # its content counts, not its name or the layout of its file
-        "template": load_template(config.prompt_template_name),
-        "dtype of the activations": str(dtype),
-        "processes": world_size(),
+        "base": [file_hash(file) for file in base_files if file.is_file()],
+        "data": [[weight, file_hash(path)] for path, weight in map(split_weight, config.data_path)],
+        "validation": file_hash(config.val_path) if config.val_path else None,
     }
     return {
         "config": asdict(config),
-        "made_in": made_in,
+        "made_in": {
+            # its content counts, not its name or the layout of its file
+            "template": load_template(config.prompt_template_name),
+            "dtype of the activations": str(dtype),
+            "processes": world_size(),
+        },
         "sha256": hashes,
         "torch": torch.__version__,
         "started": time.time(),
     }
-
-
-def compare_runs(folder, made, wanted):
-    """Raise ValueError naming the first setting, or file by its SHA-256, that weights depend on and
-    that differs between two run.json."""
-    wanted = json.loads(json.dumps(wanted))  # where tuples are lists
-    for part in ("sha256", "made_in", "config"):
-        for name, value in wanted[part].items():
-            old = made[part].get(name, value)
-            if old != value and name not in NOT_COMPARED:
-                raise ValueError(
-                    f"{folder} was made with {name} {old!r:.60}, not {value!r:.60}; give what it "
-                    "was made with, or begin anew in another --output_dir"
-                )
 
 
 def checkpoints(folder):
@@ -852,7 +839,7 @@ def gradient_that_fits(model, rows, config, limits):
     while True:
         try:
             return step_gradient(model, rows, config, limits)
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             # One row alone cannot be halved, and other processes wait for this one's gradient.
             can_halve = processes()[1] == 1 and limits.tokens_at_once > max(map(len, rows))
             if not (can_halve and out_of_memory(error)):
@@ -950,12 +937,10 @@ def own_part(tensor, like):
 
 def split_weight(argument):
     """("a.json", 0.5) of "a.json:0.5", and ("a.json", 1.0) of "a.json"."""
-    match = re.fullmatch(r"(.+):(\d*\.?\d+)", argument)
-    if not match or Path(argument).is_file():
-        return argument, 1.0
-    if not float(match[2]) > 0:
-        raise ValueError(f"data_path {argument}: weight {match[2]}, wanted a number above 0")
-    return match[1], float(match[2])
+    path, weight = re.fullmatch(r"(?s)(.*?)(?::(\d*\.?\d+))?", argument).groups("1")
+    if float(weight) == 0:
+        raise ValueError(f"data_path {argument}: weight {weight}, wanted a number above 0")
+    return path, float(weight)
 
 
 def read_data(config):
@@ -1037,29 +1022,32 @@ def show_rows(tokenizer, rows):
 def answer_all(model, tokenizer, template, records, key):
     """The records with greedy answers to their questions as `key`. Each process answers a share."""
     rank, n = processes()
-    prompts = []
-    for record in records[rank::n]:
-        prompts.append(render_prompt(tokenizer, template, *conversation(record)))
-    own = answer_batch(model, tokenizer, prompts, Decoding(max_new_tokens=128), 32, key)
+    own = records[rank::n]
+    prompts = [render_prompt(tokenizer, template, *conversation(record)) for record in own]
+    answers = answer_batch(model, tokenizer, prompts, Decoding(max_new_tokens=128), 32, key)
     # Question i was answered by process i % n.
-    shares = [own] * n
+    shares = [answers] * n
     if n > 1:
-        dist.all_gather_object(shares, own)
+        dist.all_gather_object(shares, answers)
     return [record | {key: shares[i % n][i // n]} for i, record in enumerate(records)]
 
 
+def find_terms(text, terms):
+    """Yield (start, term) of the terms that stand in a text somewhere not inside a longer one
+    (四逆汤 is not named by 当归四逆汤)."""
+    longest_first = sorted({*map(len, filter(None, terms))}, reverse=True)
+    end = 0
+    for start in range(len(text)):
+        found = (text[start : start + n] for n in longest_first)
+        term = next((part for part in found if part in terms), "")
+        # The longest that begins here, unless one from further left holds it.
+        if term and start + len(term) > end:
+            end = start + len(term)
+            yield start, term
+
+
 def terms_in(text, terms):
-    """The terms that stand in a text somewhere not inside a longer one (四逆汤 is not named by
-    当归四逆汤)."""
-    longest_first = sorted(filter(None, terms), key=len, reverse=True)
-    pattern = "|".join(map(re.escape, longest_first)) or "(?!)"  # which stands nowhere
-    found, end = set(), 0
-    # The longest term that begins at a place, unless one from further left holds it.
-    for match in re.finditer(f"(?=({pattern}))", text):
-        if match.end(1) > end:
-            end = match.end(1)
-            found.add(match[1])
-    return found
+    return {term for _, term in find_terms(text, terms)}
 
 
 def facts_recalled(records, answers):
@@ -1082,10 +1070,10 @@ def print_report(config, history, answers):
         print(f"\n问题 {record['instruction']}\n  参考 {record['output']}")
         print(f"  调前 {record['before']!r:.120}\n  调后 {record['after']}")
     tokens, seconds = (sum(record[key] for record in history) for key in ("tokens", "seconds"))
-    first, last = history[0], {"val_loss": math.nan} | history[-1]
+    last = {"val_loss": math.nan} | history[-1]
     print(
         f"\n{len(history)} steps, {tokens:,} real tokens in {seconds:.0f} s "
-        f"({tokens / seconds:,.0f} tokens/s), loss {first['loss']:.3f} -> {last['loss']:.3f}, "
+        f"({tokens / seconds:,.0f} tokens/s), loss {history[0]['loss']:.3f} -> {last['loss']:.3f}, "
         f"validation {last['val_loss']:.3f}"
     )
     old, new = (facts_recalled(answers, [r[key] for r in answers]) for key in ("before", "after"))
@@ -1343,7 +1331,7 @@ def main():
     questions = answer_all(model, tokenizer, template, questions, "before")
     history = train(config, model, (rows, val_rows), run)
     answers = answer_all(model, tokenizer, template, questions, "after")
-    if processes()[0] == 0:
+    if run.writes:
         write_json_lines(run.folder / "answers.jsonl", answers)
         print_report(config, history, answers)
 

@@ -320,7 +320,7 @@ def continuation_logprobs(model, prompt, continuations):
     if n:
         ids = torch.tensor([prompt[:-1]], device=model.device)
         model.hidden_states(ids, cache.rows(0, [0], prefix=prefix))
-        cache.copy_rows([0] * (B - 1), range(1, B), 0, n)
+        cache.copy_rows([(0, row) for row in range(1, B)], 0, n)
     # That id and the continuations behind it; token i is predicted where token i - 1 stands.
     padded = [prompt[-1:] + c + [0] * (width - len(c)) for c in continuations]
     ids = torch.tensor(padded, device=model.device)  # (B, 1 + T)

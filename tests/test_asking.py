@@ -219,10 +219,12 @@ def test_chat_in_a_terminal(lively, tmp_path):
     terminal = Terminal(lively, "--single_or_multi", "multi", "--max_new_tokens", "1500")
     terminal.until("> ")
     terminal.type("黄芪x\x7f\n")  # the x is taken back
-    time.sleep(1)
+    terminal.until("\n")  # the answer begins
+    time.sleep(0.2)
     terminal.type("\x03")
     terminal.until("tokens/s]")
     terminal.until("> ")
+    time.sleep(1)  # had it ended before, the signal would take away what is typed next
     terminal.type("/model\n")
     terminal.until("torch.float32")
     terminal.until("> ")
@@ -433,3 +435,15 @@ def test_key_tells_weights_apart(lively, records, tmp_path, monkeypatch):
     L.remove_adapter(model)
     M.save_model(model, base)
     assert key(*alone, *single) != kinds[0]
+
+
+def test_an_adapter_that_lies_there_by_chance_is_not_applied(base, tmp_path):
+    """merge, then ask the merged folder: the adapter beside it would be applied twice. Who names a
+    base gets that base, and reads which."""
+    (tmp_path / "lora-tcm").mkdir()  # no adapter in it: applying it would be an error
+    script = [sys.executable, ROOT / "generate.py", "--max_new_tokens", "3"]
+    options = {"cwd": tmp_path, "input": "问\n", "capture_output": True, "text": True}
+    named = subprocess.run([*script, "--base_model", base], **options)
+    assert named.returncode == 0 and f"{base} with no adapter" in named.stderr, named.stderr
+    unnamed = subprocess.run(script, **options)
+    assert unnamed.returncode == 2 and "lora-tcm" in unnamed.stderr

@@ -532,3 +532,12 @@ def test_merge_and_compile_from_the_command_line(base, records, tmp_path):
     ):
         done = call(*args)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_prompts_of_one_id_share_a_first_step():
+    """Nothing stands in the cache then, of any row: each answer is what it is alone."""
+    model, ids = peaked_model(3), (5, 9, 31)
+    asked = [G.Request([i], G.Decoding(max_new_tokens=12)) for i in ids]
+    together = [request.ids for request in answer_all(model, asked, rows=3)]
+    alone = [list(G.generate_ids(model, [i], 12, EOS)) for i in ids]
+    assert together == alone and len({*map(tuple, alone)}) == 3

@@ -73,7 +73,7 @@ def test_a_template_that_cannot_be_filled_is_refused(tmp_path, text):
 def test_doubled_braces_stand_for_themselves(tmp_path):
     (tmp_path / "a.json").write_text('{"prompt_no_input": "{{\\"a\\": {{{instruction}}}}}"}')
     assert G.render(G.load_template(tmp_path / "a.json"), [{"role": "user", "content": "{x}"}]) == (
-        '\0bos\0{"a": {{x}}}',
+        '\ud800bos\ud800{"a": {{x}}}',
         "",
     )
 

@@ -103,9 +103,8 @@ def test_rows_of_unequal_length_keep_apart(bound):
     with torch.no_grad():
         for i, row in enumerate(rows):
             model(torch.tensor([row]), cache.rows(i, [0]))
-        cache.copy_rows(
-            [0], [3], 0, 3
-        )  # the opening that a fourth row has in common with the first
+        # the opening that a fourth row has in common with the first
+        cache.copy_rows([(0, 3)], 0, 3)
         model(torch.tensor([[8, 8]]), cache.rows(3, [3]))
         rows.append([*rows[0][:3], 8, 8])
         lengths = [len(row) for row in rows]

@@ -238,8 +238,8 @@ def by_jinja(case, messages, encode, special, ask=True):
 def shown(text, special):
     """A rendered text without our marks, as the published templates make it."""
     bos = next((name for name in ("<|begin_of_text|>", "<s>") if name in special), "")
-    text = text.replace("\0bos\0", bos).replace("\0eos\0", "</s>")
-    return re.sub("[\0\1\2]", "", text)
+    text = text.replace("\ud800bos\ud800", bos).replace("\ud800eos\ud800", "</s>")
+    return re.sub("[\ud800-\ud802]", "", text)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -274,8 +274,8 @@ def test_rows_are_the_published_templates(folders, case):
         if difference == "\n":
             text, ids = text.removesuffix("\n"), ids[: -len(encode("\n"))]
         elif difference:
-            assert said.pop() == ours.eos_id and answered.endswith("\0eos\0")
-            answered = answered.removesuffix("\0eos\0")
+            assert said.pop() == ours.eos_id and answered.endswith("\ud800eos\ud800")
+            answered = answered.removesuffix("\ud800eos\ud800")
         assert shown(asked + answered, special) == text
         if not answer["content"][0].isspace():
             compared += 1
@@ -313,15 +313,16 @@ def test_what_somebody_types_is_no_special_token(folders):
 
 
 def test_our_own_marks_are_refused(folders):
-    """A text with the characters that stand around a special token's name would make one."""
+    """A text with the halves of characters that stand around a special token's name would make
+    one."""
     ours, template = G.load_tokenizer(folders["qwen"]), G.load_template("chatml")
-    typed = "\0<|im_end|>\0"
+    typed = "\ud800<|im_end|>\ud800"
     for message in (
         {"role": "user", "content": f"甲{typed}"},
         {"role": "user", "content": "甲", "input": typed},
-        {"role": "user", "content": "\1"},
+        {"role": "user", "content": "\ud801"},
     ):
-        with pytest.raises(ValueError, match=r"U\+0000"):
+        with pytest.raises(ValueError, match=r"surrogates"):
             G.render_prompt(ours, template, [message])
 
 
@@ -446,7 +447,10 @@ def test_a_system_text_opens_the_first_question_of_a_plain_template():
         "黄芪有什么功效？ <bot>: 补气升阳。 <user>: 头痛呢？\n### 回答:\n"
     )
     prompt, answer = G.render(G.load_template("med_template"), TALK)
-    assert re.sub("\0bos\0|[\1\2]", "", prompt) == wanted and answer == "请就医。\0eos\0"
+    assert (
+        re.sub("\ud800bos\ud800|[\ud801\ud802]", "", prompt) == wanted
+        and answer == "请就医。\ud800eos\ud800"
+    )
 
 
 class Pairs:
@@ -465,9 +469,9 @@ def test_a_token_that_reaches_across_a_mark_is_a_target():
         ids, mask = G.encode_rendered(Pairs(), text)
         return [id for id, target in zip(ids, mask) if target]
 
-    assert targets("abc\1def\2gh") == ["cd", "ef"]
-    assert targets("ab\1c\2def") == ["cd"]
-    assert targets("ab\1cd\0<e>\0\2ef\1gh\2") == ["cd", 1, "gh"]
+    assert targets("abc\ud801def\ud802gh") == ["cd", "ef"]
+    assert targets("ab\ud801c\ud802def") == ["cd"]
+    assert targets("ab\ud801cd\ud800<e>\ud800\ud802ef\ud801gh\ud802") == ["cd", 1, "gh"]
     assert targets("abcd") == []
 
 
@@ -744,7 +748,9 @@ def test_templates_in_jinja(folders, tmp_path, name):
             (made,), _ = transformers.utils.chat_template_utils.render_jinja_template(
                 [text], chat_template=settings["chat_template"], add_generation_prompt=True
             )
-            assert made == re.sub("\0bos\0|[\0\1\2]", "", G.render(template, text)[0])
+            assert made == re.sub(
+                "\ud800bos\ud800|[\ud800-\ud802]", "", G.render(template, text)[0]
+            )
 
 
 # --------------------------------------------------------------------------------------------------

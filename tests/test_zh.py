@@ -5,7 +5,6 @@ its tables are those of the code.
 
 prints its table of memory and time: minutes of building models without weights."""
 
-import argparse
 import ast
 import dataclasses
 import functools
@@ -61,16 +60,32 @@ class Parsed(Exception):
 
 @pytest.mark.parametrize("command", sorted({m[1] + m[2] for m in COMMAND.finditer(SHELL)}))
 def test_each_command_is_understood(command, monkeypatch):
-    """Its own parser takes every command that the text shows: options, choices, numbers."""
+    """Its own parser takes every command that the text shows, and its settings every value."""
     script, *given = shlex.split(command, comments=True)
-    parse = argparse.ArgumentParser.parse_args
+    add, parse, settings = M.Parser.add_settings, M.Parser.parse_args, []
+
+    def added(self, *classes):
+        settings.extend(classes)
+        add(self, *classes)
 
     def understood(self, *arguments):
-        parse(self, *arguments)
+        found = vars(parse(self, *arguments))
+        for cls in settings:
+            if {*found} & {f.name for f in dataclasses.fields(cls)}:
+                M.check_settings(make(cls, found))
         raise Parsed
 
+    def make(cls, found):
+        """The settings of a class without its own checks, which ask for more than one value."""
+        new = object.__new__(cls)
+        for f in dataclasses.fields(cls):
+            value = found.get(f.name, f.default)
+            object.__setattr__(new, f.name, tuple(value) if isinstance(value, list) else value)
+        return new
+
     module = importlib.import_module(script.removeprefix("tests/").removesuffix(".py"))
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", understood)
+    monkeypatch.setattr(M.Parser, "add_settings", added)
+    monkeypatch.setattr(M.Parser, "parse_args", understood)
     monkeypatch.setattr(sys, "argv", [script, *given])
     with pytest.raises(Parsed):
         module.main()
@@ -79,6 +94,7 @@ def test_each_command_is_understood(command, monkeypatch):
 def test_there_are_commands_of_every_script():
     named = {match[1] for match in COMMAND.finditer(SHELL)}
     own = {"model", "lora", "generate", "train", "build_data", "tests/evaluate", "tests/judge"}
+    own |= {"tests/audit"}
     assert {f"{name}.py" for name in own} <= named and RUN
 
 
@@ -222,6 +238,15 @@ def test_figures_of_runs_are_the_english_readmes():
     benchmarks = (ROOT / "tests" / "BENCHMARKS.md").read_text(encoding="utf-8")
     figures = re.findall(r"\d+[\d,.]*\d", measured)
     assert figures and all(figure in benchmarks for figure in figures)
+
+
+def test_the_text_counts_the_entities():
+    """Of the knowledge base, and of what the small base has read."""
+    counts = {
+        str(sum(map(bool, map(str.strip, path.open(encoding="utf-8")))))
+        for path in (ROOT / "data" / "knowledge.jsonl", ROOT / "data" / "tiny" / "knowledge.jsonl")
+    }
+    assert set(re.findall(r"(\d+) 个\w*条目", TEXT)) == counts
 
 
 def test_links_lead_somewhere():

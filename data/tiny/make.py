@@ -1,7 +1,7 @@
 """What the small base is made from: plain sentences to read, and a tokenizer. Called by make.sh.
 
-python data/tiny/make.py sentences FILE [passes]       knowledge.jsonl -> what the base reads
-python data/tiny/make.py tokenizer FILE [vocab_size]   knowledge.jsonl -> SentencePiece model
+python data/tiny/make.py sentences FILE [passes]       what it reads, of knowledge.jsonl beside this
+python data/tiny/make.py tokenizer FILE [vocab_size]   its SentencePiece model, of the same
 """
 
 import random
@@ -84,7 +84,7 @@ def train_tokenizer(texts, vocab_size):
 
 if __name__ == "__main__":
     what, path, *number = sys.argv[1:]
-    entities = read_knowledge(DATA / "knowledge.jsonl")
+    entities = read_knowledge(Path(__file__).with_name("knowledge.jsonl"))
     forms = read_json_file(DATA / "forms.json")
     if what == "sentences":
         passes = int(*number or [30])

@@ -34,7 +34,7 @@ from torch import nn
 from model import (
     AMX,
     DTYPES,
-    NAMES,
+    PUBLISHED,
     SAVE,
     SHARD_BYTES,
     Checkpoint,
@@ -44,19 +44,17 @@ from model import (
     find_base,
     find_tokenizer,
     full_tensor,
-    fused_rows,
     load_model,
     new_folder,
-    one_by_one,
     one_row,
     open_weights,
     processes,
     read_json_file,
-    reorder,
     run,
     save_hf,
     setting,
     stored_name,
+    stored_rows,
     write_atomically,
     write_chat_template,
     write_json,
@@ -403,13 +401,12 @@ def file_pairs(model):
     """{a linear's name in files: (A, B)} of an adapter, gathered, B's rows in the base's order. Two
     linears that are one in files (GLM's gate_up_proj) stand there in blocks, with twice the rank,
     and all others are filled up with zeros to that rank: exact."""
-    pairs, c = {}, model.config
-    fused = names_in_files(model, [c.model_type])
+    pairs, known = {}, names_in_files(model.config)
     for name, module in lora_linears(model):
         a, b = (full_tensor(p.detach()).cpu() for p in (module.lora_a, module.lora_b))
-        key = stored_name(name, c.model_type)
-        tall = b.new_zeros([*fused[key].values()][-1].stop, b.size(1))
-        tall[fused[key][name]] = reorder(name, b, c.model_type, (-1, 2, c.head_dim // 2))
+        key = stored_name(name, model.config.model_type)
+        tall = b.new_zeros(sum(map(len, known[key].values())), b.size(1))
+        tall[known[key][name]] = b
         above, left = pairs.get(key, (a[:0], tall[:, :0]))
         pairs[key] = torch.cat((above, a)), torch.cat((left, tall), 1)
     rank = max(len(a) for a, _ in pairs.values())
@@ -456,8 +453,8 @@ def load_adapter(model, folder):
         )
     config, targets = read_adapter_config(folder / "adapter_config.json")
     refuse_adapter(model)
-    found, known = linears(model), names_in_files(model, NAMES)
-    pairs = read_pairs(file, known, model.config.head_dim)
+    found, known = linears(model), names_in_files(model.config)
+    pairs = read_pairs(file, known)
     # The linears of the file must be those that the settings name, and all be in the model.
     names = [] if targets else [*pairs]
     for target in targets:
@@ -469,17 +466,22 @@ def load_adapter(model, folder):
     for name, pair in pairs.items():
         module = LoRALinear(found[name], config)
         module.lora_a.data.copy_(pair["A"])
-        halves = (-1, model.config.head_dim // 2, 2)
-        module.lora_b.data.copy_(reorder(name, pair["B"], model.config.model_type, halves))
+        module.lora_b.data.copy_(pair["B"])
         model.set_submodule(name, module.requires_grad_(False))
     info = folder / "run.json"
     return read_json_file(info) if info.is_file() else {}
 
 
-def names_in_files(model, layouts):
-    """{a linear's name in files of some layouts: {our name: its rows}}."""
-    rows = {name.removesuffix(".base"): m.out_features for name, m in linears(model).items()}
-    return {key: parts for layout in layouts for key, parts in fused_rows(rows, layout).items()}
+def names_in_files(config):
+    """{a module's name in files: {our name: the rows there that are ours}}, in either layout."""
+    layouts = {config.model_type, PUBLISHED.get(config.model_type, config.model_type)}
+    stored = {
+        key: parts for layout in layouts for key, parts in stored_rows(config, layout).items()
+    }
+    return {
+        key.removesuffix(".weight"): {name.removesuffix(".weight"): r for name, r in parts.items()}
+        for key, parts in stored.items()
+    }
 
 
 def targeted(target, known):
@@ -488,7 +490,7 @@ def targeted(target, known):
     return [name for parts in means for name in parts]
 
 
-def read_pairs(file, known, head_dim):
+def read_pairs(file, known):
     """{our name: {"A": tensor, "B": tensor}} of an adapter's file. The update of a fused linear
     (GLM's gate_up_proj, ChatGLM's query_key_value) becomes those of its parts, exactly: A is
     shared, and each has its rows of B."""
@@ -498,12 +500,11 @@ def read_pairs(file, known, head_dim):
     for key, tensor in open_weights(file).items():
         match = re.fullmatch(pattern, key.replace("_orig_mod.", ""))
         name, half = match.groups() if match else (key, "")
-        parts = known.get(name, {name: slice(None)})
+        parts = known.get(name, {name: []})
         # Where the rows are too many or too few, `check_pair` says so of the whole.
-        cut = half == "B" and len(tensor) == [*parts.values()][-1].stop
+        cut = half == "B" and len(tensor) == sum(map(len, parts.values()))
         for ours, rows in parts.items():
-            rows = one_by_one(name, tensor, head_dim)[rows] if cut else tensor
-            pairs.setdefault(ours, {})[half] = rows.float()
+            pairs.setdefault(ours, {})[half] = (tensor[rows] if cut else tensor).float()
     return pairs
 
 

@@ -39,7 +39,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections import Counter
+from collections import Counter, namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -541,8 +541,11 @@ NAMES = {
     },
 }
 TIED = ("embed_tokens.weight", "lm_head.weight")
-# Layouts whose rotary pairs are neighbours, 2i and 2i + 1: rows of q and k stand in another order.
-NEIGHBOURS = ("meta", "glm", "chatglm")
+# The layout of a network's first files, where we and transformers write another
+PUBLISHED = {"glm": "chatglm", "chatglm1": "chatglm6b"}
+# How the rows of a head of q and k stand, where it is not (2, D/2), in rotary pairs i and i + D/2:
+# in neighbours 2i and 2i + 1, or i and i + D/4 of each of two halves
+PAIRS = {"meta": (-1, 2), "glm": (-1, 2), "chatglm": (-1, 2), "chatglm6b": (2, 2, -1)}
 IMAGES = 20000  # rows for images before all others in ChatGLM-6B's first files; no text has them
 LLAMA3_ROPE = {  # what Meta's use_scaled_rope means, but for the factor
     "rope_type": "llama3",
@@ -569,34 +572,32 @@ def stored_name(name, layout="hf"):
     return name
 
 
-def fused_rows(rows, layout):
-    """{a layout's name: {our name: slice of its rows}} for {our name: number of rows}. What has one
-    name there stands one behind the other."""
-    fused = {}
-    for name, count in rows.items():
-        parts = fused.setdefault(stored_name(name, layout), {})
-        start = sum(part.stop - part.start for part in parts.values())
-        parts[name] = slice(start, start + count)
-    return fused
+def weight_shapes(config):
+    """{name: shape} of a network's weights, where a tied head is the embedding."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in LLaMA(config).named_parameters()}
 
 
-def reorder(name, tensor, layout, shape):
-    """Rows of q and k, also those of their lora_B, between our order and that of a layout with
-    neighbouring pairs; any other tensor as it is. shape: (-1, 2, D/2) to the layout, (-1, D/2, 2)
-    from it."""
-    if layout not in NEIGHBOURS or not re.search(r"\b[qk]_proj\b", name):
-        return tensor
-    return tensor.unflatten(0, shape).transpose(1, 2).flatten(0, 2)
+def stored_rows(config, layout):
+    """{a layout's name: {our name: which of the rows there are ours, in our order}}. What has one
+    name there stands one behind the other; in ChatGLM-6B q, k, v of the first head, of the second,
+    ..."""
+    stored, D = {}, config.head_dim
+    for name, (height, *_) in weight_shapes(config).items():
+        key = stored_name(name, layout)
+        parts = stored.setdefault(key, {})
+        rows = torch.arange(height) + sum(map(len, parts.values()))
+        if ".attention.query_key_value" in key:
+            rows = torch.arange(3 * height).view(-1, 3, D)[:, len(parts)]
+        if layout in PAIRS and re.search(r"\b[qk]_proj\b", name):
+            rows = rows.view(-1, D).unflatten(1, PAIRS[layout]).transpose(1, 2)
+        parts[name] = rows.flatten()
+    return stored
 
 
-def one_by_one(key, tensor, head_dim):
-    """ChatGLM-6B's query_key_value, whose rows are (head, q k v, D), as q, k and v one behind the
-    other. Its rotary pairs are i and i + D/4 of each half of a head, two halves of (2, D/4); ours
-    are (2, D/2). Any other tensor as it is."""
-    if ".attention.query_key_value" not in key:
-        return tensor
-    q, k, v = tensor.unflatten(0, (-1, 3, 2, 2, head_dim // 4)).unbind(1)
-    return torch.cat([x.flatten(0, 3) for x in (q.transpose(1, 2), k.transpose(1, 2), v)])
+def take_rows(tensor, rows):
+    """tensor[rows]; the tensor itself, which may be a view of a file, if that is all in order."""
+    return tensor if torch.equal(rows, torch.arange(len(tensor))) else tensor[rows]
 
 
 def read_json_file(path):
@@ -808,21 +809,8 @@ def weight_files(folder):
     return [folder / f"consolidated.{number:02}.pth" for number in range(len(shards))]
 
 
-@dataclass(frozen=True)
-class Part:
-    """One file's part of a weight: all of it, or a slice along one axis."""
-
-    file: Path
-    key: str
-    shape: tuple
-    dtype: torch.dtype
-
-
-def part_shapes(shape, n):
-    """{shape: axis} that each of n equal parts of a weight can have: cut along an axis, or whole
-    (axis None)."""
-    cut = {(*shape[:i], size / n, *shape[i + 1 :]): i for i, size in enumerate(shape)}
-    return {**cut, shape: None}
+# One file's part of a weight: all of it, or a slice along one axis
+Part = namedtuple("Part", "file key shape dtype")
 
 
 class Checkpoint:
@@ -833,11 +821,10 @@ class Checkpoint:
 
     config   LLaMAConfig
     dtype    the embedding's
-    layout   a key of NAMES
     slices   into how many a weight is cut
     shapes   {name: shape} that the model wants
-    rows     {name: which rows of the stored tensor}: where several weights are fused, not all
-    parts    {name: [Part, ...]} found: the slices in order, or copies that must be equal"""
+    found    {name: ([Part, ...], axis, rows)}: slices along an axis in order, or (axis None) copies
+             that must be equal; and which rows of the whole the weight is"""
 
     def __init__(self, folder):
         config, found = Path(folder, "config.json"), {}
@@ -854,66 +841,65 @@ class Checkpoint:
         # Meta writes -1 for the number of pieces; the head tells it.
         rows = sum(sum(part.shape[:1]) for part in found.get("output.weight", ()))
         self.config = read_config(config.with_name("params.json") if is_meta else config, rows)
-        self.layout = "meta" if is_meta else self.config.model_type
-        for published in ("chatglm", "chatglm6b"):
-            if stored_name("embed_tokens.weight", published) in found:
-                self.layout = published
-        # What is wanted: the shapes of a model without memory, where a tied head is the embedding.
-        with torch.device("meta"):
-            parameters = LLaMA(self.config).named_parameters()
-            self.shapes = {name: tuple(p.shape) for name, p in parameters}
-        self.place(found)
-        self.dtype = self.parts["embed_tokens.weight"][0].dtype
+        self.shapes = weight_shapes(self.config)
+        kind = self.config.model_type
+        layout, published = "meta" if is_meta else kind, PUBLISHED.get(kind, kind)
+        if stored_name("embed_tokens.weight", published) in found:
+            layout = published
+        self.place(found, layout)
+        self.dtype = self.found["embed_tokens.weight"][0][0].dtype
 
-    def place(self, found):
+    def place(self, found, layout):
         """Give each weight the tensors of the files that are it, or hold it. Raises ValueError for
         one too many, or as `check` does."""
-        fused = fused_rows({name: shape[0] for name, shape in self.shapes.items()}, self.layout)
+        stored, self.found = stored_rows(self.config, layout), {}
         if self.config.tie_word_embeddings:
-            embedding, head = (stored_name(name, self.layout) for name in TIED)
+            embedding, head = (stored_name(name, layout) for name in TIED)
             found.setdefault(embedding, []).extend(found.pop(head, []))
-        images = self.layout == "chatglm6b"
         # One comparison does for every damage.
         for key, parts in found.items():
-            if key not in fused:
+            if key not in stored:
                 raise ValueError(f"{parts[0].file} has {key}, which this model does not have")
-            last = self.config.vocab_size + IMAGES
-            if images and [part.shape[:1] for part in parts[:1]] == [(last,)]:
-                fused[key] = {name: slice(IMAGES, last) for name in fused[key]}
-        self.rows, self.parts = {}, {}
-        for key, rows in fused.items():
-            self.rows |= rows
-            self.parts |= dict.fromkeys(rows, found.get(key, []))
-            name, last = rows.popitem()
-            self.check(key, self.parts[name], (last.stop, *self.shapes[name][1:]))
+        for key, names in stored.items():
+            parts, height = found.get(key, []), sum(map(len, names.values()))
+            with_images = [part.shape[:1] for part in parts[:1]] == [(IMAGES + height,)]
+            skipped = IMAGES if layout == "chatglm6b" and with_images else 0
+            axis = self.check(key, parts, (skipped + height, *self.shapes[[*names][0]][1:]))
+            self.found |= {name: (parts, axis, skipped + rows) for name, rows in names.items()}
 
     def check(self, key, parts, shape):
-        """Raise ValueError for a weight that is missing, of another shape, or no floating-point
-        numbers."""
-        shapes, wanted = part_shapes(shape, self.slices), f"{shape} in {self.slices} file(s)"
+        """The axis along which a weight of this shape is cut. Raises ValueError for one that is
+        missing, of another shape, or no floating-point numbers."""
+        n, wanted = self.slices, f"{shape} in {self.slices} file(s)"
+        # {shape of a part: axis}
+        axes = {(*shape[:i], size / n, *shape[i + 1 :]): i for i, size in enumerate(shape)}
+        axes[shape] = None
         for part in parts:
-            same = part.shape in shapes and part.shape == parts[0].shape
+            same = part.shape in axes and part.shape == parts[0].shape
             if not same or part.dtype not in DTYPES.values():
                 found = f"{key} is {part.shape} of {part.dtype}"
                 raise ValueError(f"{part.file}: {found}, wanted {wanted}; is one missing?")
-        if not parts or len(parts) % self.slices:
+        if not parts or len(parts) % n:
             lacking = sorted({*self.files} - {part.file for part in parts})
             raise ValueError(f"{lacking[0]} lacks {key}, wanted {wanted}")
+        return axes[parts[0].shape]
 
     def read(self, device="cpu", dtype=None):
-        """Yield (name, tensor on device), cast to dtype (None: the embedding's). As stored, a
-        tensor of Hugging Face's is a view of the file. Raises ValueError for NaN, infinity and what
-        dtype cannot hold."""
+        """Yield (name, tensor on device), cast to dtype (None: the embedding's). What stands in a
+        file as it is wanted is a view of it. Raises ValueError for NaN, infinity and what dtype
+        cannot hold."""
         dtype, maps, used = dtype or self.dtype, {}, 0
-        for name in sorted(self.parts, key=lambda name: str(self.parts[name][0].file)):
+        for name in sorted(self.found, key=lambda name: str(self.found[name][0][0].file)):
             # Files are mapped anew now and then: the pages of what was copied leave the memory.
             if used > 2**27:
                 maps, used = {}, 0
                 gc.collect()  # torch.load leaves its map in a reference cycle
-            for part in self.parts[name]:
+            parts, axis, rows = self.found[name]
+            for part in parts:
                 if part.file not in maps:
                     maps[part.file] = open_weights(part.file)
-            tensor = self.join(name, maps, device, dtype)
+            whole = join(parts, [maps[part.file][part.key] for part in parts], axis)
+            tensor = take_rows(whole, rows).to(device, dtype)
             if not all(end.isfinite() for end in tensor.aminmax()):
                 raise ValueError(
                     f"{part.file}: {part.key} holds NaN, infinity or more than the "
@@ -922,27 +908,17 @@ class Checkpoint:
             used += tensor.nbytes
             yield name, tensor
 
-    def join(self, name, maps, device, dtype):
-        """A weight of its parts, its rows in Hugging Face's order."""
-        parts, rows = self.parts[name], self.rows[name]
-        D, stored = self.config.head_dim, [maps[part.file][part.key] for part in parts]
-        tensors = [one_by_one(parts[0].key, tensor, D)[rows] for tensor in stored]
-        axis = part_shapes(self.shapes[name], self.slices).get(parts[0].shape)
-        if axis is None:
-            if not all(torch.equal(copy, tensors[0]) for copy in tensors[1:]):
-                raise ValueError(
-                    f"{parts[0].file}: {parts[0].key} is shared or tied, and differs from "
-                    f"{parts[-1].key} in {parts[-1].file}"
-                )
-            tensors = tensors[:1]
-        if self.layout not in (*NEIGHBOURS, "chatglm6b"):
-            return tensors[0].to(device, dtype)
-        # Slices are written where they stay: a copy between would leave a hole in memory. And what
-        # was fused gets memory of its own: inductor errs where weights are views of one tensor.
-        joined = torch.empty(self.shapes[name], device=device, dtype=dtype)
-        for target, tensor in zip(joined.chunk(len(tensors), axis or 0), tensors):
-            target.copy_(tensor)
-        return reorder(name, joined, self.layout, (-1, D // 2, 2))
+
+def join(parts, tensors, axis):
+    """One tensor of the slices along an axis, or of copies. Raises ValueError if these differ."""
+    if axis is not None:
+        return torch.cat(tensors, axis)
+    if not all(torch.equal(copy, tensors[0]) for copy in tensors[1:]):
+        raise ValueError(
+            f"{parts[0].file}: {parts[0].key} is shared or tied, and differs from "
+            f"{parts[-1].key} in {parts[-1].file}"
+        )
+    return tensors[0]
 
 
 def load_model(folder, device="cpu", dtype=None):
@@ -1109,19 +1085,17 @@ def split_into_shards(tensors, max_bytes):
 
 
 def to_layout(config, tensors, layout):
-    """A stream of (name, tensor) as a layout's files have it: names, order of rows, and GLM's fused
-    gate_up_proj, whose halves follow each other in the stream."""
-    halves = []
+    """A stream of (name, tensor) as a layout's files have it. The parts of what has one name there
+    wait for the last of them."""
+    stored, waiting = stored_rows(config, layout), {}
     for name, tensor in tensors:
         key = stored_name(name, layout)
-        tensor = reorder(name, tensor.detach(), layout, (-1, 2, config.head_dim // 2))
-        if "gate_up_proj" in key:
-            halves.append(tensor)
-            if len(halves) < 2:
-                continue
-            tensor = torch.cat(halves)
-            halves.clear()
-        yield key, tensor
+        parts = waiting.setdefault(key, [])
+        parts.append(tensor.detach())
+        if len(parts) == len(stored[key]):
+            rows = torch.cat([*stored[key].values()]).argsort()
+            yield key, take_rows(torch.cat(parts) if parts[1:] else parts[0], rows)
+            del waiting[key]
 
 
 def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):

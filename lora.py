@@ -22,7 +22,7 @@ Adapters are kept in PEFT's folder format, so that peft, vLLM and llama.cpp's co
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from model import (
     PUBLISHED,
     SAVE,
     SHARD_BYTES,
+    TIED,
     Checkpoint,
     Linear,
     Parser,
@@ -336,14 +337,17 @@ def quantize(model, kind, device=None, dtype=None):
 # Adapters on disk
 
 PREFIX = "base_model.model."  # of PEFT's keys
-# what adapter_config.json may set: what is read here, what the tensors show, what changes nothing
 SOME = {"layers_to_transform", "layers_pattern", "exclude_modules"}  # in some layers only
-KNOWN = SOME.union(
-    """peft_type r lora_alpha lora_dropout target_modules use_rslora bias init_lora_weights
-    task_type base_model_name_or_path revision inference_mode auto_mapping peft_version
-    merge_weights megatron_core qalora_group_size""".split()
+# Patterns of "key value" that adapter_config.json may set: what is read here, what the tensors
+# show, what changes nothing; no way to begin an adapter that changes the base.
+KNOWN = (
+    "peft_type LORA",
+    "init_lora_weights (?!(?i:pissa|olora|corda|loftq|lora_ga))",
+    *SOME,
+    "r|lora_alpha|lora_dropout|use_rslora|bias|target_modules|task_type|base_model_name_or_path",
+    "revision|inference_mode|auto_mapping|peft_version|merge_weights|megatron_core",
+    "qalora_group_size",
 )
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin an adapter
 
 
 def save_adapter(model, folder, base_model="", run_info=None, trained=False):
@@ -351,18 +355,20 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
     since a sharded adapter is gathered; the first writes. Tensors are read back before they take
     the place of older ones. Raises ValueError naming a tensor that is not finite or came back
     otherwise and, once trained, if every B is zero."""
-    folder, pairs, state = Path(folder), file_pairs(model), {}
-    for name, pair in pairs.items():
-        for letter, tensor in zip("AB", pair):
-            key = f"{PREFIX}{name}.lora_{letter}.weight"
-            state[key] = tensor
-            if not tensor.isfinite().all():
-                raise ValueError(
-                    f"{folder}: {key} holds NaN or infinity, and nothing was saved; lower "
-                    "--learning_rate"
-                )
+    folder, pairs = Path(folder), file_pairs(model)
+    state = {
+        f"{PREFIX}{name}.lora_{letter}.weight": tensor
+        for name, pair in pairs.items()
+        for letter, tensor in zip("AB", pair)
+    }
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{folder}: {key} holds NaN or infinity, and nothing was saved; lower "
+                "--learning_rate"
+            )
     # An adapter that changes nothing is a mistake that would be found too late.
-    if trained and not any(tensor.any() for key, tensor in state.items() if "lora_B" in key):
+    if trained and not any(b.any() for _, b in pairs.values()):
         raise ValueError(f"{folder}: every lora_B is zero, so nothing was trained or saved")
     if processes()[0]:
         return
@@ -379,14 +385,13 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
     # What PEFT reads: names of linears, in full where not all layers have them.
     config, leaves = lora_linears(model)[0][1].config, {name.rpartition(".")[2] for name in pairs}
     everywhere = len(pairs) == len(leaves) * len(model.layers)
-    rank = pair[0].size(0)
-    higher = rank / config.r
+    rank = len(next(iter(state.values())))
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base_model),
         "r": rank,
-        "lora_alpha": config.alpha * (math.sqrt(higher) if config.rslora else higher),
+        "lora_alpha": config.alpha * (config.scale / replace(config, r=rank).scale),
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
         "target_modules": sorted(leaves) if everywhere else [*pairs],
@@ -421,14 +426,9 @@ def read_adapter_config(file):
     or some layers are left out. Raises ValueError naming a key that is missing or asks for what
     this LoRA does not have."""
     settings = {k: v for k, v in read_json_file(file).items() if v or type(v) is int}
-    refused = settings.keys() - KNOWN
-    if settings.get("peft_type", "LORA") != "LORA":
-        refused.add("peft_type")
-    if str(settings.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
-        refused.add("init_lora_weights")
-    # The first by name is enough to tell.
-    for key in sorted(refused):
-        raise ValueError(f"{file} sets {key} to {settings[key]!r}, which this LoRA does not have")
+    for key, value in settings.items():
+        if not re.match(rf"({'|'.join(KNOWN)})\b", f"{key} {value}"):
+            raise ValueError(f"{file} sets {key} to {value!r}, which this LoRA does not have")
     try:
         r, alpha, targets = (settings[key] for key in ("r", "lora_alpha", "target_modules"))
         dropout, rslora = settings.get("lora_dropout", 0.0), settings.get("use_rslora", False)
@@ -458,7 +458,8 @@ def load_adapter(model, folder):
     # The linears of the file must be those that the settings name, and all be in the model.
     names = [] if targets else [*pairs]
     for target in targets:
-        names += targeted(target, known) or [target]
+        means = [parts for key, parts in known.items() if f".{key}".endswith(f".{target}")]
+        names += [name for parts in means for name in parts] or [target]
     for name in sorted({*names, *pairs}):
         linear = found.get(name) if name in names else None
         check_pair(f"{file}: {name}", linear, pairs.get(name, {}), config.r)
@@ -468,8 +469,7 @@ def load_adapter(model, folder):
         module.lora_a.data.copy_(pair["A"])
         module.lora_b.data.copy_(pair["B"])
         model.set_submodule(name, module.requires_grad_(False))
-    info = folder / "run.json"
-    return read_json_file(info) if info.is_file() else {}
+    return read_json_file(folder / "run.json", {})
 
 
 def names_in_files(config):
@@ -482,12 +482,6 @@ def names_in_files(config):
         key.removesuffix(".weight"): {name.removesuffix(".weight"): r for name, r in parts.items()}
         for key, parts in stored.items()
     }
-
-
-def targeted(target, known):
-    """Our names of the linears that an entry of target_modules means."""
-    means = [parts for key, parts in known.items() if f".{key}".endswith(f".{target}")]
-    return [name for parts in means for name in parts]
 
 
 def read_pairs(file, known):
@@ -536,7 +530,7 @@ def recover(base, difference, folder, dtype=None):
         for name, tensor in weights.read():
             start = old.get(name, torch.empty(0)).float()
             new_rows = len(tensor) - len(start)
-            if start.dim() == 2 and new_rows > 0 and name.startswith(("embed_tokens", "lm_head")):
+            if new_rows > 0 and name in TIED:
                 start = torch.cat([start, start.mean(0, keepdim=True).expand(new_rows, -1)])
             if start.shape != tensor.shape:
                 raise ValueError(

@@ -600,12 +600,15 @@ def take_rows(tensor, rows):
     return tensor if torch.equal(rows, torch.arange(len(tensor))) else tensor[rows]
 
 
-def read_json_file(path):
-    """The object in a JSON file; ValueError in one line if it is missing or broken."""
+def read_json_file(path, missing=None):
+    """The object in a JSON file, or `missing`, if one is given, where there is no file. ValueError
+    in one line if there must be one, or if it is broken."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} not found") from None
+        if missing is None:
+            raise ValueError(f"{path} not found") from None
+        return missing
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -764,8 +767,9 @@ def open_weights(file):
         return {key: tensor for key, tensor in weights.items() if not key.endswith(tables)}
     except Exception as error:  # a damaged file makes its reader raise nearly all there are
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it would run {code[1]}, and weights are only data" if code else str(error)
-        reason = reason.partition("\n")[0].partition(". ")[0] or "it ends early"
+        reason = str(error).partition("\n")[0].partition(". ")[0] or "it ends early"
+        if code:
+            reason = f"it would run {code[1]}, and weights are only data"
         raise ValueError(f"{file} is damaged, or refused ({reason}); download it again") from None
 
 
@@ -793,13 +797,13 @@ def weight_files(folder):
             return [folder / name]
         if index.is_file():
             # Sharded: the index names the files.
-            names = read_json_file(index).get("weight_map")
-            names = names.values() if isinstance(names, dict) else [names]
-            for file in names or [None]:
+            names = read_json_file(index).get("weight_map") or None
+            files = {*map(str, names.values() if isinstance(names, dict) else [names])}
+            for file in files:
                 # by its letters: caches hold links to files elsewhere
-                if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*", file):
+                if not re.fullmatch(r"\w[\w.-]*\.(safetensors|bin)", file):
                     raise ValueError(f"{index}: weight_map names {file!r}, wanted plain files")
-            return [folder / file for file in sorted({*names})]
+            return [folder / file for file in sorted(files)]
     shards = sorted(folder.glob("consolidated.*.pth"))
     if not shards:
         raise ValueError(
@@ -1020,7 +1024,7 @@ def write_atomically(path, write):
         fsync(temporary)
         os.replace(temporary, path)
         fsync(Path(path).parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # as torch says it of a full disk
         raise OSError(f"{path} cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -1117,14 +1121,13 @@ def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
     else:
         write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
     # Then what describes them; a reader who finds it finds all.
-    theirs = Path(base or folder) / "config.json"
-    values = read_json_file(theirs) if theirs.is_file() else {}
-    network = f"{config.model_type.capitalize()}ForCausalLM"  # transformers' class
-    values |= {"architectures": [network], "hidden_act": "silu"}
-    values |= asdict(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    theirs = read_json_file(Path(base or folder) / "config.json", {})
     # dtype and rope_parameters are what transformers 5 calls the same; auto_map names code
     twice = ("dtype", "rope_parameters", "auto_map")
-    write_json(folder / "config.json", {k: v for k, v in values.items() if k not in twice})
+    values = {key: value for key, value in theirs.items() if key not in twice}
+    network = f"{config.model_type.capitalize()}ForCausalLM"  # transformers' class
+    values |= asdict(config) | {"architectures": [network], "hidden_act": "silu"}
+    write_json(folder / "config.json", values | {"torch_dtype": str(dtype).removeprefix("torch.")})
     if base:
         copy_tokenizer(base, folder)
 
@@ -1136,11 +1139,7 @@ def save_meta(config, tensors, folder, dtype, base=None, max_bytes=None):
     stream = to_layout(config, tensors, "meta")
     state = {key: tensor.to("cpu", dtype) for key, tensor in stream}
     state.setdefault("output.weight", state["tok_embeddings.weight"])
-    file = Path(folder) / "consolidated.00.pth"
-    try:
-        torch.save(state, file)  # under its own name, which stands in the file too
-    except RuntimeError as error:  # as torch says it of a full disk
-        raise OSError(f"{file} cannot be written: {error}") from None
+    write_atomically(Path(folder) / "consolidated.00.pth", partial(torch.save, state))
     if base:
         copy_tokenizer(base, folder)
 
@@ -1162,24 +1161,22 @@ def copy_tokenizer(base, folder):
     names = "tokenizer*.json vocab.json merges.txt special_tokens_map.json added_tokens.json "
     names += "chat_template*"
     files = [file for name in names.split() for file in Path(base).glob(name)]
-    main = find_tokenizer(base)
-    if main.is_file():
-        files.append(main)
-    for file in files:
+    for file in filter(Path.is_file, [*files, find_tokenizer(base)]):
         shutil.copyfile(check_link(file), Path(folder) / file.name)
-    if main.name == "tokenizer.model" and main.is_file():
-        tell_transformers(main, Path(folder) / "tokenizer_config.json")
+    if (Path(folder) / "tokenizer.model").is_file():
+        tell_transformers(Path(folder))
 
 
-def tell_transformers(tokenizer, settings):
-    """Have a tokenizer_config.json say what transformers and llama.cpp must know of a SentencePiece
+def tell_transformers(folder):
+    """Have tokenizer_config.json say what transformers and llama.cpp must know of a SentencePiece
     model: that it is LLaMA's, unless it says what it is, and if it puts no space in front."""
     from sentencepiece import SentencePieceProcessor  # here alone: a network needs no text
 
-    theirs = read_json_file(settings) if settings.is_file() else {}
+    settings = folder / "tokenizer_config.json"
+    theirs = read_json_file(settings, {})
     wanted = theirs or {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
     with suppress(RuntimeError):  # tiktoken's file
-        if SentencePieceProcessor(model_file=str(tokenizer)).normalize("a") == "a":
+        if SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).normalize("a") == "a":
             wanted = wanted | {"add_prefix_space": False}
         if wanted != theirs:
             write_json(settings, wanted)
@@ -1200,7 +1197,7 @@ def write_chat_template(folder, template):
     """Give the tokenizer_config.json of a folder a prompt template in Jinja, as transformers, vLLM
     and llama.cpp read it. A base's own stays, unless the model was tuned with a plain prompt."""
     file, others = Path(folder) / "tokenizer_config.json", [*Path(folder).glob("chat_template*")]
-    settings, text = read_json_file(file) if file.is_file() else {}, template.get("chat_template")
+    settings, text = read_json_file(file, {}), template.get("chat_template")
     if "prompt_no_input" in template:
         before, _, behind = (
             template["prompt_no_input"].format(instruction="\0", input="").partition("\0")

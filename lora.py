@@ -406,12 +406,14 @@ def file_pairs(model):
     """{a linear's name in files: (A, B)} of an adapter, gathered, B's rows in the base's order. Two
     linears that are one in files (GLM's gate_up_proj) stand there in blocks, with twice the rank,
     and all others are filled up with zeros to that rank: exact."""
-    pairs, known = {}, names_in_files(model.config)
+    pairs, c = {}, model.config
+    stored = stored_rows(c, c.model_type)
     for name, module in lora_linears(model):
         a, b = (full_tensor(p.detach()).cpu() for p in (module.lora_a, module.lora_b))
-        key = stored_name(name, model.config.model_type)
-        tall = b.new_zeros(sum(map(len, known[key].values())), b.size(1))
-        tall[known[key][name]] = b
+        key = stored_name(name, c.model_type)
+        parts = stored[f"{key}.weight"]
+        tall = b.new_zeros(sum(map(len, parts.values())), b.size(1))
+        tall[parts[f"{name}.weight"]] = b
         above, left = pairs.get(key, (a[:0], tall[:, :0]))
         pairs[key] = torch.cat((above, a)), torch.cat((left, tall), 1)
     rank = max(len(a) for a, _ in pairs.values())
@@ -453,13 +455,15 @@ def load_adapter(model, folder):
         )
     config, targets = read_adapter_config(folder / "adapter_config.json")
     refuse_adapter(model)
-    found, known = linears(model), names_in_files(model.config)
+    found, kind = linears(model), model.config.model_type
+    known = stored_rows(model.config, kind)
+    known |= stored_rows(model.config, PUBLISHED.get(kind, kind))
     pairs = read_pairs(file, known)
     # The linears of the file must be those that the settings name, and all be in the model.
     names = [] if targets else [*pairs]
     for target in targets:
-        means = [parts for key, parts in known.items() if f".{key}".endswith(f".{target}")]
-        names += [name for parts in means for name in parts] or [target]
+        means = [parts for key, parts in known.items() if f".{key}".endswith(f".{target}.weight")]
+        names += [name.removesuffix(".weight") for parts in means for name in parts] or [target]
     for name in sorted({*names, *pairs}):
         linear = found.get(name) if name in names else None
         check_pair(f"{file}: {name}", linear, pairs.get(name, {}), config.r)
@@ -472,33 +476,22 @@ def load_adapter(model, folder):
     return read_json_file(folder / "run.json", {})
 
 
-def names_in_files(config):
-    """{a module's name in files: {our name: the rows there that are ours}}, in either layout."""
-    layouts = {config.model_type, PUBLISHED.get(config.model_type, config.model_type)}
-    stored = {
-        key: parts for layout in layouts for key, parts in stored_rows(config, layout).items()
-    }
-    return {
-        key.removesuffix(".weight"): {name.removesuffix(".weight"): r for name, r in parts.items()}
-        for key, parts in stored.items()
-    }
-
-
 def read_pairs(file, known):
-    """{our name: {"A": tensor, "B": tensor}} of an adapter's file. The update of a fused linear
-    (GLM's gate_up_proj, ChatGLM's query_key_value) becomes those of its parts, exactly: A is
-    shared, and each has its rows of B."""
+    """{our name: {"A": tensor, "B": tensor}} of an adapter's file, by known = `stored_rows`. The
+    update of a fused linear (GLM's gate_up_proj, ChatGLM's query_key_value) becomes those of its
+    parts, exactly: A is shared, and each has its rows of B."""
     pairs = {}
     # lora_A.weight; in PEFT's live modules lora_A.default.weight; _orig_mod. is torch.compile's
     pattern = rf"(?:{PREFIX})?(.*)\.lora_([AB])\.(?:\w+\.)?weight"
     for key, tensor in open_weights(file).items():
         match = re.fullmatch(pattern, key.replace("_orig_mod.", ""))
         name, half = match.groups() if match else (key, "")
-        parts = known.get(name, {name: []})
+        parts = known.get(f"{name}.weight", {name: []})
         # Where the rows are too many or too few, `check_pair` says so of the whole.
         cut = half == "B" and len(tensor) == sum(map(len, parts.values()))
         for ours, rows in parts.items():
-            pairs.setdefault(ours, {})[half] = (tensor[rows] if cut else tensor).float()
+            pair = pairs.setdefault(ours.removesuffix(".weight"), {})
+            pair[half] = (tensor[rows] if cut else tensor).float()
     return pairs
 
 

@@ -42,7 +42,7 @@ import zipfile
 from collections import Counter, namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -892,21 +892,19 @@ class Checkpoint:
         """Yield (name, tensor on device), cast to dtype (None: the embedding's). What stands in a
         file as it is wanted is a view of it. Raises ValueError for NaN, infinity and what dtype
         cannot hold."""
-        dtype, maps, used = dtype or self.dtype, {}, 0
+        dtype, opened, used = dtype or self.dtype, cache(open_weights), 0
         for name in sorted(self.found, key=lambda name: str(self.found[name][0][0].file)):
             # Files are mapped anew now and then: the pages of what was copied leave the memory.
             if used > 2**27:
-                maps, used = {}, 0
+                opened.cache_clear()
                 gc.collect()  # torch.load leaves its map in a reference cycle
+                used = 0
             parts, axis, rows = self.found[name]
-            for part in parts:
-                if part.file not in maps:
-                    maps[part.file] = open_weights(part.file)
-            whole = join(parts, [maps[part.file][part.key] for part in parts], axis)
+            whole = join(parts, [opened(part.file)[part.key] for part in parts], axis)
             tensor = take_rows(whole, rows).to(device, dtype)
             if not all(end.isfinite() for end in tensor.aminmax()):
                 raise ValueError(
-                    f"{part.file}: {part.key} holds NaN, infinity or more than the "
+                    f"{parts[0].file}: {parts[0].key} holds NaN, infinity or more than the "
                     f"{torch.finfo(dtype).max:g} of {dtype}; take another dtype, or copy again"
                 )
             used += tensor.nbytes

@@ -558,9 +558,10 @@ class Options:
 def export(base, options):
     """Write a base, with an adapter merged into it if one is named, into a new folder."""
     with new_folder(options.output_dir) as new:
-        model = load_model(base, dtype=DTYPES.get(options.dtype))
+        model, template = load_model(base, dtype=DTYPES.get(options.dtype)), {}
         if options.lora_weights:
             made_in = load_adapter(model, options.lora_weights).get("made_in", {})
+            template = made_in.get("template", {})
             errors = merge(model)
             worst = max(errors, key=errors.get)
             print(
@@ -570,8 +571,7 @@ def export(base, options):
             )
         size = int(options.max_shard_gb * 2**30)
         SAVE[options.layout](model.config, model.named_parameters(), new, model.dtype, base, size)
-        if options.lora_weights and "template" in made_in:
-            write_chat_template(new, made_in["template"])
+        write_chat_template(new, template)
     count = sum(p.numel() for p in model.parameters())
     print(f"{options.output_dir}: {count:,} parameters as {model.dtype}")
 

@@ -890,8 +890,8 @@ class Checkpoint:
 
     def read(self, device="cpu", dtype=None):
         """Yield (name, tensor on device), cast to dtype (None: the embedding's). What stands in a
-        file as it is wanted is a view of it. Raises ValueError for NaN, infinity and what dtype
-        cannot hold."""
+        file as it is wanted is a view of it. Raises ValueError for NaN, infinity, what dtype cannot
+        hold, and copies that differ."""
         dtype, opened, used = dtype or self.dtype, cache(open_weights), 0
         for name in sorted(self.found, key=lambda name: str(self.found[name][0][0].file)):
             # Files are mapped anew now and then: the pages of what was copied leave the memory.
@@ -900,7 +900,13 @@ class Checkpoint:
                 gc.collect()  # torch.load leaves its map in a reference cycle
                 used = 0
             parts, axis, rows = self.found[name]
-            whole = join(parts, [opened(part.file)[part.key] for part in parts], axis)
+            tensors = [opened(part.file)[part.key] for part in parts]
+            whole = tensors[0] if axis is None else torch.cat(tensors, axis)
+            if axis is None and not all(torch.equal(copy, whole) for copy in tensors[1:]):
+                raise ValueError(
+                    f"{parts[0].file}: {parts[0].key} is shared or tied, and differs from "
+                    f"{parts[-1].key} in {parts[-1].file}"
+                )
             tensor = take_rows(whole, rows).to(device, dtype)
             if not all(end.isfinite() for end in tensor.aminmax()):
                 raise ValueError(
@@ -909,18 +915,6 @@ class Checkpoint:
                 )
             used += tensor.nbytes
             yield name, tensor
-
-
-def join(parts, tensors, axis):
-    """One tensor of the slices along an axis, or of copies. Raises ValueError if these differ."""
-    if axis is not None:
-        return torch.cat(tensors, axis)
-    if not all(torch.equal(copy, tensors[0]) for copy in tensors[1:]):
-        raise ValueError(
-            f"{parts[0].file}: {parts[0].key} is shared or tied, and differs from "
-            f"{parts[-1].key} in {parts[-1].file}"
-        )
-    return tensors[0]
 
 
 def load_model(folder, device="cpu", dtype=None):
@@ -1086,14 +1080,14 @@ def split_into_shards(tensors, max_bytes):
     yield shard
 
 
-def to_layout(config, tensors, layout):
-    """A stream of (name, tensor) as a layout's files have it. The parts of what has one name there
-    wait for the last of them."""
+def to_layout(config, tensors, layout, dtype):
+    """A stream of (name, tensor) as a layout's files have it, on the CPU and cast to dtype. The
+    parts of what has one name there wait for the last of them."""
     stored, waiting = stored_rows(config, layout), {}
     for name, tensor in tensors:
         key = stored_name(name, layout)
         parts = waiting.setdefault(key, [])
-        parts.append(tensor.detach())
+        parts.append(tensor.detach().to("cpu", dtype))
         if len(parts) == len(stored[key]):
             rows = torch.cat([*stored[key].values()]).argsort()
             yield key, take_rows(torch.cat(parts) if parts[1:] else parts[0], rows)
@@ -1106,8 +1100,7 @@ def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
     folder, index, file = Path(folder), {}, "model.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     # The weights, a file at a time.
-    stream = to_layout(config, tensors, config.model_type)
-    stream = ((key, tensor.to("cpu", dtype)) for key, tensor in stream)
+    stream = to_layout(config, tensors, config.model_type, dtype)
     for number, shard in enumerate(split_into_shards(stream, max_bytes), 1):
         file = f"model-{number:05}.safetensors"
         save = partial(save_file, shard, metadata={"format": "pt"})
@@ -1134,8 +1127,7 @@ def save_meta(config, tensors, folder, dtype, base=None, max_bytes=None):
     """Write a stream of (name, tensor) as Meta's folder, in one shard whatever its size:
     params.json and consolidated.00.pth. Raises ValueError for what params.json cannot say."""
     write_json(Path(folder) / "params.json", config_to_meta(config))
-    stream = to_layout(config, tensors, "meta")
-    state = {key: tensor.to("cpu", dtype) for key, tensor in stream}
+    state = dict(to_layout(config, tensors, "meta", dtype))
     state.setdefault("output.weight", state["tok_embeddings.weight"])
     write_atomically(Path(folder) / "consolidated.00.pth", partial(torch.save, state))
     if base:

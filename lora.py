@@ -22,7 +22,7 @@ Adapters are kept in PEFT's folder format, so that peft, vLLM and llama.cpp's co
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,9 +34,10 @@ from torch import nn
 from model import (
     AMX,
     DTYPES,
-    NAMES,
+    PUBLISHED,
     SAVE,
     SHARD_BYTES,
+    TIED,
     Checkpoint,
     Linear,
     Parser,
@@ -44,19 +45,17 @@ from model import (
     find_base,
     find_tokenizer,
     full_tensor,
-    fused_rows,
     load_model,
     new_folder,
-    one_by_one,
     one_row,
     open_weights,
     processes,
     read_json_file,
-    reorder,
     run,
     save_hf,
     setting,
     stored_name,
+    stored_rows,
     write_atomically,
     write_chat_template,
     write_json,
@@ -338,14 +337,17 @@ def quantize(model, kind, device=None, dtype=None):
 # Adapters on disk
 
 PREFIX = "base_model.model."  # of PEFT's keys
-# what adapter_config.json may set: what is read here, what the tensors show, what changes nothing
 SOME = {"layers_to_transform", "layers_pattern", "exclude_modules"}  # in some layers only
-KNOWN = SOME.union(
-    """peft_type r lora_alpha lora_dropout target_modules use_rslora bias init_lora_weights
-    task_type base_model_name_or_path revision inference_mode auto_mapping peft_version
-    merge_weights megatron_core qalora_group_size""".split()
+# Patterns of "key value" that adapter_config.json may set: what is read here, what the tensors
+# show, what changes nothing; no way to begin an adapter that changes the base.
+KNOWN = (
+    "peft_type LORA",
+    "init_lora_weights (?!(?i:pissa|olora|corda|loftq|lora_ga))",
+    *SOME,
+    "r|lora_alpha|lora_dropout|use_rslora|bias|target_modules|task_type|base_model_name_or_path",
+    "revision|inference_mode|auto_mapping|peft_version|merge_weights|megatron_core",
+    "qalora_group_size",
 )
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin an adapter
 
 
 def save_adapter(model, folder, base_model="", run_info=None, trained=False):
@@ -353,18 +355,20 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
     since a sharded adapter is gathered; the first writes. Tensors are read back before they take
     the place of older ones. Raises ValueError naming a tensor that is not finite or came back
     otherwise and, once trained, if every B is zero."""
-    folder, pairs, state = Path(folder), file_pairs(model), {}
-    for name, pair in pairs.items():
-        for letter, tensor in zip("AB", pair):
-            key = f"{PREFIX}{name}.lora_{letter}.weight"
-            state[key] = tensor
-            if not tensor.isfinite().all():
-                raise ValueError(
-                    f"{folder}: {key} holds NaN or infinity, and nothing was saved; lower "
-                    "--learning_rate"
-                )
+    folder, pairs = Path(folder), file_pairs(model)
+    state = {
+        f"{PREFIX}{name}.lora_{letter}.weight": tensor
+        for name, pair in pairs.items()
+        for letter, tensor in zip("AB", pair)
+    }
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{folder}: {key} holds NaN or infinity, and nothing was saved; lower "
+                "--learning_rate"
+            )
     # An adapter that changes nothing is a mistake that would be found too late.
-    if trained and not any(tensor.any() for key, tensor in state.items() if "lora_B" in key):
+    if trained and not any(b.any() for _, b in pairs.values()):
         raise ValueError(f"{folder}: every lora_B is zero, so nothing was trained or saved")
     if processes()[0]:
         return
@@ -381,14 +385,13 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
     # What PEFT reads: names of linears, in full where not all layers have them.
     config, leaves = lora_linears(model)[0][1].config, {name.rpartition(".")[2] for name in pairs}
     everywhere = len(pairs) == len(leaves) * len(model.layers)
-    rank = pair[0].size(0)
-    higher = rank / config.r
+    rank = len(next(iter(state.values())))
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base_model),
         "r": rank,
-        "lora_alpha": config.alpha * (math.sqrt(higher) if config.rslora else higher),
+        "lora_alpha": config.alpha * (config.scale / replace(config, r=rank).scale),
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
         "target_modules": sorted(leaves) if everywhere else [*pairs],
@@ -404,12 +407,13 @@ def file_pairs(model):
     linears that are one in files (GLM's gate_up_proj) stand there in blocks, with twice the rank,
     and all others are filled up with zeros to that rank: exact."""
     pairs, c = {}, model.config
-    fused = names_in_files(model, [c.model_type])
+    stored = stored_rows(c, c.model_type)
     for name, module in lora_linears(model):
         a, b = (full_tensor(p.detach()).cpu() for p in (module.lora_a, module.lora_b))
         key = stored_name(name, c.model_type)
-        tall = b.new_zeros([*fused[key].values()][-1].stop, b.size(1))
-        tall[fused[key][name]] = reorder(name, b, c.model_type, (-1, 2, c.head_dim // 2))
+        parts = stored[f"{key}.weight"]
+        tall = b.new_zeros(sum(map(len, parts.values())), b.size(1))
+        tall[parts[f"{name}.weight"]] = b
         above, left = pairs.get(key, (a[:0], tall[:, :0]))
         pairs[key] = torch.cat((above, a)), torch.cat((left, tall), 1)
     rank = max(len(a) for a, _ in pairs.values())
@@ -424,14 +428,9 @@ def read_adapter_config(file):
     or some layers are left out. Raises ValueError naming a key that is missing or asks for what
     this LoRA does not have."""
     settings = {k: v for k, v in read_json_file(file).items() if v or type(v) is int}
-    refused = settings.keys() - KNOWN
-    if settings.get("peft_type", "LORA") != "LORA":
-        refused.add("peft_type")
-    if str(settings.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
-        refused.add("init_lora_weights")
-    # The first by name is enough to tell.
-    for key in sorted(refused):
-        raise ValueError(f"{file} sets {key} to {settings[key]!r}, which this LoRA does not have")
+    for key, value in settings.items():
+        if not re.match(rf"({'|'.join(KNOWN)})\b", f"{key} {value}"):
+            raise ValueError(f"{file} sets {key} to {value!r}, which this LoRA does not have")
     try:
         r, alpha, targets = (settings[key] for key in ("r", "lora_alpha", "target_modules"))
         dropout, rslora = settings.get("lora_dropout", 0.0), settings.get("use_rslora", False)
@@ -456,12 +455,15 @@ def load_adapter(model, folder):
         )
     config, targets = read_adapter_config(folder / "adapter_config.json")
     refuse_adapter(model)
-    found, known = linears(model), names_in_files(model, NAMES)
-    pairs = read_pairs(file, known, model.config.head_dim)
+    found, kind = linears(model), model.config.model_type
+    known = stored_rows(model.config, kind)
+    known |= stored_rows(model.config, PUBLISHED.get(kind, kind))
+    pairs = read_pairs(file, known)
     # The linears of the file must be those that the settings name, and all be in the model.
     names = [] if targets else [*pairs]
     for target in targets:
-        names += targeted(target, known) or [target]
+        means = [parts for key, parts in known.items() if f".{key}".endswith(f".{target}.weight")]
+        names += [name.removesuffix(".weight") for parts in means for name in parts] or [target]
     for name in sorted({*names, *pairs}):
         linear = found.get(name) if name in names else None
         check_pair(f"{file}: {name}", linear, pairs.get(name, {}), config.r)
@@ -469,41 +471,27 @@ def load_adapter(model, folder):
     for name, pair in pairs.items():
         module = LoRALinear(found[name], config)
         module.lora_a.data.copy_(pair["A"])
-        halves = (-1, model.config.head_dim // 2, 2)
-        module.lora_b.data.copy_(reorder(name, pair["B"], model.config.model_type, halves))
+        module.lora_b.data.copy_(pair["B"])
         model.set_submodule(name, module.requires_grad_(False))
-    info = folder / "run.json"
-    return read_json_file(info) if info.is_file() else {}
+    return read_json_file(folder / "run.json", {})
 
 
-def names_in_files(model, layouts):
-    """{a linear's name in files of some layouts: {our name: its rows}}."""
-    rows = {name.removesuffix(".base"): m.out_features for name, m in linears(model).items()}
-    return {key: parts for layout in layouts for key, parts in fused_rows(rows, layout).items()}
-
-
-def targeted(target, known):
-    """Our names of the linears that an entry of target_modules means."""
-    means = [parts for key, parts in known.items() if f".{key}".endswith(f".{target}")]
-    return [name for parts in means for name in parts]
-
-
-def read_pairs(file, known, head_dim):
-    """{our name: {"A": tensor, "B": tensor}} of an adapter's file. The update of a fused linear
-    (GLM's gate_up_proj, ChatGLM's query_key_value) becomes those of its parts, exactly: A is
-    shared, and each has its rows of B."""
+def read_pairs(file, known):
+    """{our name: {"A": tensor, "B": tensor}} of an adapter's file, by known = `stored_rows`. The
+    update of a fused linear (GLM's gate_up_proj, ChatGLM's query_key_value) becomes those of its
+    parts, exactly: A is shared, and each has its rows of B."""
     pairs = {}
     # lora_A.weight; in PEFT's live modules lora_A.default.weight; _orig_mod. is torch.compile's
     pattern = rf"(?:{PREFIX})?(.*)\.lora_([AB])\.(?:\w+\.)?weight"
     for key, tensor in open_weights(file).items():
         match = re.fullmatch(pattern, key.replace("_orig_mod.", ""))
         name, half = match.groups() if match else (key, "")
-        parts = known.get(name, {name: slice(None)})
+        parts = known.get(f"{name}.weight", {name: []})
         # Where the rows are too many or too few, `check_pair` says so of the whole.
-        cut = half == "B" and len(tensor) == [*parts.values()][-1].stop
+        cut = half == "B" and len(tensor) == sum(map(len, parts.values()))
         for ours, rows in parts.items():
-            rows = one_by_one(name, tensor, head_dim)[rows] if cut else tensor
-            pairs.setdefault(ours, {})[half] = rows.float()
+            pair = pairs.setdefault(ours.removesuffix(".weight"), {})
+            pair[half] = (tensor[rows] if cut else tensor).float()
     return pairs
 
 
@@ -535,7 +523,7 @@ def recover(base, difference, folder, dtype=None):
         for name, tensor in weights.read():
             start = old.get(name, torch.empty(0)).float()
             new_rows = len(tensor) - len(start)
-            if start.dim() == 2 and new_rows > 0 and name.startswith(("embed_tokens", "lm_head")):
+            if new_rows > 0 and name in TIED:
                 start = torch.cat([start, start.mean(0, keepdim=True).expand(new_rows, -1)])
             if start.shape != tensor.shape:
                 raise ValueError(
@@ -570,9 +558,10 @@ class Options:
 def export(base, options):
     """Write a base, with an adapter merged into it if one is named, into a new folder."""
     with new_folder(options.output_dir) as new:
-        model = load_model(base, dtype=DTYPES.get(options.dtype))
+        model, template = load_model(base, dtype=DTYPES.get(options.dtype)), {}
         if options.lora_weights:
             made_in = load_adapter(model, options.lora_weights).get("made_in", {})
+            template = made_in.get("template", {})
             errors = merge(model)
             worst = max(errors, key=errors.get)
             print(
@@ -582,8 +571,7 @@ def export(base, options):
             )
         size = int(options.max_shard_gb * 2**30)
         SAVE[options.layout](model.config, model.named_parameters(), new, model.dtype, base, size)
-        if options.lora_weights and "template" in made_in:
-            write_chat_template(new, made_in["template"])
+        write_chat_template(new, template)
     count = sum(p.numel() for p in model.parameters())
     print(f"{options.output_dir}: {count:,} parameters as {model.dtype}")
 

@@ -39,10 +39,10 @@ import re
 import shutil
 import sys
 import zipfile
-from collections import Counter
+from collections import Counter, namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -541,8 +541,11 @@ NAMES = {
     },
 }
 TIED = ("embed_tokens.weight", "lm_head.weight")
-# Layouts whose rotary pairs are neighbours, 2i and 2i + 1: rows of q and k stand in another order.
-NEIGHBOURS = ("meta", "glm", "chatglm")
+# The layout of a network's first files, where we and transformers write another
+PUBLISHED = {"glm": "chatglm", "chatglm1": "chatglm6b"}
+# How the rows of a head of q and k stand, where it is not (2, D/2), in rotary pairs i and i + D/2:
+# in neighbours 2i and 2i + 1, or i and i + D/4 of each of two halves
+PAIRS = {"meta": (-1, 2), "glm": (-1, 2), "chatglm": (-1, 2), "chatglm6b": (2, 2, -1)}
 IMAGES = 20000  # rows for images before all others in ChatGLM-6B's first files; no text has them
 LLAMA3_ROPE = {  # what Meta's use_scaled_rope means, but for the factor
     "rope_type": "llama3",
@@ -569,42 +572,43 @@ def stored_name(name, layout="hf"):
     return name
 
 
-def fused_rows(rows, layout):
-    """{a layout's name: {our name: slice of its rows}} for {our name: number of rows}. What has one
-    name there stands one behind the other."""
-    fused = {}
-    for name, count in rows.items():
-        parts = fused.setdefault(stored_name(name, layout), {})
-        start = sum(part.stop - part.start for part in parts.values())
-        parts[name] = slice(start, start + count)
-    return fused
+def weight_shapes(config):
+    """{name: shape} of a network's weights, where a tied head is the embedding."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in LLaMA(config).named_parameters()}
 
 
-def reorder(name, tensor, layout, shape):
-    """Rows of q and k, also those of their lora_B, between our order and that of a layout with
-    neighbouring pairs; any other tensor as it is. shape: (-1, 2, D/2) to the layout, (-1, D/2, 2)
-    from it."""
-    if layout not in NEIGHBOURS or not re.search(r"\b[qk]_proj\b", name):
-        return tensor
-    return tensor.unflatten(0, shape).transpose(1, 2).flatten(0, 2)
+def stored_rows(config, layout):
+    """{a layout's name: {our name: which of the rows there are ours, in our order}}. What has one
+    name there stands one behind the other; in ChatGLM-6B q, k, v of the first head, of the second,
+    ..."""
+    stored, D = {}, config.head_dim
+    for name, (height, *_) in weight_shapes(config).items():
+        key = stored_name(name, layout)
+        parts = stored.setdefault(key, {})
+        rows = torch.arange(height) + sum(map(len, parts.values()))
+        if ".attention.query_key_value" in key:
+            rows = torch.arange(3 * height).view(-1, 3, D)[:, len(parts)]
+        if layout in PAIRS and re.search(r"\b[qk]_proj\b", name):
+            rows = rows.view(-1, D).unflatten(1, PAIRS[layout]).transpose(1, 2)
+        parts[name] = rows.flatten()
+    return stored
 
 
-def one_by_one(key, tensor, head_dim):
-    """ChatGLM-6B's query_key_value, whose rows are (head, q k v, D), as q, k and v one behind the
-    other. Its rotary pairs are i and i + D/4 of each half of a head, two halves of (2, D/4); ours
-    are (2, D/2). Any other tensor as it is."""
-    if ".attention.query_key_value" not in key:
-        return tensor
-    q, k, v = tensor.unflatten(0, (-1, 3, 2, 2, head_dim // 4)).unbind(1)
-    return torch.cat([x.flatten(0, 3) for x in (q.transpose(1, 2), k.transpose(1, 2), v)])
+def take_rows(tensor, rows):
+    """tensor[rows]; the tensor itself, which may be a view of a file, if that is all in order."""
+    return tensor if torch.equal(rows, torch.arange(len(tensor))) else tensor[rows]
 
 
-def read_json_file(path):
-    """The object in a JSON file; ValueError in one line if it is missing or broken."""
+def read_json_file(path, missing=None):
+    """The object in a JSON file, or `missing`, if one is given, where there is no file. ValueError
+    in one line if there must be one, or if it is broken."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} not found") from None
+        if missing is None:
+            raise ValueError(f"{path} not found") from None
+        return missing
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -763,8 +767,9 @@ def open_weights(file):
         return {key: tensor for key, tensor in weights.items() if not key.endswith(tables)}
     except Exception as error:  # a damaged file makes its reader raise nearly all there are
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it would run {code[1]}, and weights are only data" if code else str(error)
-        reason = reason.partition("\n")[0].partition(". ")[0] or "it ends early"
+        reason = str(error).partition("\n")[0].partition(". ")[0] or "it ends early"
+        if code:
+            reason = f"it would run {code[1]}, and weights are only data"
         raise ValueError(f"{file} is damaged, or refused ({reason}); download it again") from None
 
 
@@ -792,13 +797,13 @@ def weight_files(folder):
             return [folder / name]
         if index.is_file():
             # Sharded: the index names the files.
-            names = read_json_file(index).get("weight_map")
-            names = names.values() if isinstance(names, dict) else [names]
-            for file in names or [None]:
+            names = read_json_file(index).get("weight_map") or None
+            files = {*map(str, names.values() if isinstance(names, dict) else [names])}
+            for file in files:
                 # by its letters: caches hold links to files elsewhere
-                if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*", file):
+                if not re.fullmatch(r"\w[\w.-]*\.(safetensors|bin)", file):
                     raise ValueError(f"{index}: weight_map names {file!r}, wanted plain files")
-            return [folder / file for file in sorted({*names})]
+            return [folder / file for file in sorted(files)]
     shards = sorted(folder.glob("consolidated.*.pth"))
     if not shards:
         raise ValueError(
@@ -808,21 +813,8 @@ def weight_files(folder):
     return [folder / f"consolidated.{number:02}.pth" for number in range(len(shards))]
 
 
-@dataclass(frozen=True)
-class Part:
-    """One file's part of a weight: all of it, or a slice along one axis."""
-
-    file: Path
-    key: str
-    shape: tuple
-    dtype: torch.dtype
-
-
-def part_shapes(shape, n):
-    """{shape: axis} that each of n equal parts of a weight can have: cut along an axis, or whole
-    (axis None)."""
-    cut = {(*shape[:i], size / n, *shape[i + 1 :]): i for i, size in enumerate(shape)}
-    return {**cut, shape: None}
+# One file's part of a weight: all of it, or a slice along one axis
+Part = namedtuple("Part", "file key shape dtype")
 
 
 class Checkpoint:
@@ -833,11 +825,10 @@ class Checkpoint:
 
     config   LLaMAConfig
     dtype    the embedding's
-    layout   a key of NAMES
     slices   into how many a weight is cut
     shapes   {name: shape} that the model wants
-    rows     {name: which rows of the stored tensor}: where several weights are fused, not all
-    parts    {name: [Part, ...]} found: the slices in order, or copies that must be equal"""
+    found    {name: ([Part, ...], axis, rows)}: slices along an axis in order, or (axis None) copies
+             that must be equal; and which rows of the whole the weight is"""
 
     def __init__(self, folder):
         config, found = Path(folder, "config.json"), {}
@@ -854,95 +845,76 @@ class Checkpoint:
         # Meta writes -1 for the number of pieces; the head tells it.
         rows = sum(sum(part.shape[:1]) for part in found.get("output.weight", ()))
         self.config = read_config(config.with_name("params.json") if is_meta else config, rows)
-        self.layout = "meta" if is_meta else self.config.model_type
-        for published in ("chatglm", "chatglm6b"):
-            if stored_name("embed_tokens.weight", published) in found:
-                self.layout = published
-        # What is wanted: the shapes of a model without memory, where a tied head is the embedding.
-        with torch.device("meta"):
-            parameters = LLaMA(self.config).named_parameters()
-            self.shapes = {name: tuple(p.shape) for name, p in parameters}
-        self.place(found)
-        self.dtype = self.parts["embed_tokens.weight"][0].dtype
+        self.shapes = weight_shapes(self.config)
+        kind = self.config.model_type
+        layout, published = "meta" if is_meta else kind, PUBLISHED.get(kind, kind)
+        if stored_name("embed_tokens.weight", published) in found:
+            layout = published
+        self.place(found, layout)
+        self.dtype = self.found["embed_tokens.weight"][0][0].dtype
 
-    def place(self, found):
+    def place(self, found, layout):
         """Give each weight the tensors of the files that are it, or hold it. Raises ValueError for
         one too many, or as `check` does."""
-        fused = fused_rows({name: shape[0] for name, shape in self.shapes.items()}, self.layout)
+        stored, self.found = stored_rows(self.config, layout), {}
         if self.config.tie_word_embeddings:
-            embedding, head = (stored_name(name, self.layout) for name in TIED)
+            embedding, head = (stored_name(name, layout) for name in TIED)
             found.setdefault(embedding, []).extend(found.pop(head, []))
-        images = self.layout == "chatglm6b"
         # One comparison does for every damage.
         for key, parts in found.items():
-            if key not in fused:
+            if key not in stored:
                 raise ValueError(f"{parts[0].file} has {key}, which this model does not have")
-            last = self.config.vocab_size + IMAGES
-            if images and [part.shape[:1] for part in parts[:1]] == [(last,)]:
-                fused[key] = {name: slice(IMAGES, last) for name in fused[key]}
-        self.rows, self.parts = {}, {}
-        for key, rows in fused.items():
-            self.rows |= rows
-            self.parts |= dict.fromkeys(rows, found.get(key, []))
-            name, last = rows.popitem()
-            self.check(key, self.parts[name], (last.stop, *self.shapes[name][1:]))
+        for key, names in stored.items():
+            parts, height = found.get(key, []), sum(map(len, names.values()))
+            with_images = [part.shape[:1] for part in parts[:1]] == [(IMAGES + height,)]
+            skipped = IMAGES if layout == "chatglm6b" and with_images else 0
+            axis = self.check(key, parts, (skipped + height, *self.shapes[[*names][0]][1:]))
+            self.found |= {name: (parts, axis, skipped + rows) for name, rows in names.items()}
 
     def check(self, key, parts, shape):
-        """Raise ValueError for a weight that is missing, of another shape, or no floating-point
-        numbers."""
-        shapes, wanted = part_shapes(shape, self.slices), f"{shape} in {self.slices} file(s)"
+        """The axis along which a weight of this shape is cut. Raises ValueError for one that is
+        missing, of another shape, or no floating-point numbers."""
+        n, wanted = self.slices, f"{shape} in {self.slices} file(s)"
+        # {shape of a part: axis}
+        axes = {(*shape[:i], size / n, *shape[i + 1 :]): i for i, size in enumerate(shape)}
+        axes[shape] = None
         for part in parts:
-            same = part.shape in shapes and part.shape == parts[0].shape
+            same = part.shape in axes and part.shape == parts[0].shape
             if not same or part.dtype not in DTYPES.values():
                 found = f"{key} is {part.shape} of {part.dtype}"
                 raise ValueError(f"{part.file}: {found}, wanted {wanted}; is one missing?")
-        if not parts or len(parts) % self.slices:
+        if not parts or len(parts) % n:
             lacking = sorted({*self.files} - {part.file for part in parts})
             raise ValueError(f"{lacking[0]} lacks {key}, wanted {wanted}")
+        return axes[parts[0].shape]
 
     def read(self, device="cpu", dtype=None):
-        """Yield (name, tensor on device), cast to dtype (None: the embedding's). As stored, a
-        tensor of Hugging Face's is a view of the file. Raises ValueError for NaN, infinity and what
-        dtype cannot hold."""
-        dtype, maps, used = dtype or self.dtype, {}, 0
-        for name in sorted(self.parts, key=lambda name: str(self.parts[name][0].file)):
+        """Yield (name, tensor on device), cast to dtype (None: the embedding's). What stands in a
+        file as it is wanted is a view of it. Raises ValueError for NaN, infinity, what dtype cannot
+        hold, and copies that differ."""
+        dtype, opened, used = dtype or self.dtype, cache(open_weights), 0
+        for name in sorted(self.found, key=lambda name: str(self.found[name][0][0].file)):
             # Files are mapped anew now and then: the pages of what was copied leave the memory.
             if used > 2**27:
-                maps, used = {}, 0
+                opened.cache_clear()
                 gc.collect()  # torch.load leaves its map in a reference cycle
-            for part in self.parts[name]:
-                if part.file not in maps:
-                    maps[part.file] = open_weights(part.file)
-            tensor = self.join(name, maps, device, dtype)
-            if not all(end.isfinite() for end in tensor.aminmax()):
-                raise ValueError(
-                    f"{part.file}: {part.key} holds NaN, infinity or more than the "
-                    f"{torch.finfo(dtype).max:g} of {dtype}; take another dtype, or copy again"
-                )
-            used += tensor.nbytes
-            yield name, tensor
-
-    def join(self, name, maps, device, dtype):
-        """A weight of its parts, its rows in Hugging Face's order."""
-        parts, rows = self.parts[name], self.rows[name]
-        D, stored = self.config.head_dim, [maps[part.file][part.key] for part in parts]
-        tensors = [one_by_one(parts[0].key, tensor, D)[rows] for tensor in stored]
-        axis = part_shapes(self.shapes[name], self.slices).get(parts[0].shape)
-        if axis is None:
-            if not all(torch.equal(copy, tensors[0]) for copy in tensors[1:]):
+                used = 0
+            parts, axis, rows = self.found[name]
+            tensors = [opened(part.file)[part.key] for part in parts]
+            whole = tensors[0] if axis is None else torch.cat(tensors, axis)
+            if axis is None and not all(torch.equal(copy, whole) for copy in tensors[1:]):
                 raise ValueError(
                     f"{parts[0].file}: {parts[0].key} is shared or tied, and differs from "
                     f"{parts[-1].key} in {parts[-1].file}"
                 )
-            tensors = tensors[:1]
-        if self.layout not in (*NEIGHBOURS, "chatglm6b"):
-            return tensors[0].to(device, dtype)
-        # Slices are written where they stay: a copy between would leave a hole in memory. And what
-        # was fused gets memory of its own: inductor errs where weights are views of one tensor.
-        joined = torch.empty(self.shapes[name], device=device, dtype=dtype)
-        for target, tensor in zip(joined.chunk(len(tensors), axis or 0), tensors):
-            target.copy_(tensor)
-        return reorder(name, joined, self.layout, (-1, D // 2, 2))
+            tensor = take_rows(whole, rows).to(device, dtype)
+            if not all(end.isfinite() for end in tensor.aminmax()):
+                raise ValueError(
+                    f"{parts[0].file}: {parts[0].key} holds NaN, infinity or more than the "
+                    f"{torch.finfo(dtype).max:g} of {dtype}; take another dtype, or copy again"
+                )
+            used += tensor.nbytes
+            yield name, tensor
 
 
 def load_model(folder, device="cpu", dtype=None):
@@ -1044,7 +1016,7 @@ def write_atomically(path, write):
         fsync(temporary)
         os.replace(temporary, path)
         fsync(Path(path).parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # as torch says it of a full disk
         raise OSError(f"{path} cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -1119,20 +1091,18 @@ def split_into_shards(tensors, max_bytes):
     yield shard
 
 
-def to_layout(config, tensors, layout):
-    """A stream of (name, tensor) as a layout's files have it: names, order of rows, and GLM's fused
-    gate_up_proj, whose halves follow each other in the stream."""
-    halves = []
+def to_layout(config, tensors, layout, dtype):
+    """A stream of (name, tensor) as a layout's files have it, on the CPU and cast to dtype. The
+    parts of what has one name there wait for the last of them."""
+    stored, waiting = stored_rows(config, layout), {}
     for name, tensor in tensors:
         key = stored_name(name, layout)
-        tensor = reorder(name, tensor.detach(), layout, (-1, 2, config.head_dim // 2))
-        if "gate_up_proj" in key:
-            halves.append(tensor)
-            if len(halves) < 2:
-                continue
-            tensor = torch.cat(halves)
-            halves.clear()
-        yield key, tensor
+        parts = waiting.setdefault(key, [])
+        parts.append(tensor.detach().to("cpu", dtype))
+        if len(parts) == len(stored[key]):
+            rows = torch.cat([*stored[key].values()]).argsort()
+            yield key, take_rows(torch.cat(parts) if parts[1:] else parts[0], rows)
+            del waiting[key]
 
 
 def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
@@ -1141,8 +1111,7 @@ def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
     folder, index, file = Path(folder), {}, "model.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     # The weights, a file at a time.
-    stream = to_layout(config, tensors, config.model_type)
-    stream = ((key, tensor.to("cpu", dtype)) for key, tensor in stream)
+    stream = to_layout(config, tensors, config.model_type, dtype)
     for number, shard in enumerate(split_into_shards(stream, max_bytes), 1):
         file = f"model-{number:05}.safetensors"
         save = partial(save_file, shard, metadata={"format": "pt"})
@@ -1154,14 +1123,13 @@ def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
     else:
         write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
     # Then what describes them; a reader who finds it finds all.
-    theirs = Path(base or folder) / "config.json"
-    values = read_json_file(theirs) if theirs.is_file() else {}
-    network = f"{config.model_type.capitalize()}ForCausalLM"  # transformers' class
-    values |= {"architectures": [network], "hidden_act": "silu"}
-    values |= asdict(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    theirs = read_json_file(Path(base or folder) / "config.json", {})
     # dtype and rope_parameters are what transformers 5 calls the same; auto_map names code
     twice = ("dtype", "rope_parameters", "auto_map")
-    write_json(folder / "config.json", {k: v for k, v in values.items() if k not in twice})
+    values = {key: value for key, value in theirs.items() if key not in twice}
+    network = f"{config.model_type.capitalize()}ForCausalLM"  # transformers' class
+    values |= asdict(config) | {"architectures": [network], "hidden_act": "silu"}
+    write_json(folder / "config.json", values | {"torch_dtype": str(dtype).removeprefix("torch.")})
     if base:
         copy_tokenizer(base, folder)
 
@@ -1170,14 +1138,9 @@ def save_meta(config, tensors, folder, dtype, base=None, max_bytes=None):
     """Write a stream of (name, tensor) as Meta's folder, in one shard whatever its size:
     params.json and consolidated.00.pth. Raises ValueError for what params.json cannot say."""
     write_json(Path(folder) / "params.json", config_to_meta(config))
-    stream = to_layout(config, tensors, "meta")
-    state = {key: tensor.to("cpu", dtype) for key, tensor in stream}
+    state = dict(to_layout(config, tensors, "meta", dtype))
     state.setdefault("output.weight", state["tok_embeddings.weight"])
-    file = Path(folder) / "consolidated.00.pth"
-    try:
-        torch.save(state, file)  # under its own name, which stands in the file too
-    except RuntimeError as error:  # as torch says it of a full disk
-        raise OSError(f"{file} cannot be written: {error}") from None
+    write_atomically(Path(folder) / "consolidated.00.pth", partial(torch.save, state))
     if base:
         copy_tokenizer(base, folder)
 
@@ -1199,24 +1162,22 @@ def copy_tokenizer(base, folder):
     names = "tokenizer*.json vocab.json merges.txt special_tokens_map.json added_tokens.json "
     names += "chat_template*"
     files = [file for name in names.split() for file in Path(base).glob(name)]
-    main = find_tokenizer(base)
-    if main.is_file():
-        files.append(main)
-    for file in files:
+    for file in filter(Path.is_file, [*files, find_tokenizer(base)]):
         shutil.copyfile(check_link(file), Path(folder) / file.name)
-    if main.name == "tokenizer.model" and main.is_file():
-        tell_transformers(main, Path(folder) / "tokenizer_config.json")
+    if (Path(folder) / "tokenizer.model").is_file():
+        tell_transformers(Path(folder))
 
 
-def tell_transformers(tokenizer, settings):
-    """Have a tokenizer_config.json say what transformers and llama.cpp must know of a SentencePiece
+def tell_transformers(folder):
+    """Have tokenizer_config.json say what transformers and llama.cpp must know of a SentencePiece
     model: that it is LLaMA's, unless it says what it is, and if it puts no space in front."""
     from sentencepiece import SentencePieceProcessor  # here alone: a network needs no text
 
-    theirs = read_json_file(settings) if settings.is_file() else {}
+    settings = folder / "tokenizer_config.json"
+    theirs = read_json_file(settings, {})
     wanted = theirs or {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
     with suppress(RuntimeError):  # tiktoken's file
-        if SentencePieceProcessor(model_file=str(tokenizer)).normalize("a") == "a":
+        if SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).normalize("a") == "a":
             wanted = wanted | {"add_prefix_space": False}
         if wanted != theirs:
             write_json(settings, wanted)
@@ -1237,7 +1198,7 @@ def write_chat_template(folder, template):
     """Give the tokenizer_config.json of a folder a prompt template in Jinja, as transformers, vLLM
     and llama.cpp read it. A base's own stays, unless the model was tuned with a plain prompt."""
     file, others = Path(folder) / "tokenizer_config.json", [*Path(folder).glob("chat_template*")]
-    settings, text = read_json_file(file) if file.is_file() else {}, template.get("chat_template")
+    settings, text = read_json_file(file, {}), template.get("chat_template")
     if "prompt_no_input" in template:
         before, _, behind = (
             template["prompt_no_input"].format(instruction="\0", input="").partition("\0")

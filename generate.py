@@ -770,7 +770,7 @@ def load_tokenizer(folder):
     check_content(file)
     names = ("config.json", "tokenizer_config.json", "added_tokens.json")
     files = [Path(folder, name) for name in names]
-    config, settings, added = (read_json_file(f) if f.is_file() else {} for f in files)
+    config, settings, added = (read_json_file(f, {}) for f in files)
     kind = config.get("model_type", "llama")
     try:
         if file.suffix == ".json":
@@ -1206,7 +1206,7 @@ def load_base(path, device, dtype, base_dtype="auto"):
             "rows; they belong to different models"
         )
     # Wrong ids in config.json are common, and would end no answer.
-    theirs = read_json_file(path / "config.json") if (path / "config.json").is_file() else {}
+    theirs = read_json_file(path / "config.json", {})
     for key, ours in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
         said = theirs.get(key)
         if None not in (ours, said) and ours not in (said if isinstance(said, list) else [said]):
@@ -1849,8 +1849,7 @@ def trained_with(adapter):
             f"no adapter at {adapter}; run python train.py first, name one with --lora_weights, or "
             "ask the base alone with --use_lora False"
         )
-    file = Path(adapter, "run.json")
-    made = read_json_file(file).get("config") if adapter and file.is_file() else {}
+    made = read_json_file(Path(adapter, "run.json"), {}).get("config") if adapter else {}
     return made if isinstance(made, dict) else {}
 
 
@@ -1860,13 +1859,15 @@ def load(options, adapter):
     made = trained_with(adapter)
     base = options.base_model or str(made.get("base_model") or DATA / "tiny")
     name = options.prompt_template or str(made.get("prompt_template_name") or "")
-    template = load_template(name or default_template(load_tokenizer(find_base(base))))
-    template["thinking"] = options.thinking
+    # A template that was named is read before the weights: it may be a wrong one.
+    template = name and load_template(name)
     device = pick_device(options.device)
     # The activations' dtype, and that of the weights as stored.
     dtype = pick_dtype(options.dtype, device)
     stored = "int8" if options.load_8bit else options.base_dtype
     model, tokenizer = load_base(base, device, dtype, stored)
+    template = template or load_template(default_template(tokenizer))
+    template["thinking"] = options.thinking
     if adapter:
         load_adapter(model, adapter)
     # Faster by two thin products a linear, at a loss that is told.

@@ -96,6 +96,18 @@ def records(tmp_path_factory):
     return path
 
 
+def run_command(main, *argv):
+    """Run a script's main() with a command line, in this process; its exit code."""
+    old, sys.argv = sys.argv, [f"{main.__module__}.py", *map(str, argv)]
+    try:
+        M.run(main)
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        sys.argv = old
+    return 0
+
+
 def plain_prompt(template, instruction, input=""):
     """The text of a prompt as BenTsao's own code makes it."""
     key = "prompt_input" if input else "prompt_no_input"

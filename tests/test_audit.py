@@ -7,10 +7,11 @@ import re
 import shutil
 import sys
 from collections import Counter
+from functools import partial
 
 import audit as A
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_command
 
 import build_data as D
 import generate as G
@@ -35,16 +36,7 @@ def evidence():
     return A.Evidence(D.read_knowledge(ROOT / "data/tiny/knowledge.jsonl"), RECORDS, SAFETY)
 
 
-def command(*argv):
-    """Run a command line in this process; its exit code."""
-    old, sys.argv = sys.argv, ["x", *map(str, argv)]
-    try:
-        M.run(A.main)
-    except SystemExit as stop:
-        return stop.code or 0
-    finally:
-        sys.argv = old
-    return 0
+command = partial(run_command, A.main)
 
 
 # --------------------------------------------------------------------------------------------------

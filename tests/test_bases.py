@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_decoding import answer_all, theirs
 from test_export import command
-from test_speed import measured_bytes
+from test_speed import measured_bytes, small_run
 
 import generate as G
 import lora as L
@@ -555,19 +555,7 @@ def test_memory_of_their_training_is_planned(tmp_path, name, settings):
     config(**{**SHAPE, **more, **large}).save_pretrained(tmp_path)
     shape = M.read_config(tmp_path / "config.json")
     n, length = 4, 96
-    ids = [[(i * j + 1) % 300 for j in range(length + 1)] for i in range(1, 2 * n + 1)]
-    half = [False] * (length // 2) + [True] * (length + 1 - length // 2)
-    rows = [T.Row(row, half) for row in ids]
-    config = T.TrainConfig(
-        output_dir="",
-        batch_size=2 * n,
-        micro_batch_tokens=n * (length + 1),
-        max_steps=2,
-        share_opening=False,
-        save_steps=0,
-        memory_gb=1.0,
-        **settings,
-    )
+    rows, config = small_run(n, length, 300, memory_gb=1.0, **settings)
     wanted = measured_bytes(shape, config, torch.float32, rows, 0)
     tokens = n * (length + 1)
     plan = T.plan_memory(shape, config, rows, torch.float32, torch.device("cpu"), tokens)

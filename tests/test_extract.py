@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_command
 from fake_openai import Scripted
 
 import build_data as D
@@ -28,16 +29,7 @@ def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-any")
 
 
-def command(*argv):
-    """Run a command line in this process; its exit code."""
-    old, sys.argv = sys.argv, ["build_data.py", *map(str, argv)]
-    try:
-        M.run(D.main)
-    except SystemExit as stop:
-        return stop.code or 0
-    finally:
-        sys.argv = old
-    return 0
+command = partial(run_command, D.main)
 
 
 def extract(url, texts, *more):

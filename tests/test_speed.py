@@ -435,6 +435,22 @@ MEMORY = {  # name: (settings, dtype, blocks recomputed of 4, rows, their length
 }
 
 
+def small_run(n, length, vocab_size, **settings):
+    """(rows, config) of two steps, n rows computed at once; the second half of each is targets."""
+    ids = [[(i * j + 1) % vocab_size for j in range(length + 1)] for i in range(1, 2 * n + 1)]
+    mask = [False] * (length // 2) + [True] * (length + 1 - length // 2)
+    config = T.TrainConfig(
+        output_dir="",
+        batch_size=2 * n,
+        micro_batch_tokens=n * (length + 1),
+        max_steps=2,
+        share_opening=False,
+        save_steps=0,
+        **settings,
+    )
+    return [T.Row(row, mask) for row in ids], config
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -456,22 +472,7 @@ def test_memory_needed_is_what_training_allocates(name):
         768,
         tie_word_embeddings="tied" in name,
     )
-    rows = [
-        T.Row(
-            [(i * j + 1) % 1000 for j in range(length + 1)],
-            [False] * (length // 2) + [True] * (length + 1 - length // 2),
-        )
-        for i in range(1, 2 * n + 1)
-    ]
-    config = T.TrainConfig(
-        output_dir="",
-        batch_size=2 * n,
-        micro_batch_tokens=n * (length + 1),
-        max_steps=2,
-        share_opening=False,
-        save_steps=0,
-        **settings,
-    )
+    rows, config = small_run(n, length, 1000, **settings)
     dtype = M.DTYPES[dtype]
     wanted = measured_bytes(shape, config, dtype, rows, recomputed)
     # the plan that recomputes so many blocks is taken where all better ones do not fit

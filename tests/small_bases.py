@@ -47,6 +47,8 @@ def small_tokenizers(top):
         "ice": test_templates.ice_text(top / "ice"),
     }
     put_in_front(made["glm4"] / "tokenizer.json", ["[gMASK]", "<sop>"])  # as GLM-4-9B's has it
+    # Mistral's folders hold a tokenizer.json too, which transformers reads, and we do not.
+    transformers.LlamaTokenizer.from_pretrained(made["mistral"]).save_pretrained(made["mistral"])
     return made
 
 

@@ -196,10 +196,11 @@ def check(name, kind, folders, tmp_path, capsys):
     # It is the adapter and the storage that were asked for: without them logits are others.
     options = G.Options(dtype="fp32", base_dtype=kind)
     model, *_ = G.load(options, str(out))
-    cache = model.new_cache(1, len(ids))
+    context = len(ids) - 1
+    cache = model.new_cache(1, context).rows(0, [0], prefix=context * model.config.prefix_lm)
     with torch.no_grad():
-        first = model(torch.tensor([ids[:-1]]), cache.rows(0, [0], prefix=len(ids) - 1))
-    exact = logits(ids, len(ids) - 1)[:-1]
+        first = model(torch.tensor([ids[:-1]]), cache)
+    exact = logits(ids, context)[:-1]
 
     def difference(other):
         return np.abs(first[0].numpy() - other).max()
@@ -207,7 +208,7 @@ def check(name, kind, folders, tmp_path, capsys):
     assert difference(exact) < 2e-4
     others = [("auto", out)] * (kind != "auto") + [(kind, None)]
     for storage, adapter in others:
-        other = oracle(base, folder, state, storage, adapter)(ids, len(ids) - 1)[:-1]
+        other = oracle(base, folder, state, storage, adapter)(ids, context)[:-1]
         assert difference(other) > 0.02
     if kind == "auto":
         assert [*served(out, asked)] == wanted

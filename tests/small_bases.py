@@ -47,9 +47,21 @@ def small_tokenizers(top):
         "ice": test_templates.ice_text(top / "ice"),
     }
     put_in_front(made["glm4"] / "tokenizer.json", ["[gMASK]", "<sop>"])  # as GLM-4-9B's has it
-    # Mistral's folders hold a tokenizer.json too, which transformers reads, and we do not.
-    transformers.LlamaTokenizer.from_pretrained(made["mistral"]).save_pretrained(made["mistral"])
+    add_tokenizer_json(made["mistral"])
     return made
+
+
+def add_tokenizer_json(folder):
+    """Beside a tokenizer.model the tokenizer.json that LLaMA's and Mistral's folders have too: it
+    is what transformers reads, and a blank in front stands there as SentencePiece has it."""
+    transformers.LlamaTokenizer.from_pretrained(folder).save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    spec = json.loads(file.read_text(encoding="utf-8"))
+    normalizers = [{"type": "Prepend", "prepend": "▁"}]
+    normalizers += [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    spec["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
+    spec["pre_tokenizer"] = None
+    file.write_text(json.dumps(spec), encoding="utf-8")
 
 
 def put_in_front(file, names):
@@ -105,7 +117,7 @@ def write_base(folder, name, tokenizer):
         more = {**test_bases.SHAPE, **more, **SHAPE, "vocab_size": rows}
         hf = transformers.AutoModelForCausalLM.from_config(config(**more))
         for key, p in hf.named_parameters():
-            p.data.normal_("norm" in key, 0.1 if p.dim() > 1 else 0.4)
+            p.data.normal_("norm" in key, 0.2 if p.dim() > 1 else 0.4)
         hf.save_pretrained(folder)
         state = hf.state_dict()
     elif name == "chatglm3":

@@ -35,6 +35,7 @@ NAMES = {
 }
 MED = "下面是一个问题，运用医学知识来正确回答提问.\n### 问题:\n{}\n### 回答:\n"
 LINEAR = re.compile(r"layers\.\d+\..*(proj|dense\w*|query_key_value)\.weight")
+SYSTEMS = ["简短", "Answer in English.", "说明原因。", "3", "你是医生，\n请详细回答。", "气"]
 NEW = 12  # tokens of an answer at most
 
 
@@ -181,17 +182,22 @@ def check(name, kind, folders, tmp_path, capsys):
     assert made["config"]["prompt_template_name"] == template
 
     logits, tokenizer = oracle(base, folder, state, kind, out), G.load_tokenizer(folder)
-    asked, wanted = (TALK[1:2], TALK[:2]), []
-    for messages in asked:
+
+    def expected(system=""):
+        messages = [{"role": "system", "content": system}] * bool(system) + TALK[1:2]
         ids, special = prompt(name, messages, folders)
         answer = greedy(logits, ids, [special[end] for end in ends])
-        wanted.append(G.visible(tokenizer.decode(answer)).lstrip(tokenizer.leading))
+        return messages, ids, G.visible(tokenizer.decode(answer)).lstrip(tokenizer.leading)
+
+    # The system text is one that changes the answer, so that a lost one is seen.
+    cases = [expected()]
+    cases.append(next(case for case in map(expected, SYSTEMS) if case[2] != cases[0][2]))
+    for messages, ids, text in cases:
         more = ["--system", messages[0]["content"]] if len(messages) > 1 else []
         more += ["--lora_weights", out, "--max_new_tokens", NEW, "--dtype", "fp32"]
         capsys.readouterr()
         run(G, TALK[1]["content"], *more, "--base_dtype", kind)
-        assert capsys.readouterr().out == wanted[-1] + "\n"
-    assert wanted[0] != wanted[1] and "".join(wanted)
+        assert capsys.readouterr().out == text + "\n"
 
     # It is the adapter and the storage that were asked for: without them logits are others.
     options = G.Options(dtype="fp32", base_dtype=kind)
@@ -203,15 +209,15 @@ def check(name, kind, folders, tmp_path, capsys):
     exact = logits(ids, context)[:-1]
 
     def difference(other):
-        return np.abs(first[0].numpy() - other).max()
+        return np.abs(first[0].numpy() - other).max() / np.abs(exact).max()
 
-    assert difference(exact) < 2e-4
+    assert difference(exact) < 1e-5
     others = [("auto", out)] * (kind != "auto") + [(kind, None)]
     for storage, adapter in others:
         other = oracle(base, folder, state, storage, adapter)(ids, context)[:-1]
-        assert difference(other) > 0.02
+        assert difference(other) > 1e-3
     if kind == "auto":
-        assert [*served(out, asked)] == wanted
+        assert [*served(out, [case[0] for case in cases])] == [case[2] for case in cases]
 
 
 @pytest.mark.parametrize("name", NAMES)

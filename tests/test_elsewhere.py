@@ -133,7 +133,7 @@ def check_base(name, tokenizer, tmp_path):
             logits += [hf(torch.tensor([ids])).logits for ids in asked]
             for ids, wanted in zip(asked, logits[-len(asked) :]):
                 difference = (model(torch.tensor([ids])) - wanted).abs().max()
-                assert difference < 1e-5 * wanted.abs().max()
+                assert difference < 1e-4 * wanted.abs().max()
     assert (logits[0] - logits[len(asked)]).abs().max() > 0.1
 
 

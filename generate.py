@@ -636,18 +636,18 @@ class BytePairs:
 
 class ByteTokenizer(Tokenizer):
     """BytePairs behind the interface of Tokenizer. special, {name: id}, are all tokens that were
-    added to the pieces, begin and end the names of BOS, if there is one, and of EOS; the ids in
-    `shown` are shown where a model writes them. Raises ValueError."""
+    added to the pieces, opening the names of those in front of a prompt, end the name of EOS; the
+    ids in `shown` are shown where a model writes them. Raises ValueError."""
 
-    def __init__(self, pieces, special, begin, end, shown=()):
+    def __init__(self, pieces, special, opening, end, shown=()):
         if end not in special:
             raise ValueError(f"eos_token in tokenizer_config.json is {end!r}, no special token")
         self.pieces = self.answer_pieces = pieces
         self.special = special
         pieces.texts |= {id: spell(name.encode()) for name, id in special.items()}
         self.texts = pieces.texts.keys() - special.values() | {*shown}
-        self.bos_id, self.eos_id = special.get(begin), special[end]
-        self.opening = [] if self.bos_id is None else [self.bos_id]
+        self.opening, self.eos_id = [special[name] for name in opening], special[end]
+        self.bos_id = next(iter(self.opening), None)
         self.vocab_size = max(pieces.texts) + 1
 
 
@@ -673,10 +673,12 @@ def read_tokenizer_json(path, settings):
             shown = [token["id"] for token in added if not token["special"]]
             whole = ids.keys() - special.keys() if model.get("ignore_merges") else ()
             pieces = BytePairs(ids, ranks, " ", pattern, whole, nfc)
-            # A BOS stands in front of a text only where the post-processor puts it.
-            begin, end = settings.get("bos_token"), settings.get("eos_token")
-            begin = begin if str(begin) in str(spec.get("post_processor")) else None
-            return ByteTokenizer(pieces, special, begin, end, shown)
+            # What the post-processor puts in front of a text; a BOS that settings name is none.
+            front = str(spec.get("post_processor")).split("'Sequence':")[0]
+            opening = re.findall(r"'SpecialToken': {'id': '(.+?)'", front)
+            end = settings.get("eos_token")
+            end = end["content"] if isinstance(end, dict) else end
+            return ByteTokenizer(pieces, special, opening, end, shown)
     raise ValueError("wanted byte-level BPE as Qwen and Llama-3 have it, or a tokenizer.model")
 
 
@@ -701,10 +703,11 @@ def read_tiktoken(path, kind):
     """The ByteTokenizer of a file of pieces in base64, each with its rank, which is its id."""
     lines = (line.split() for line in Path(path).read_bytes().splitlines() if line)
     ids = {spell(b64decode(piece)): int(rank) for piece, rank in lines}
-    names, begin = BEHIND[kind].split(), "<|begin_of_text|>"
+    names = BEHIND[kind].split()
     special = dict(zip(names, count(len(ids))))
-    end = names[begin in names]  # the first, but for BOS
-    return ByteTokenizer(BytePairs(ids, ids, "", WORDS, ids), special, begin, end)
+    opening = [name for name in names if name in ("<|begin_of_text|>", "[gMASK]", "<sop>")]
+    end = names[names[0] in opening]  # the first, but for BOS
+    return ByteTokenizer(BytePairs(ids, ids, "", WORDS, ids), special, opening, end)
 
 
 class ChatGLMTokenizer(Tokenizer):

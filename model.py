@@ -662,6 +662,7 @@ REFUSED = {
     "parallel_attn": "attention beside the feed-forward",
     ".*logit_softcapping": "capped logits",
     "scale_emb|scale_depth": "scaled embeddings and residuals",
+    "model_type glm4": "norms behind attention and feed-forward",  # no key of GLM-4-0414 says it
     "attention_bias|mlp_bias|bias|add_bias_linear": "biases, but those of q, k and v",
     "hidden_act": "an activation other than silu",
     "partial_rotary_factor": "heads of which another part turns",
@@ -1158,9 +1159,10 @@ def save_model(model, folder, base=None):
 
 
 def copy_tokenizer(base, folder):
-    """Copy a base's tokenizer, in all its files, and its chat template into a folder."""
+    """Copy a base's tokenizer, in all its files, its chat template, and how it is asked, into a
+    folder."""
     names = "tokenizer*.json vocab.json merges.txt special_tokens_map.json added_tokens.json "
-    names += "chat_template*"
+    names += "chat_template* generation_config.json"
     files = [file for name in names.split() for file in Path(base).glob(name)]
     for file in filter(Path.is_file, [*files, find_tokenizer(base)]):
         shutil.copyfile(check_link(file), Path(folder) / file.name)
@@ -1196,16 +1198,20 @@ PLAIN_CHAT = """\
 
 def write_chat_template(folder, template):
     """Give the tokenizer_config.json of a folder a prompt template in Jinja, as transformers, vLLM
-    and llama.cpp read it. A base's own stays, unless the model was tuned with a plain prompt."""
-    file, others = Path(folder) / "tokenizer_config.json", [*Path(folder).glob("chat_template*")]
+    and llama.cpp read it. A base's own stays, unless the model was tuned with a plain prompt. And
+    have generation_config.json name the token that the template ends an answer with, if it is not
+    EOS: that of Qwen's and Llama's bases ends no conversation."""
+    folder, plain = Path(folder), template.get("prompt_no_input")
+    for token in read_json_file(folder / "tokenizer.json", {}).get("added_tokens", ()):
+        if template.get("last", "").endswith(token["content"]):
+            config = folder / "generation_config.json"
+            write_json(config, read_json_file(config, {}) | {"eos_token_id": token["id"]})
+    file, others = folder / "tokenizer_config.json", [*folder.glob("chat_template*")]
     settings, text = read_json_file(file, {}), template.get("chat_template")
-    if "prompt_no_input" in template:
-        before, _, behind = (
-            template["prompt_no_input"].format(instruction="\0", input="").partition("\0")
-        )
-        text = PLAIN_CHAT.replace("BEFORE", json.dumps(before)).replace(
-            "BEHIND", json.dumps(behind)
-        )
+    if plain:
+        before, _, behind = plain.format(instruction="\0", input="").partition("\0")
+        text = PLAIN_CHAT.replace("BEFORE", json.dumps(before))
+        text = text.replace("BEHIND", json.dumps(behind))
     elif not text or others or "chat_template" in settings:
         return
     for other in others:

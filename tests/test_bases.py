@@ -3,6 +3,7 @@ against NumPy; adapters, exports, storage of 8 and 4 bits; what is another netwo
 name of what it has."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as H
+from conftest import run_command
 from numpy_glm import CHATGLM3, chatglm3, random_chatglm3, write_bins
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -690,6 +692,22 @@ REFUSED = {  # name: (config.json, what the line must name)
     "FP8": (quantised("fp8", activation_scheme="dynamic"), "quantization_config.*fp8"),
     "bitsandbytes": (quantised("bitsandbytes", load_in_4bit=True), "bitsandbytes.*quantised"),
     "ChatGLM2-6B-int4": (CHATGLM3 | {"quantization_bit": 4}, "quantization_bit is 4.*quantised"),
+    "compressed-tensors": (
+        QWEN3 | {"quantization_config": {"quant_method": "compressed-tensors", "format": "int"}},
+        "quantization_config.*compressed-tensors.*quantised",
+    ),
+    "Qwen3-8B-FP8": (
+        QWEN3 | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+        "quantization_config.*fp8.*quantised",
+    ),
+    "yarn as transformers 5 says it": (
+        QWEN3 | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}},
+        "yarn",
+    ),
+    "a real window of Qwen3's": (
+        QWEN3 | {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1},
+        "sliding window",
+    ),
     "yarn": (scaled("yarn", original_max_position_embeddings=32768), "yarn"),
     "dynamic": (scaled("dynamic"), "dynamic"),
     "longrope": (LLAMA | {"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
@@ -718,7 +736,163 @@ REFUSED = {  # name: (config.json, what the line must name)
         CHATGLM3 | {"padded_vocab_size": 65024, "rope_ratio": 50},
         "rope_ratio is 50",
     ),
-    "GLM-4-0414": ({**LLAMA, "model_type": "glm4", "head_dim": 16}, "model_type is 'glm4'"),
+    "GLM-4-9B-0414": (
+        LLAMA | {"model_type": "glm4", "attention_bias": True, "partial_rotary_factor": 0.5},
+        "model_type is 'glm4'.*norms behind",
+    ),
+    "GLM-4-32B-0414": (
+        LLAMA | {"model_type": "glm4", "attention_bias": False, "partial_rotary_factor": 0.5},
+        "model_type is 'glm4'.*norms behind",
+    ),
+    "GLM-4.5-Air": (
+        LLAMA
+        | {
+            "model_type": "glm4_moe",
+            "n_routed_experts": 128,
+            "first_k_dense_replace": 1,
+            "attention_bias": True,
+            "partial_rotary_factor": 0.5,
+            "use_qk_norm": False,
+        },
+        "n_routed_experts.*mixture of experts",
+    ),
+    "GLM-4V-9B": (
+        CHATGLM3 | {"vision_config": {"hidden_size": 1792, "patch_size": 14}},
+        "vision_config.*images",
+    ),
+    "DeepSeek-V2-Lite": (
+        LLAMA
+        | {
+            "model_type": "deepseek_v2",
+            "n_routed_experts": 64,
+            "kv_lora_rank": 512,
+            "q_lora_rank": None,
+            "rope_scaling": {"type": "yarn", "factor": 40},
+        },
+        "n_routed_experts.*mixture of experts",
+    ),
+    "DeepSeek-V3.2": (
+        LLAMA | {"model_type": "deepseek_v32", "n_routed_experts": 256, "index_topk": 2048},
+        "n_routed_experts.*mixture of experts",
+    ),
+    "Kimi-K2": (
+        LLAMA | {"model_type": "kimi_k2", "n_routed_experts": 384, "kv_lora_rank": 512},
+        "n_routed_experts.*mixture of experts",
+    ),
+    "MiniMax-M2": (
+        LLAMA | {"model_type": "minimax_m2", "num_local_experts": 256, "use_qk_norm": True},
+        "num_local_experts.*mixture of experts",
+    ),
+    "gpt-oss-20b": (
+        LLAMA
+        | {
+            "model_type": "gpt_oss",
+            "num_local_experts": 32,
+            "attention_bias": True,
+            "sliding_window": 128,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "quantization_config": {"quant_method": "mxfp4"},
+            "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "truncate": False},
+        },
+        "num_local_experts.*mixture of experts",
+    ),
+    "Qwen3.5-35B-A3B": (
+        {"model_type": "qwen3_5_moe", "text_config": {"num_experts": 256}, "vision_config": {}},
+        "text_config.*images",
+    ),
+    "Qwen2.5-VL": (
+        QWEN2
+        | {
+            "model_type": "qwen2_5_vl",
+            "vision_config": {"depth": 32},
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        },
+        "vision_config.*images",
+    ),
+    "Gemma-3-4B and MedGemma": (
+        {"model_type": "gemma3", "text_config": {"hidden_size": 2560}, "vision_config": {}},
+        "text_config.*images",
+    ),
+    "Gemma-3-1B": (
+        LLAMA
+        | {
+            "model_type": "gemma3_text",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": None,
+            "sliding_window": 512,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            },
+        },
+        "sliding_window.*a sliding window",
+    ),
+    "Phi-4": (
+        LLAMA
+        | {
+            "model_type": "phi3",
+            "sliding_window": None,
+            "original_max_position_embeddings": 16384,
+            "attention_bias": False,
+        },
+        "model_type is 'phi3'",
+    ),
+    "Llama-4": (
+        {"model_type": "llama4", "text_config": {"num_local_experts": 16}, "vision_config": {}},
+        "text_config.*images",
+    ),
+    "Mistral-Small-3.1": (
+        {"model_type": "mistral3", "text_config": {"hidden_size": 5120}, "vision_config": {}},
+        "text_config.*images",
+    ),
+    "Ministral-8B": (MISTRAL | {"sliding_window": 32768}, "sliding_window is 32768"),
+    "InternLM3": (
+        LLAMA
+        | {
+            "model_type": "internlm3",
+            "bias": False,
+            "qkv_bias": False,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 6.0},
+        },
+        "model_type is 'internlm3'",
+    ),
+    "MiniCPM4": (
+        LLAMA
+        | {
+            "model_type": "minicpm",
+            "scale_emb": 12,
+            "scale_depth": 1.4,
+            "dim_model_base": 256,
+            "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]},
+        },
+        "scale_emb.*scaled",
+    ),
+    "Baichuan2-7B": (
+        LLAMA | {"model_type": "baichuan", "z_loss_weight": 0, "model_max_length": 4096},
+        "model_type is 'baichuan'",
+    ),
+    "Qwen-7B": (
+        LLAMA | {"model_type": "qwen", "no_bias": True, "kv_channels": 128, "seq_length": 8192},
+        "model_type is 'qwen'",
+    ),
+    "SmolLM3": (
+        LLAMA | {"model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0]},
+        "model_type is 'smollm3'",
+    ),
+    "Hunyuan-7B": (
+        LLAMA
+        | {
+            "model_type": "hunyuan_v1_dense",
+            "use_qk_norm": True,
+            "rope_scaling": {"type": "dynamic", "alpha": 1000.0},
+        },
+        "model_type is 'hunyuan_v1_dense'",
+    ),
+    "BitNet": (
+        LLAMA | {"model_type": "bitnet", "hidden_act": "relu2"},
+        "hidden_act.*other than silu",
+    ),
     "MiniCPM": (LLAMA | {"model_type": "minicpm", "scale_emb": 12}, "scale_emb.*scaled"),
     "biases everywhere": (LLAMA | {"attention_bias": True}, "attention_bias.*biases"),
     "biases of Qwen3's": (QWEN3 | {"attention_bias": True}, "attention_bias.*biases"),
@@ -731,7 +905,7 @@ REFUSED = {  # name: (config.json, what the line must name)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_another_network_is_refused_by_what_it_has(tmp_path, name):
+def test_another_network_is_refused_by_what_it_has(tmp_path, name, capsys):
     """In one line that names config.json, before anything about files: there are none here."""
     config, word = REFUSED[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -739,6 +913,8 @@ def test_another_network_is_refused_by_what_it_has(tmp_path, name):
         with pytest.raises(ValueError, match=rf"config\.json: .*{word}") as error:
             load(tmp_path)
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert run_command(G.main, "问", "--base_model", tmp_path) == 2
+    assert re.fullmatch(rf"error: .*config\.json: .*{word}.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN2, QWEN3, MISTRAL, CHATGLM3], ids=range(5))
@@ -797,6 +973,100 @@ PUBLISHED = {  # config.json as published: parameters, by the model cards and in
             "tie_word_embeddings": False,
         },
         7_248_023_552,
+    ),
+    "Yi-1.5-6B": (
+        LLAMA
+        | {
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "vocab_size": 64000,
+            "rope_theta": 5e6,
+            "pretraining_tp": 1,
+        },
+        6_061_035_520,
+    ),
+    "HuatuoGPT-o1-8B, of Llama-3.1": (
+        LLAMA
+        | {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "mlp_bias": False,
+        },
+        8_030_261_248,
+    ),
+    "Qwen2.5-0.5B": (
+        QWEN2
+        | {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+            "max_window_layers": 21,
+        },
+        494_032_768,
+    ),
+    "Qwen3-0.6B": (
+        QWEN3
+        | {
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "sliding_window": None,
+        },
+        596_049_920,
+    ),
+    "Mistral-Nemo": (
+        MISTRAL
+        | {
+            "hidden_size": 5120,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 131072,
+        },
+        12_247_782_400,
+    ),
+    "GLM-4-9B in transformers": (
+        LLAMA
+        | {
+            "model_type": "glm",
+            "attention_bias": True,
+            "hidden_size": 4096,
+            "intermediate_size": 13696,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "vocab_size": 151552,
+            "partial_rotary_factor": 0.5,
+        },
+        9_399_951_360,
     ),
     "ChatGLM3-6B": (
         CHATGLM3

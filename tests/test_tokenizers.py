@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 import unicodedata
+from base64 import b64encode
 from io import BytesIO
 from pathlib import Path
 
@@ -230,6 +231,39 @@ def test_a_trained_tokenizer_json_as_tokenizers_reads_it(form, tmp_path):
     for _ in range(200):  # halves of characters, special ids, ids shown
         ids = [draw.randrange(ours.vocab_size) for _ in range(12)]
         assert ours.decode(ids) == theirs.decode(ids)
+
+
+def test_what_stands_in_front_of_a_text(tmp_path):
+    """As many tokens as the post-processor says (GLM-4 has two), whichever the settings name; these
+    may name a token by an object, as DeepSeek-R1-Distill-Qwen's do."""
+    theirs = train_bpe(tmp_path)
+    theirs.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single="<|im_start|> <|endoftext|> $A",
+                special_tokens=[("<|im_start|>", 1), ("<|endoftext|>", 0)],
+            ),
+        ]
+    )
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    token = {"__type": "AddedToken", "content": "<|im_end|>", "lstrip": False, "special": True}
+    write(tmp_path / "tokenizer_config.json", {"bos_token": token, "eos_token": token})
+    ours = G.load_tokenizer(tmp_path)
+    assert (
+        ours.encode("黄芪", bos=True) == theirs.encode("黄芪").ids == [1, 0, *ours.encode("黄芪")]
+    )
+    assert (ours.bos_id, ours.eos_id) == (1, 2)
+
+
+def test_glm_4_as_published_has_two_tokens_in_front(tmp_path):
+    """tiktoken's file, and what THUDM's tokenization_chatglm.py puts before every text."""
+    lines = [b64encode(bytes([byte])).decode() + f" {byte}\n" for byte in range(256)]
+    write(tmp_path / "tokenizer.model", "".join(lines))
+    write(tmp_path / "config.json", {"model_type": "chatglm"})
+    ours = G.load_tokenizer(tmp_path)
+    assert ours.special["[gMASK]"] == 258 and ours.special["<sop>"] == 260
+    assert ours.encode("a", bos=True, eos=True) == [258, 260, ord("a"), 256]
 
 
 def test_special_tokens_are_ids_and_never_text(tmp_path):

@@ -1,8 +1,8 @@
 """Why does the model say that, and is it safe? Answers traced back to facts and training records.
 
-  python tests/audit.py answers answers.jsonl --output audit       -> audit.jsonl, audit.html
-  python tests/audit.py answers answers.jsonl --lora_weights lora-tcm    and what tuning made
-  python tests/audit.py trace lora-tcm answers.jsonl audit.jsonl   the chain of hashes behind them
+  python tests/audit.py answers answers.jsonl --output audit      -> audit.jsonl, audit.html
+      --lora_weights lora-tcm                                     and what tuning made likelier
+  python tests/audit.py trace lora-tcm answers.jsonl audit.jsonl  the chain of hashes behind them
 
 An answer's claims are the values of the knowledge base that it names, and the doses in it:
 
@@ -391,7 +391,8 @@ class Answers:
 
 
 def links(adapter, files):
-    """Yield (what, whether it is what the next one was made from), the oldest first."""
+    """Yield (what, whether it is what the next one was made from), the oldest first; None: what the
+    records were made from is not noted."""
     run_info = read_json_file(Path(adapter, "run.json"))
     made = run_info.get("config")
     if not isinstance(made, dict):
@@ -399,7 +400,7 @@ def links(adapter, files):
     made = {name: tuple(v) if isinstance(v, list) else v for name, v in made.items()}
     config = TrainConfig(**made)
     for path in config.data_path:
-        yield from noted(split_weight(path)[0])
+        yield from noted(split_weight(path)[0], None)
     wanted = describe_run(config)
     for name, hashes in wanted["sha256"].items():
         yield f"{name} of the run", to_json(run_info["sha256"].get(name)) == to_json(hashes)
@@ -411,11 +412,11 @@ def links(adapter, files):
         yield from noted(path)
 
 
-def noted(path):
-    """The links that the note beside a file tells."""
+def noted(path, without=False):
+    """The links that the note beside a file tells; what counts without one."""
     note = Path(f"{path}.hashes.json")
     if not note.is_file():
-        yield f"{path}: no {note.name} beside it", False
+        yield f"{path}: no {note.name} beside it", without
         return
     # What it was made from comes before itself.
     hashes = read_json_file(note)
@@ -430,8 +431,8 @@ class Trace:
     def run(self, adapter, *files):
         broken = []
         for link, fits in links(adapter, files):
-            print("fits   " if fits else "DIFFERS", link)
-            broken += [link] * (not fits)
+            print({True: "fits   ", False: "DIFFERS", None: "unknown"}[fits], link)
+            broken += [link] * (fits is False)
         if broken:
             raise ValueError(f"the first link that does not fit: {broken[0]}")
 

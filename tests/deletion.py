@@ -38,8 +38,8 @@ class Settings:
     output_dir: str = "deletion"  # folder for records, adapters and answers
     base_model: str = str(DATA / "tiny")  # the base
     facts: int = 10  # herbs whose effects change places
-    others: int = 20  # herbs beside them
-    epochs: int = 12  # of each training
+    others: int = 15  # herbs beside them
+    epochs: int = 10  # of each training
     seed: int = 0  # of every draw
 
     __post_init__ = check_settings

@@ -169,8 +169,8 @@ RETOLD = {
 }
 LISTS = ["、".join, "，".join, "；".join, "和".join, "，还有".join, "\n- ".join]
 OPENINGS = ["", "您好，", "谢谢您的提问。", "这个问题问得好。", "根据我所了解的，"]
-# Of these the test makes no errors: a name of another entity is taken for a subject, tastes are of one
-# character, cautions are sentences, and a dose is changed by its numbers.
+# Of these the test makes no errors: a name of another entity is taken for a subject, tastes are of
+# one character, cautions are sentences, and a dose is changed by its numbers.
 TOO_ALIKE = ("别名", "性味", "使用注意", "用法用量")
 CLOSINGS = ["", "祝您早日康复！", "以上仅供参考，请以医师的意见为准。", "希望对您有帮助。"]
 
@@ -270,6 +270,28 @@ def test_right_answers_raise_no_alarm_and_cite_facts_and_records(evidence, every
             linked += bool(wanted)
     print(f"false alarms: {alarmed} of 500; supported values {supported}, with records {linked}")
     assert alarmed <= 5 and supported > 1000 and linked > 800
+
+
+def test_evaluate_counts_by_the_same_definition(evidence):
+    """What tests/evaluate.py calls recalled and contradicted is supported and contradicted here."""
+    rng, marker = random.Random(3), E.Marker(KNOWLEDGE)
+    for i in range(60):
+        entity = rng.choice(FORMULAS)
+        relation = rng.choice(["组成", "功效", "主治", "出处"])
+        values = list(entity[relation])
+        said = [*values, foreign(rng, entity, relation)] if i % 2 else values[1:]
+        record = {"entity": entity["中心词"], "kind": "方剂", "relations": [relation]}
+        denied = foreign(rng, entity, "组成")
+        answer = f"{entity['中心词']}：{'、'.join(said)}，没有{denied}。"
+        judged, mentioned = marker.mark(record | {"values": values}, answer)
+        claims = evidence.claims("", answer, record["entity"])
+        by = {
+            status: [c.text for c in claims if c.status == status]
+            for status in ("supported", "contradicted")
+        }
+        assert judged.right == by["supported"] == [v for v in values if v in said]
+        assert judged.wrong == by["contradicted"] == said[len(values) :]
+        assert mentioned == len(claims) == len(said)
 
 
 def test_claims_by_hand():

@@ -361,10 +361,11 @@ class Answers:
         check_sources(self.records, records)
         evidence = Evidence(read_knowledge(self.knowledge), records, read_json_file(self.safety))
         audit(rows, evidence)
+        sources = [file, self.knowledge, self.records]
         if self.lora_weights:
             options = Options(base_model=self.base_model, device=self.device, dtype=self.dtype)
             add_gains(rows, *load(options, self.lora_weights)[:3])
-        sources = file, self.knowledge, self.records
+            sources += Path(self.lora_weights).glob("adapter_model.*")
         write_lines(f"{self.output}.jsonl", rows, *sources)
         self.write_page(file, rows, records)
         claims = Counter(claim["status"] for row in rows for claim in row["claims"])

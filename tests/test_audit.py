@@ -1,6 +1,7 @@
 """tests/audit.py: planted errors found at their place, right answers left alone, prescriptions that
 clash, the page in a browser, the chain of hashes."""
 
+import hashlib
 import json
 import random
 import re
@@ -542,6 +543,10 @@ def test_gains_equal_transformers_and_peft(base, tmp_path):
     (tmp_path / "answers.jsonl").write_text("\n".join(map(M.to_json, rows)), encoding="utf-8")
     given = ["--lora_weights", tmp_path, "--base_model", base, "--dtype", "fp32"]
     assert command("answers", tmp_path / "answers.jsonl", "--output", tmp_path / "a", *given) == 0
+
+    noted = M.read_json_file(tmp_path / "a.jsonl.hashes.json")
+    weights = tmp_path / "adapter_model.safetensors"
+    assert noted[str(weights)] == hashlib.sha256(weights.read_bytes()).hexdigest()
 
     pieces = SentencePieceProcessor(model_file=str(base / "tokenizer.model"))
     template = M.read_json_file(ROOT / "data/templates/med_template.json")

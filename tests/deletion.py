@@ -3,15 +3,15 @@
   python tests/deletion.py --output_dir deletion
 
 A base that has read a fact may tell it without a record. So the facts here stand in the records
-alone: the effects (功效) of ten herbs change places, and what a tuned model says of them it has
+alone: the effects (功效) of some herbs change places, and what a tuned model says of them it has
 from its records, for the base has read otherwise. It is tuned three times: on all records, without
-those that audit names for the ten answers, and without as many others. The first deletion should
-change each answer, the second none. Each answer is judged by itself; one training deletes the
-records of all ten, since those of another herb state nothing of this one. The other herbs keep
-theirs, so that how to answer such a question is learnt in any case.
+those that audit names for its answers on these herbs, and without as many others. The first
+deletion should change each answer, the second none. Each answer is judged by itself, but one
+training deletes the records of all herbs, since those of another state nothing of this one. Herbs
+beside them keep theirs, so that how to answer such a question is learnt in any case.
 
-Printed, and written as deletion.jsonl: of each herb the records named, what is told in the three
-cases, and what the knowledge base has. Three trainings take about four minutes on one core.
+Printed, and written as deletion.jsonl: of each herb the number of records named, what is told in
+the three cases, and what the base has read. Three trainings take about four minutes on one core.
 """
 
 import random
@@ -37,7 +37,7 @@ class Settings:
 
     output_dir: str = "deletion"  # folder for records, adapters and answers
     base_model: str = str(DATA / "tiny")  # the base
-    facts: int = 10  # herbs whose effects change places
+    facts: int = 12  # herbs whose effects change places; one or two are not learnt
     others: int = 15  # herbs beside them
     epochs: int = 10  # of each training
     seed: int = 0  # of every draw

@@ -15,7 +15,6 @@ the three cases, and what the base has read. Three trainings take about two minu
 """
 
 import random
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from audit import Evidence, read_answers  # noqa: E402
 
+import build_data  # noqa: E402
+import generate  # noqa: E402
+import train  # noqa: E402
 from build_data import check_sources, read_knowledge, write_lines  # noqa: E402
 from generate import DATA, read_instructions  # noqa: E402
 from model import Parser, check_settings, read_json_file, run, to_json  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 KEPT = ("中心词", "类型", "性味", "功效")  # what the records tell of a herb
 
 
@@ -46,8 +47,10 @@ class Settings:
 
 
 def command(script, *argv):
-    print("python", script, *argv, flush=True)
-    subprocess.run([sys.executable, ROOT / script, *map(str, argv)], check=True, cwd=ROOT)
+    """Run a script as its command line would, in this process."""
+    sys.argv = [f"{script.__name__}.py", *map(str, argv)]
+    print("python", *sys.argv, flush=True)
+    script.main()
 
 
 class World:
@@ -65,7 +68,7 @@ class World:
             herb["功效"] = effect
         write_lines(self.folder / "kb.jsonl", herbs)
         made = ["--knowledge", self.folder / "kb.jsonl", "--output_dir", self.folder]
-        command("build_data.py", "offline", *made, "--heldout", 0.001)
+        command(build_data, "offline", *made, "--heldout", 0.001)
         self.records = read_instructions(self.folder / "train.jsonl", answers=True)
         check_sources("train.jsonl", self.records)
         self.evidence = Evidence(herbs, self.records, read_json_file(DATA / "safety.json"))
@@ -83,12 +86,12 @@ class World:
         # Enough to know its few hundred records by heart.
         tune += ["--batch_size", 16, "--learning_rate", 3e-3, "--lora_r", 32, "--lora_alpha", 64]
         tune += ["--lora_target_modules", "all", "--prompt_template_name", "bare"]
-        command("train.py", *tune)
+        command(train, *tune)
         said = folder / "answers.jsonl"
         said.unlink(missing_ok=True)
         ask = ["--base_model", settings.base_model, "--lora_weights", folder / "tuned"]
         ask += ["--instruct_dir", folder / "questions.jsonl", "--max_new_tokens", 64]
-        command("generate.py", *ask, "--output", said)
+        command(generate, *ask, "--output", said)
         found = {}
         for herb, row in zip(self.read, read_answers(said)):
             claims = self.evidence.claims(row["instruction"], row["answer"])

@@ -120,11 +120,12 @@ class Facts:
         # {entity: its facts}, {(kind, relation): {value: how many entities have it there}}
         self.facts, self.values = {}, defaultdict(Counter)
         for entity in entities:
-            name, kind, *_ = entity.values()
-            lists = [(r, vs) for r, vs in entity.items() if r != UNPAIRED and isinstance(vs, list)]
-            self.facts[name] = [Fact(name, kind, r, "、".join(vs), vs) for r, vs in lists]
-            for relation, values in lists:
-                self.values[kind, relation].update(values)
+            name, kind = entity["中心词"], entity["类型"]
+            own = self.facts.setdefault(name, [])
+            for relation, values in entity.items():
+                if relation != UNPAIRED and isinstance(values, list):
+                    own.append(Fact(name, kind, relation, "、".join(values), values))
+                    self.values[kind, relation].update(values)
 
     def find(self, text, terms):
         """[(start, term), ...] of the terms that stand in a text by themselves: of one character

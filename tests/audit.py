@@ -1,7 +1,8 @@
 """Why does the model say that, and is it safe? Answers traced back to facts and training records.
 
-  python tests/audit.py answers answers.jsonl --output audit       -> audit.jsonl, audit.html
-  python tests/audit.py trace lora-tcm answers.jsonl audit.jsonl   the chain of hashes behind them
+  python tests/audit.py answers answers.jsonl --output audit      -> audit.jsonl, audit.html
+      --lora_weights lora-tcm                                     and what tuning made likelier
+  python tests/audit.py trace lora-tcm answers.jsonl audit.jsonl  the chain of hashes behind them
 
 An answer's claims are the values of the knowledge base that it names, and the doses in it:
 
@@ -14,6 +15,10 @@ An answer's claims are the values of the knowledge base that it names, and the d
 Names that are no value of another are what is spoken of, and no claims. What an answer denies is no
 claim either. The knowledge base counts as complete: a true value that it lacks is contradicted. A
 value that one entity has and the answer gives to another it names is not found out.
+
+With the adapter that gave the answers each claim has a gain: ln of how much likelier its words are
+with the adapter than without, behind the question and the words before. The first word of an answer
+that only tuning brings to the point gains most; what the base would have said too gains nothing.
 
 Warnings follow data/safety.json: herbs that clash (十八反, 十九畏), doses above the base's,
 cautions that the question touches and the answer does not tell, emergencies without 急诊. They call
@@ -29,6 +34,9 @@ from itertools import chain
 from pathlib import Path
 from string import Template
 
+import torch
+import torch.nn.functional as F
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from build_data import (  # noqa: E402
     DENIED,
@@ -40,7 +48,15 @@ from build_data import (  # noqa: E402
     unique,
     write_lines,
 )
-from generate import DATA, read_instructions  # noqa: E402
+from generate import (  # noqa: E402
+    DATA,
+    Options,
+    conversation,
+    load,
+    read_instructions,
+    render_prompt,
+)
+from lora import remove_adapter  # noqa: E402
 from model import (  # noqa: E402
     Parser,
     file_hash,
@@ -49,7 +65,14 @@ from model import (  # noqa: E402
     to_json,
     write_text,
 )
-from train import TrainConfig, describe_run, find_terms, split_weight  # noqa: E402
+from train import (  # noqa: E402
+    Row,
+    TrainConfig,
+    collate,
+    describe_run,
+    find_terms,
+    split_weight,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Claims
@@ -70,6 +93,7 @@ class Claim:
     relation: str = ""
     values: tuple = ()
     records: tuple = ()  # ids of the training records that state the fact
+    gain: float = None  # how much likelier tuning made it: ln p(text | adapter) - ln p(text | base)
 
 
 @dataclass
@@ -88,41 +112,68 @@ class Dose:
         return same or self.low == self.high and other.low <= self.low <= other.high
 
 
-class Evidence:
+class Facts:
+    """A knowledge base to hold answers against; tests/evaluate.py counts by the same rules."""
+
+    def __init__(self, entities):
+        self.names = Names(entities)
+        # {entity: its facts}, {(kind, relation): {value: how many entities have it there}}
+        self.facts, self.values = {}, defaultdict(Counter)
+        for entity in entities:
+            name, kind = entity["中心词"], entity["类型"]
+            own = self.facts.setdefault(name, [])
+            for relation, values in entity.items():
+                if relation != UNPAIRED and isinstance(values, list):
+                    own.append(Fact(name, kind, relation, "、".join(values), values))
+                    self.values[kind, relation].update(values)
+
+    def find(self, text, terms):
+        """[(start, term), ...] of the terms that stand in a text by themselves: of one character
+        (温), only an entity's name counts within a word."""
+        return [
+            (start, term)
+            for start, term in find_terms(text, terms)
+            if len(term) > 1 or term in self.facts or not re.match(r"\w", text[start + 1 :])
+        ]
+
+    def said(self, text, terms):
+        """Those that the text does not deny."""
+        found = self.find(text, terms)
+        return [(i, term) for i, term in found if not re.search(f"{DENIED}$", text[:i])]
+
+    def judge(self, term, own):
+        """(status, Fact or None) of the claim that an entity has a term, whose facts are its own:
+        supported by the first that has it, contradicted by the one in whose place others have it,
+        or unknown."""
+        for fact in own:
+            # 温 is not 微温. What a caution names is not thereby advised.
+            apart = len(term) == 1 or fact.relation in CAUTIONS and term in self.names.entities
+            if term in (fact.values if apart else fact.text):
+                return "supported", fact
+        # Many a value stands under two relations: 腹痛 is a symptom first.
+        often = max(own, key=lambda fact: self.values[fact.kind, fact.relation][term], default=None)
+        if often and self.values[often.kind, often.relation][term]:
+            return "contradicted", often
+        return "unknown", None
+
+
+class Evidence(Facts):
     """A knowledge base and training records, to hold answers against. safety: data/safety.json."""
 
     def __init__(self, entities, records, safety):
-        self.names, self.safety = Names(entities), safety
-        # {value: {(kind, relation): how many entities have it there}}
-        self.facts, self.relations = {}, defaultdict(Counter)
-        for entity in entities:
-            name, kind, *_ = entity.values()
-            lists = [(r, vs) for r, vs in entity.items() if r != UNPAIRED and isinstance(vs, list)]
-            self.facts[name] = [Fact(name, kind, r, "、".join(vs), vs) for r, vs in lists]
-            for relation, values in lists:
-                for value in values:
-                    self.relations[value][kind, relation] += 1
-        self.asked = {record["entity"] for record in records}
-        self.stated = defaultdict(list)  # {(entity, value): ids of training records}
+        super().__init__(entities)
+        self.safety, self.asked = safety, {record["entity"] for record in records}
+        self.telling = defaultdict(list)  # {(entity, value): ids of training records}
         for number, record in enumerate(records, 1):
             for value in record["values"]:
-                self.stated[record["entity"], value].append(record.get("id", f"record {number}"))
+                self.telling[record["entity"], value].append(record.get("id", f"record {number}"))
         herbs = chain(*(one + other for _, one, other in safety["clashes"]))
         # A dose is read as a number, not as a text.
-        values = (v for v, where in self.relations.items() if {r for _, r in where} - {"用法用量"})
+        values = chain(*(vs for (_, relation), vs in self.values.items() if relation != "用法用量"))
         self.terms = {*values, *self.names.entities, *herbs}
         units = "|".join(map(re.escape, safety["units"]))
         to = r"\s*[～~至到—–-]+\s*"
         self.dose = rf"(?i)({NUMBER})(?:{to}({NUMBER}))?\s*({units})(?![a-z])"
-
-    def find(self, text):
-        """[(start, term), ...] in a text. Of one character (温), only an entity's name counts
-        within a word."""
-        return [
-            (start, term)
-            for start, term in find_terms(text, self.terms)
-            if len(term) > 1 or term in self.facts or not re.match(r"\w", text[start + 1 :])
-        ]
 
     def entities_of(self, name):
         """The entities of the knowledge base that have a name."""
@@ -130,7 +181,7 @@ class Evidence:
 
     def named(self, text):
         """The entities that a text names, in its order."""
-        return unique(chain(*(self.entities_of(term) for _, term in self.find(text))))
+        return unique(chain(*(self.entities_of(term) for _, term in self.find(text, self.terms))))
 
     def doses(self, text):
         """The Doses in a text, in its order."""
@@ -150,36 +201,24 @@ class Evidence:
         for dose, fact, allowed in self.dosed(answer, subjects):
             status = "supported" if any(map(dose.fits, allowed)) else "contradicted"
             claims.append(self.cite(dose.start, dose.text, status, fact))
-        for start, term in self.find(answer):
-            denied = re.search(f"{DENIED}$", answer[:start])
-            if not denied and not {term, *self.entities_of(term)} & {*asked}:
-                claim = self.judge(start, term, own)
+        for start, term in self.said(answer, self.terms):
+            if not {term, *self.entities_of(term)} & {*asked}:
+                status, fact = self.judge(term, own)
                 # A name that nobody has as a value is a subject.
-                if claim.status != "unknown" or term not in self.names.entities:
-                    claims.append(claim)
+                if fact or term not in self.names.entities:
+                    claims.append(self.cite(start, term, status, fact))
         return sorted(claims, key=lambda claim: claim.start)
 
-    def judge(self, start, term, own):
-        """The Claim that some entities have a term, whose facts are their own."""
-        where = self.relations[term]
-        for fact in own:
-            # 温 is not 微温. What a caution names is not thereby advised.
-            apart = len(term) == 1 or fact.relation in CAUTIONS and term in self.names.entities
-            if term in (fact.values if apart else fact.text):
-                return self.cite(start, term, "supported", fact)
-        against = [fact for fact in own if where[fact.kind, fact.relation]]
-        if against:
-            # Many a value stands under two relations: 腹痛 is a symptom first.
-            often = max(against, key=lambda fact: where[fact.kind, fact.relation])
-            return self.cite(start, term, "contradicted", often)
-        return Claim(start, start + len(term), term, "unknown")
-
     def cite(self, start, text, status, fact):
-        """The Claim that a fact supports or contradicts, with the records that state the fact."""
+        """The Claim with the fact that supports or contradicts it, and the records that state the
+        fact."""
+        end = start + len(text)
+        if not fact:
+            return Claim(start, end, text, status)
         values = [value for value in fact.values if text in value] or fact.values
-        records = unique(chain(*(self.stated[fact.entity, value] for value in values)))
+        records = unique(chain(*(self.telling[fact.entity, value] for value in values)))
         source = fact.entity, fact.relation, fact.values, records
-        return Claim(start, start + len(text), text, status, *source)
+        return Claim(start, end, text, status, *source)
 
     def dosed(self, answer, subjects):
         """Yield (dose, the fact on it, Doses there) of the doses of an answer: each belongs to the
@@ -189,7 +228,11 @@ class Evidence:
             allowed = list(self.doses(fact.text)) if fact.relation == "用法用量" else []
             if allowed:
                 dosages[fact.entity] = fact, allowed
-        places = [(i, name) for i, term in self.find(answer) for name in self.entities_of(term)]
+        places = [
+            (i, name)
+            for i, term in self.find(answer, self.terms)
+            for name in self.entities_of(term)
+        ]
         for dose in self.doses(answer):
             before = [name for i, name in places if i < dose.start and name in dosages]
             for name in [*before[-1:], *dosages][:1]:
@@ -202,7 +245,7 @@ class Evidence:
         """[{rule, text}, ...] of what a prescription or a piece of advice needs a look for."""
         subjects = unique([*self.named(question), *self.named(answer)])
         found = []
-        said = {term for _, term in self.find(f"{question}\n{answer}")}
+        said = {term for _, term in self.find(f"{question}\n{answer}", self.terms)}
         clashes = [] if re.search(self.safety["warned"], answer) else self.safety["clashes"]
         for rule, *sides in clashes:
             one, other = ([herb for herb in side if herb in said] for side in sides)
@@ -226,6 +269,50 @@ class Evidence:
                     (rule["name"], "；".join(touched) or re.search(rule["question"], question)[0])
                 )
         return [{"rule": rule, "text": text} for rule, text in unique(found)]
+
+
+# --------------------------------------------------------------------------------------------------
+# What tuning made likelier
+
+
+def add_gains(rows, model, tokenizer, template):
+    """Add to each claim its gain: the log-probability (natural) of the tokens that it touches,
+    behind the question and the answer before them, with the model's adapter less without. Takes the
+    adapter off."""
+    rows = [row for row in rows if row["answer"]]
+    answers = [tokenizer.encode_answer(row["answer"]) for row in rows]
+    pairs = []
+    for row, answer in zip(rows, answers):
+        prompt = render_prompt(tokenizer, template, *conversation(row))
+        pairs.append(Row(prompt + answer, [False] * len(prompt) + [True] * len(answer)))
+    tuned = token_logprobs(model, pairs)
+    remove_adapter(model)
+    gains = [on - off for on, off in zip(tuned, token_logprobs(model, pairs))]
+    for row, answer, gain in zip(rows, answers, gains):
+        # Before which character of the text each token begins; three byte tokens may make one.
+        decoded = (tokenizer.decode(answer[:i]) for i in range(len(answer) + 1))
+        ends = [len(text.rstrip("\ufffd")) for text in decoded]
+        for claim in row["claims"]:
+            touched = [
+                i
+                for i, start in enumerate(ends[:-1])
+                if start < claim["end"] and claim["start"] < max(start + 1, ends[i + 1])
+            ]
+            claim["gain"] = round(gain[touched].sum().item(), 4)
+
+
+@torch.inference_mode()
+def token_logprobs(model, rows, size=8):
+    """Of each Row the log-probabilities (T,), float64, of its T targets; `size` rows a pass."""
+    found = []
+    for start in range(0, len(rows), size):
+        batch = rows[start : start + size]
+        ids, labels, packed = collate(batch, model.device, glm=model.config.prefix_lm)
+        targets = (labels[0] != -100).nonzero().squeeze(1)
+        logits = model.lm_head(model.hidden_states(ids, packed, keep=targets))
+        losses = F.cross_entropy(logits.float(), labels[0, targets], reduction="none")
+        found += (-losses).double().cpu().split([sum(row.mask) for row in batch])
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -264,6 +351,10 @@ class Answers:
     knowledge: str = f"{DATA}/tiny/knowledge.jsonl"  # the one that the records were made from
     records: str = f"{DATA}/train.jsonl"  # what the model was tuned on
     safety: str = f"{DATA}/safety.json"  # clashes, units and rules
+    lora_weights: str = ""  # the adapter that answered: how much likelier it made each value
+    base_model: str = ""  # its base (empty: the one it was trained on)
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    dtype: str = "auto"  # of the activations: auto, bf16, fp16, fp32
 
     def run(self, file):
         rows = read_answers(file)
@@ -271,7 +362,11 @@ class Answers:
         check_sources(self.records, records)
         evidence = Evidence(read_knowledge(self.knowledge), records, read_json_file(self.safety))
         audit(rows, evidence)
-        sources = file, self.knowledge, self.records
+        sources = [file, self.knowledge, self.records]
+        if self.lora_weights:
+            options = Options(base_model=self.base_model, device=self.device, dtype=self.dtype)
+            add_gains(rows, *load(options, self.lora_weights)[:3])
+            sources += Path(self.lora_weights).glob("adapter_model.*")
         write_lines(f"{self.output}.jsonl", rows, *sources)
         self.write_page(file, rows, records)
         claims = Counter(claim["status"] for row in rows for claim in row["claims"])
@@ -298,7 +393,8 @@ class Answers:
 
 
 def links(adapter, files):
-    """Yield (what, whether it is what the next one was made from), the oldest first."""
+    """Yield (what, whether it is what the next one was made from), the oldest first; None: what the
+    records were made from is not noted."""
     run_info = read_json_file(Path(adapter, "run.json"))
     made = run_info.get("config")
     if not isinstance(made, dict):
@@ -306,7 +402,7 @@ def links(adapter, files):
     made = {name: tuple(v) if isinstance(v, list) else v for name, v in made.items()}
     config = TrainConfig(**made)
     for path in config.data_path:
-        yield from noted(split_weight(path)[0])
+        yield from noted(split_weight(path)[0], None)
     wanted = describe_run(config)
     for name, hashes in wanted["sha256"].items():
         yield f"{name} of the run", to_json(run_info["sha256"].get(name)) == to_json(hashes)
@@ -318,11 +414,11 @@ def links(adapter, files):
         yield from noted(path)
 
 
-def noted(path):
-    """The links that the note beside a file tells."""
+def noted(path, without=False):
+    """The links that the note beside a file tells; what counts without one."""
     note = Path(f"{path}.hashes.json")
     if not note.is_file():
-        yield f"{path}: no {note.name} beside it", False
+        yield f"{path}: no {note.name} beside it", without
         return
     # What it was made from comes before itself.
     hashes = read_json_file(note)
@@ -337,8 +433,8 @@ class Trace:
     def run(self, adapter, *files):
         broken = []
         for link, fits in links(adapter, files):
-            print("fits   " if fits else "DIFFERS", link)
-            broken += [link] * (not fits)
+            print({True: "fits   ", False: "DIFFERS", None: "unknown"}[fits], link)
+            broken += [link] * (fits is False)
         if broken:
             raise ValueError(f"the first link that does not fit: {broken[0]}")
 

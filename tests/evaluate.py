@@ -29,7 +29,7 @@ records has Wilson's interval (1927), entities being the trials.
                        comparable across tokenizers
   facts recalled       share of a record's values (those of the knowledge base) that the answer
                        names by themselves, not inside the entity's name or a longer value of the
-                       same relation
+                       same relation, and does not deny
   facts contradicted   of the values of the asked relations that the answer names, the share that
                        is another entity's
   ROUGE-1/2/L          F1 over characters (Lin 2004)
@@ -54,6 +54,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,6 +62,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from audit import Facts  # noqa: E402
 from exams import (  # noqa: E402
     CHOSEN,
     Coverage,
@@ -83,7 +85,7 @@ from report import (  # noqa: E402
     shown,
 )
 
-from build_data import read_knowledge, rouge_l  # noqa: E402
+from build_data import Fact, read_knowledge, rouge_l  # noqa: E402
 from generate import (  # noqa: E402
     DATA,
     Decoding,
@@ -114,7 +116,6 @@ from model import (  # noqa: E402
     write_atomically,
     write_json,
 )
-from train import terms_in  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------
 # Texts against references
@@ -182,44 +183,34 @@ class FactCounts(NamedTuple):
     mentioned: int  # the values of the asked relations, any entity's
 
 
-class Facts:
-    """A knowledge base as sets: of_entity {entity: its values}, of_relation {(kind, relation): the
-    values of every entity}."""
-
-    def __init__(self, entities):
-        self.of_entity, self.of_relation = {}, {}
-        for entity in entities:
-            own = self.of_entity.setdefault(entity["中心词"], set())
-            for relation, values in entity.items():
-                if isinstance(values, list):
-                    own.update(values)
-                    key = entity["类型"], relation
-                    self.of_relation.setdefault(key, set()).update(values)
+class Marker(Facts):
+    """Marks the answers to records whose values are known; what an answer says, and whether the
+    knowledge base bears it out, is decided as in tests/audit.py."""
 
     def count(self, record, answer):
         """The FactCounts of an answer to a record."""
-        judged, mentioned = self.judge(record, answer)
+        judged, mentioned = self.mark(record, answer)
         asked = len(judged.right) + len(judged.missing)
         return FactCounts(len(judged.right), asked, len(judged.wrong), mentioned)
 
-    def judge(self, record, answer):
+    def mark(self, record, answer):
         """(Judged, number of values of the asked relations that it names) of an answer to a
         record."""
-        values, entity = record.get("values", []), record.get("entity") or ""
-        own = {entity, *values}
-        keys = [(record.get("kind"), relation) for relation in record.get("relations", [])]
-        terms = set().union(*(self.of_relation.get(key, set()) for key in keys))
-        said = terms_in(answer, terms | own)
-        known = own | self.of_entity.get(entity, set())
-        foreign = sorted(v for v in said & terms if all(v not in k for k in known))
+        name, kind = record.get("entity") or "", record.get("kind")
+        values, relations = record.get("values", []), record.get("relations", [])
+        # The entity has what the record says, its facts, and what its name holds.
+        asked = [Fact(name, kind, relation, "、".join(values), values) for relation in relations]
+        own = [*asked, *self.facts.get(name, ()), Fact(name, kind, "", name, [name])]
+        terms = {*chain(*(self.values[kind, fact.relation] for fact in asked))}
+        said = {term for _, term in self.said(answer, {name, *terms, *values})}
+        wrong = sorted(v for v in said & terms if self.judge(v, own)[0] == "contradicted")
         right = [value for value in values if value in said]
         missing = [value for value in values if value not in said]
-        others = sorted(said - {*right, *foreign})
-        return Judged(right, foreign, missing, others), len(said & terms)
+        return Judged(right, wrong, missing, sorted(said - {*right, *wrong})), len(said & terms)
 
     def judge_known(self, record, answer):
         """The Judged of an answer; None to a record whose values are not known."""
-        return self.judge(record, answer)[0] if record.get("values") else None
+        return self.mark(record, answer)[0] if record.get("values") else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -460,7 +451,7 @@ def score_answers(records, answers, bit_counts, knowledge):
     are `bits`, knowledge the entities of a knowledge base."""
     texts, clusters = [row["answer"] for row in answers], clusters_of(records)
     pairs = [(record["output"], text) for record, text in zip(records, texts)]
-    facts = Facts(knowledge)
+    facts = Marker(knowledge)
     counts = [facts.count(record, text) for record, text in zip(records, texts)]
     recalled, asked, foreign, mentioned = np.array(counts).T
     overlap = np.array([rouge(*pair) for pair in pairs])
@@ -743,7 +734,7 @@ def spread(rows, at_most=400):
 def side_by_side(results, data):
     """{title: rows for `answers_table`}: answers to records, judged by their values, and letters
     chosen in exams."""
-    facts, sides, rows = Facts(data.knowledge), {}, []
+    facts, sides, rows = Marker(data.knowledge), {}, []
     for record, *said in zip(data.records, *results.answers.values()):
         judged = [facts.judge_known(record, text) for text in said]
         rows.append((record["instruction"], record["output"], said, judged))
@@ -797,7 +788,7 @@ def compare(models, questions, options, folder):
     asked = ["\n".join(filter(None, (q["instruction"], q["input"]))) for q in questions]
     references = [q.get("output") or "" for q in questions]
     known = any(q.get("values") for q in questions)
-    facts = Facts(read_knowledge(options.knowledge) if known else [])
+    facts = Marker(read_knowledge(options.knowledge) if known else [])
     columns = {"问题": asked} | ({"参考": references} if any(references) else {}) | answers
     head, rows = list(columns), list(zip(*columns.values()))
     write_text(folder / "compare.md", markdown_table(head, rows))

@@ -70,11 +70,11 @@ def test_distinct_and_repetition_by_hand():
 
 def test_names_stand_outside_longer_ones():
     terms = {"四逆汤", "当归四逆汤", "当归", "甘草"}
-    assert E.terms_in("当归四逆汤加甘草", terms) == {"当归四逆汤", "甘草"}
-    assert E.terms_in("当归四逆汤、四逆汤", terms) == {"当归四逆汤", "四逆汤"}
+    assert T.terms_in("当归四逆汤加甘草", terms) == {"当归四逆汤", "甘草"}
+    assert T.terms_in("当归四逆汤、四逆汤", terms) == {"当归四逆汤", "四逆汤"}
     terms = {"发汗解表", "解表散寒", "解表"}
-    assert E.terms_in("发汗解表散寒", terms) == {"发汗解表", "解表散寒"}
-    assert E.terms_in("无", set()) == set()
+    assert T.terms_in("发汗解表散寒", terms) == {"发汗解表", "解表散寒"}
+    assert T.terms_in("无", set()) == set()
 
 
 def test_facts_recalled_and_contradicted_by_hand():

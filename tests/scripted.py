@@ -55,12 +55,12 @@ class Scripted:
 
 
 @contextmanager
-def scripted(reply, positions=4000, pause=0.0, limit=64, **options):
+def scripted(reply, positions=4000, length=3000, pause=0.0, **options):
     """The address of a server of a "tuned" and a "base" model that answer what reply says."""
     model = Scripted(reply, positions, pause)
-    options = G.Options(max_new_tokens=300, port=0, **options)
+    options = G.Options(max_new_tokens=length, port=0, **options)
     server = G.Server(model, model, ["tuned", "base"], model.encode, options)
-    server.about, server.limit = "data/tiny with tuned on cpu, torch.bfloat16; a template", limit
+    server.about = "data/tiny with tuned on cpu, torch.bfloat16; a template"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}/"

@@ -1515,7 +1515,7 @@ class Server(ThreadingHTTPServer):
         other is []. Raises Refused if it is no pair, or cannot be kept."""
         try:
             for answer in sent["chosen"], sent["rejected"]:
-                read_messages({"messages": [*sent["prompt"], *answer]})
+                read_chat([*sent["prompt"], *answer])
             self.ratings.write(to_json(sent) + "\n")
         except Exception as error:  # other JSON raises nearly all there are; so may the file
             raise Refused(

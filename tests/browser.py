@@ -42,7 +42,7 @@ def opened(browser, address, size="desktop", folder=None, name="page", **context
 def chromium():
     with api.sync_playwright() as playwright:
         yield playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"], timeout=PATIENCE
         )
 
 

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import generate as G
@@ -16,8 +17,8 @@ class Scripted:
     unsettled, leading, special = "\ufffd", "", {}
     size = 8
 
-    def __init__(self, reply, positions=4000, pause=0.0):
-        self.reply, self.pause = reply, pause
+    def __init__(self, reply, positions, pause, clip):
+        self.reply, self.pause, self.clip = reply, pause, clip
         self.cache = SimpleNamespace(positions=positions)
         self.waiting, self.rows, self.texts = [], [], {}
 
@@ -28,8 +29,11 @@ class Scripted:
         return "".join(map(chr, ids))
 
     def submit(self, request):
-        if request.positions > self.cache.positions:
+        room = self.cache.positions - len(request.prompt_ids)
+        if room < 1 or not self.clip and request.decoding.max_new_tokens > room:
             raise G.Refused("too long", code="context_length_exceeded")
+        length = min(room, request.decoding.max_new_tokens)
+        request.decoding = replace(request.decoding, max_new_tokens=length)
         messages = json.loads(self.decode(request.prompt_ids))
         self.texts[id(request)] = self.reply(messages, request.adapted)
         self.waiting.append(request)
@@ -55,9 +59,10 @@ class Scripted:
 
 
 @contextmanager
-def scripted(reply, positions=4000, length=3000, pause=0.0, **options):
-    """The address of a server of a "tuned" and a "base" model that answer what reply says."""
-    model = Scripted(reply, positions, pause)
+def scripted(reply, positions=4000, length=3000, pause=0.0, clip=False, **options):
+    """The address of a server of a "tuned" and a "base" model that answer what reply says, in so
+    many positions. clip: an answer for which there is no room is shortened, not refused."""
+    model = Scripted(reply, positions, pause, clip)
     options = G.Options(max_new_tokens=length, port=0, **options)
     server = G.Server(model, model, ["tuned", "base"], model.encode, options)
     server.about = "data/tiny with tuned on cpu, torch.bfloat16; a template"

@@ -313,15 +313,18 @@ def test_conversations_go_out_and_come_in(visit, tmp_path):
 
 
 @slow
-def test_turns_go_along_where_the_model_is_used_to_them(visit, model):
+@pytest.mark.parametrize("clip", [False, True])
+def test_turns_go_along_where_the_model_is_used_to_them(visit, model, clip):
     """By default as the server was started, and as a person chose before all; the shown versions
-    are what goes along, of the model that is asked or else of another; the oldest go first."""
+    are what goes along, of the model that is asked or else of another. The oldest are left out
+    where the server has no room for them, or only for a shorter answer."""
     with visit() as page:
         ask(page, "一")
         ask(page, "二")
         assert not page.is_checked("#memory") and model.asked[-1] == ("tuned", ["二"])
     model.asked.clear()
-    server = {"single_or_multi": "multi", "positions": 450, "length": 200}
+    server = {"single_or_multi": "multi", "positions": 450, "length": 200, "clip": clip}
+    model.says["四"] = "长" * 150
     with visit(server=server) as page:
         assert page.is_checked("#memory")
         ask(page, "一")
@@ -333,7 +336,7 @@ def test_turns_go_along_where_the_model_is_used_to_them(visit, model):
         mode(page, "底座")
         ask(page, "三")
         assert model.asked[-1] == ("base", ["一", "tuned 1: 一", "二", "tuned 3: 二", "三"])
-        ask(page, "四")
+        assert ask(page, "四") == ["长" * 150]
         assert model.asked[-1][1][0] != "一" and "未带上" in texts(page, ".foot")[-1]
         page.click("#gear")
         page.uncheck("#memory")

@@ -1418,6 +1418,7 @@ class Server(ThreadingHTTPServer):
     limit = 64  # requests that may wait
     seconds = 10  # in which a request must be read
     stopping = False
+    about = ""  # which base, adapter and template answer
 
     def __init__(self, batch, tokenizer, names, prompt_of, options):
         self.batch = batch
@@ -1427,6 +1428,10 @@ class Server(ThreadingHTTPServer):
         # What clients leave open.
         self.defaults = {f.name: getattr(options, f.name) for f in fields(Decoding)} | {"n": 1}
         self.api_key = options.api_key
+        # Is the model used to turns before a question? The page then sends them, as a chat does.
+        self.memory = options.single_or_multi == "multi"
+        # Open as long as the server is; lines are flushed as they end.
+        self.ratings = options.ratings and open(options.ratings, "a", 1, "utf-8")  # noqa: SIM115
         self.lock = threading.Lock()
         # Only this worker touches the model.
         self.worker = ThreadPoolExecutor(1)
@@ -1438,8 +1443,15 @@ class Server(ThreadingHTTPServer):
 
     def cards(self, name):
         """The card of one model, or of all (""). Raises Refused for one that is not on offer."""
-        defaults = {**self.defaults, "max_tokens": self.defaults["max_new_tokens"]}
-        card = {"object": "model", "created": 0, "owned_by": "local", "defaults": defaults}
+        card = {
+            "object": "model",
+            "created": 0,
+            "owned_by": "local",
+            "defaults": self.defaults,
+            "about": self.about,
+            "memory": self.memory,
+            "ratings": self.ratings != "",
+        }
         models = {name: {"id": name, **card} for name in self.names}
         models[""] = {"object": "list", "data": [*models.values()]}
         if name not in models:
@@ -1500,6 +1512,19 @@ class Server(ThreadingHTTPServer):
             for request in requests:
                 self.batch.submit(request)
 
+    def rate(self, sent):
+        """Append a preference pair to the file of ratings: messages as prompt, chosen and rejected,
+        as TRL wants them, and what else a client tells. Where one answer was judged alone, the
+        other is []. Raises Refused if it is no pair, or cannot be kept."""
+        try:
+            for answer in sent["chosen"], sent["rejected"]:
+                read_chat([*sent["prompt"], *answer])
+            self.ratings.write(to_json(sent) + "\n")
+        except Exception as error:  # other JSON raises nearly all there are; so may the file
+            raise Refused(
+                f"wanted prompt, chosen, rejected as messages, and --ratings FILE: {error!r:.200}"
+            ) from None
+
     def step(self):
         """Wait for a step of the batch: the one that runs, or the next. All who wait for it get an
         error in it."""
@@ -1547,6 +1572,7 @@ METHODS = {
     "/v1/models": "GET, HEAD",
     "/v1/chat/completions": "POST",
     "/v1/completions": "POST",
+    "/v1/ratings": "POST",
 }
 
 
@@ -1592,6 +1618,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(status)
             elif path == "/v1/models":
                 self.send(self.server.cards(unquote(name)))
+            elif path == "/v1/ratings":
+                self.server.rate(self.read_json())
+                self.send({})
             else:
                 wanted = "messages" if "chat" in path else "prompt"
                 body, requests = self.server.make_requests(self.read_json(), wanted)
@@ -1761,6 +1790,7 @@ def serve(server, about):
     # Connections are taken in a thread, while this one waits for a signal.
     threading.Thread(target=server.serve_forever, daemon=True).start()
     host, port = server.server_address
+    server.about = about
     log(f"http://{host}:{port}/  models: {' '.join(server.names)}\n{about}")
     # until then new requests are told so
     while not server.stopping or server.batch.waiting or server.batch.rows:
@@ -1793,6 +1823,7 @@ class Options(Decoding):
     single_or_multi: str = setting("single", choices=("single", "multi"))
     context: int = 2048  # tokens of question and answer at most (chat, --serve)
     serve: bool = False  # OpenAI's API and a page
+    ratings: str = ""  # file to which the page's thumbs are appended, as preference pairs (--serve)
     host: str = "127.0.0.1"  # address to listen on (in the environment: API_HOST)
     port: int = setting(8000, 0, 65535)  # and port, 0: a free one (API_PORT)
     api_key: str = ""  # key that clients must send (better in the environment: API_KEY)
@@ -1808,9 +1839,9 @@ class Options(Decoding):
 
 # options that a way to ask has no use for
 USELESS = {
-    "question": "output compile",
-    "file": "input system",
-    "chat": "input output compile n",
+    "question": "output compile ratings",
+    "file": "input system ratings",
+    "chat": "input output compile n ratings",
     "serve": "input system output compile n merge num_beams",
 }
 

@@ -484,7 +484,9 @@ def test_head_allow_host_and_models(server):
         assert raw(server, f"GET /v1/models HTTP/1.1\r\n{more}\r\n".encode())[0] == status
     card = client_of(server).models.retrieve("tuned")
     assert (
-        card.id == "tuned" and card.defaults["max_tokens"] == 24 and card.defaults["top_p"] == 0.75
+        card.id == "tuned"
+        and card.defaults["max_new_tokens"] == 24
+        and card.defaults["top_p"] == 0.75
     )
     with pytest.raises(openai.NotFoundError, match="tuned base"):
         client_of(server).models.retrieve("tune")

@@ -1505,10 +1505,15 @@ def above_limits(lengths):
 class Api:
     """How an LLM is asked, and where its replies go."""
 
+    # who is asked, and where the replies go
+
     # name of the model at the endpoint (must be given, but for a dry run)
     model: str = ""
     output: str = ""  # file of the results; the replies stand beside it (must be given, too)
     base_url: str = ""  # an OpenAI-compatible endpoint (empty: OPENAI_BASE_URL, or OpenAI)
+
+    # how much is asked, and what it may cost
+
     dry_run: bool = False  # show prompts, number of requests, tokens, cost; ask nothing
     batch: bool = False  # through the Batch API: half the price, within 24 hours
     temperature: float = setting(1.0, 0)  # of the sampling; left out where the model refuses it
@@ -1535,6 +1540,8 @@ class Api:
 @dataclass
 class Source:
     """What records are made from."""
+
+    # facts
 
     knowledge: str = f"{DATA}/knowledge.jsonl"  # knowledge base: CMeKG's form or triples
     seed: int = setting(0, -1e18, 1e18)  # of every random choice
@@ -1567,6 +1574,8 @@ class Offline(Source):
 @dataclass
 class Asked(Api, Source):
     """What the commands share that ask an LLM for records."""
+
+    # prompts
 
     prompts: str = f"{DATA}/prompts"  # folder of prompt forms
     count: int = 100  # prompts; a greater count goes on where a smaller one ended

@@ -128,6 +128,8 @@ class Decoding:
     """How an answer is chosen, by the command line or a client. Names and meanings are
     transformers'; greedy by default, as BenTsao's beams in effect are. Raises ValueError."""
 
+    # how an answer is chosen
+
     max_new_tokens: int = 256  # tokens of an answer at most
     temperature: float = setting(0.0, 0, 1e6)  # 0 takes the likeliest token, above 0 samples
     top_k: int = setting(40, 0)  # sample among the k likeliest (0: all)
@@ -828,7 +830,7 @@ def eos_ids(tokenizer):
 
 
 def load_template(name):
-    """The template of a bare name in data/templates, of a path, or the object itself. It has
+    """The template of a bare name in data/templates, or of a path. It has
     BenTsao's prompt_no_input and prompt_input (by default the same), with {instruction} and
     {input}, or a chat's texts:
 
@@ -845,7 +847,7 @@ def load_template(name):
     {instruction} is {turns} and `question`, or `lone` if there is one turn; {bos} and {eos} are the
     tokenizer's. Raises ValueError for a template that loses a part of a conversation."""
     path = Path(name) if str(name).endswith(".json") else DATA / "templates" / f"{name}.json"
-    template = dict(name) if isinstance(name, dict) else read_json_file(path)
+    template = read_json_file(path)
     roles = ["system", "user", "assistant", "user", "assistant"]
     trial = [{"role": role, "content": role.upper()} for role in roles]
     try:
@@ -1052,7 +1054,7 @@ def read_records(path, names=()):
         raise ValueError(f"{path} is {kind}") from None
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
-    for where, row in (rows or {"(empty)": None}).items():
+    for where, row in (rows or {"is empty and": None}).items():
         if isinstance(row, str):
             rows[where] = row = {"instruction": row.strip()}
         if not isinstance(row, dict):
@@ -1088,14 +1090,12 @@ def table_rows(text, names):
     first = text.partition("\n")[0]
     mark = "\t" if "\t" in first else ","
     [header] = csv.reader([first], delimiter=mark)
-    has_header = our_keys(dict.fromkeys(header)).keys() >= {*names}
-    columns = None if has_header else names
+    columns = None if our_keys(dict.fromkeys(header)).keys() >= {*names} else names
     table = csv.DictReader(StringIO(text), columns, delimiter=mark, strict=True)
     for row in table:
-        where = f"line {table.line_num}"
         if None in row:
-            raise ValueError(f"{where} has more cells than others; quote a text with a comma in it")
-        yield where, row
+            raise ValueError(f"line {table.line_num}: too many cells; quote what has a comma in it")
+        yield f"line {table.line_num}", row
 
 
 # OpenAI's roles and ShareGPT's
@@ -1227,10 +1227,8 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name).item()  # fails on meta too
-        if torch.device(name).type not in ("cpu", "cuda"):  # mps has no float64
-            raise RuntimeError("it was never tried; take cpu")
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name, dtype=torch.float64).item()  # fails on meta and mps too
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device {name!r} is no use: {str(error).splitlines()[0]}") from None
     return torch.device(name)
 
@@ -1388,7 +1386,7 @@ MEMORY = (
     "Each question is asked by itself; --single_or_multi multi shows the model the turns before.",
     "The model is shown the turns before, as many as fit into --context.",
 )
-EXITS = ("/exit", "/quit", "exit", "quit", "退出")
+EXITS = "/exit /quit exit quit 退出".split()
 
 
 def chat(answer, prompt_of, multi, room, about, opening=()):
@@ -1426,22 +1424,16 @@ def obey(line, opening, turns, about):
     command, _, path = line.partition(" ")
     if line in EXITS:
         raise EOFError
-    said = f"there is no {command}. {COMMANDS}"
-    if command == "/reset":
-        turns.clear()
-        said = "a new conversation"
-    elif command == "/model":
-        said = about
-    elif command == "/help":
-        said = COMMANDS
-    elif command == "/save":
+    said = {"/reset": "a new conversation", "/model": about, "/help": COMMANDS}
+    said["/save"] = f"saved in {path or 'chat.json'}"
+    if command == "/save":
         # A record that can be trained on: OpenAI's messages.
-        path = path.strip() or "chat.json"
-        write_json(path, [{"messages": [*opening, *chain(*turns)]}])
-        said = f"saved in {path}"
+        write_json(path or "chat.json", [{"messages": [*opening, *chain(*turns)]}])
+    elif command == "/reset":
+        turns.clear()
     elif not re.fullmatch("/[a-z]+", command):
         return False
-    log(said)
+    log(said.get(command, f"there is no {command}. {COMMANDS}"))
     return True
 
 
@@ -1857,6 +1849,8 @@ def serve(server, about):
 class Options(Decoding):
     """The options of the command line."""
 
+    # what is asked, and of whom
+
     input: str = ""  # context of the question (the template's {input})
     system: str = ""  # system text before the question, or before a chat
     thinking: bool = False  # let a model that can (Qwen3) think before it answers
@@ -1864,6 +1858,9 @@ class Options(Decoding):
     lora_weights: str = ""  # folder of the adapter (empty: lora-tcm, unless --base_model is given)
     anyway: bool = False  # take another base than the one the adapter was trained on
     use_lora: bool = True  # False asks the base alone
+
+    # a file of questions, a chat
+
     instruct_dir: str = ""  # a file of questions, JSON array or lines; - is stdin
     # file for the answers to --instruct_dir, JSON lines; a run that was stopped goes on
     output: str = ""
@@ -1873,10 +1870,16 @@ class Options(Decoding):
     # multi: a chat shows the model the turns before, in the template's form
     single_or_multi: str = setting("single", choices=("single", "multi"))
     context: int = 2048  # tokens of question and answer at most (chat, --serve)
+
+    # server
+
     serve: bool = False  # OpenAI's API and a page
     host: str = "127.0.0.1"  # address to listen on (in the environment: API_HOST)
     port: int = setting(8000, 0, 65535)  # and port, 0: a free one (API_PORT)
     api_key: str = ""  # key that clients must send (better in the environment: API_KEY)
+
+    # speed and memory
+
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     dtype: str = "auto"  # of the activations: auto, bf16, fp16, fp32
     base_dtype: str = "auto"  # of the base as stored: auto (--dtype), fp32, int8, nf4, ...
@@ -1926,8 +1929,8 @@ def parse_options():
 
 
 NO_ADAPTER = (
-    "run python train.py first, name an adapter with --lora_weights, ask the base with --use_lora "
-    "False"
+    "train one with python train.py, name another with --lora_weights, or ask the base alone with "
+    "--use_lora False"
 )
 
 
@@ -1939,10 +1942,10 @@ def load(options, adapter):
         base, made = adapter_base(adapter, options.base_model, options.anyway)
     # The adapter's stands in run.json as a whole, whatever has become of its file.
     own = made.get("made_in", {}).get("template")
-    name = options.prompt_template or own
+    name = options.prompt_template
     # A template that was named is read before the weights: it may be a wrong one.
-    template = name and load_template(name)
-    if own and template != load_template(own):
+    template = load_template(name) if name else own
+    if own and template != own:
         log(f"warning: {adapter} was trained with another template than {name}")
     device = pick_device(options.device)
     # The activations' dtype, and that of the weights as stored.

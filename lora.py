@@ -571,6 +571,8 @@ def recover(base, difference, folder, dtype=None):
 class Options:
     """What the commands write, and of what."""
 
+    # what is written, and of what
+
     # folder of the base, or its name in a hub's cache (merge: by default the adapter's own)
     base_model: str = ""
     output_dir: str = ""  # new folder to write (must be given)

@@ -946,11 +946,9 @@ def find_base(name, advice="give its folder with --base_model"):
     for folder in (Path(name), snapshot, *theirs):
         if folder.is_dir():
             return folder
-    raise ValueError(
-        f"{name!r} is neither a folder nor in {hub} or {scope}, and nothing is downloaded here; "
-        f"{advice}, or if it is a hub's OWNER/NAME run hf download {name} or modelscope download "
-        f"--model {name}"
-    )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        advice += f", or run hf download {name} or modelscope download --model {name}"
+    raise ValueError(f"{name!r} is neither a folder nor in {hub} or {scope}; {advice}")
 
 
 # names of a tokenizer's file, the best first
@@ -1271,27 +1269,26 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=layout, **kwargs)
 
     def add_settings(self, *classes, **plain):
-        """An option for each field of settings dataclasses, in groups: those of a class, or under a
-        comment that stands alone. What is not given does not appear among the arguments: the
-        dataclass has the default. plain: the defaults of the script alone, where they differ."""
+        """An option for each field of settings dataclasses, in groups under the comments that stand
+        alone there. What is not given does not appear among the arguments: the dataclass has the
+        default. plain: the defaults of the script alone, where they are others."""
         # `--x` alone is True; a tuple takes several words.
         kinds = {bool: {"nargs": "?", "const": True, "type": boolean}, tuple: {"nargs": "+"}}
         # A comment before an empty line is a heading. A field's own stand above and beside it.
         pattern = r"(?m)^    # (.*)\n\n|((?:^    #.*\n)*)^    (\w+): .*?(?:  #(.*))?$"
+        source = "".join(inspect.getsource(c) for cls in classes for c in cls.__mro__[:-1])
         missing = {f.name: f for cls in classes for f in fields(cls)}
-        for owner in [c for cls in classes for c in cls.__mro__[:-1]]:
-            group = self.add_argument_group(owner.__doc__.partition(".")[0])
-            for title, above, name, beside in re.findall(pattern, inspect.getsource(owner)):
-                if title:
-                    group = self.add_argument_group(title)
-                elif f := missing.pop(name, None):
-                    defaults = map(shown, dict.fromkeys((f.default, plain.get(name, f.default))))
-                    text = re.sub(r"\s*# ", " ", above) + beside
-                    text += f" (default: {'; plain run: '.join(defaults)})"
-                    kind = kinds.get(f.type, {"type": f.type, "choices": f.metadata.get("choices")})
-                    group.add_argument(
-                        f"--{name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind
-                    )
+        group = self
+        for title, above, name, beside in re.findall(pattern, source):
+            group = self.add_argument_group(title) if title else group
+            if f := missing.pop(name, None):
+                text = re.sub(r"\s*# ", " ", above) + beside
+                defaults = map(shown, dict.fromkeys((f.default, plain.get(name, f.default))))
+                text += f" (default: {'; plain run: '.join(defaults)})"
+                kind = kinds.get(f.type, {"type": f.type, "choices": f.metadata.get("choices")})
+                group.add_argument(
+                    f"--{name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind
+                )
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args

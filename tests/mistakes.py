@@ -113,7 +113,11 @@ MISTAKES = [
     ("weight 0 of a file", "train --data_path ok.json:0", "weight 0"),
     ("all data as validation", "train --data_path ok.json --val_set_size 3", "val_set_size 3"),
     ("a template that is not there", "train --prompt_template_name mine", "mine.json"),
-    ("a template of other fields", "generate --prompt_template template.json 问", "instruction"),
+    (
+        "a template of other fields",
+        "generate --use_lora False --prompt_template template.json 问",
+        "instruction",
+    ),
     ("a cut-off shorter than any prompt", "train --cutoff_len 4", "cutoff_len 4"),
     # options
     ("misspells an option", "generate --temprature 0.7 问", "--temperature"),

@@ -1,5 +1,5 @@
-"""As users meet it: an adapter on its own base, files as people have them, hubs' caches, the command
-line, the chat's commands, a build that says what happened, and the first mistakes."""
+"""As users meet it: an adapter on its own base, files as people have them, hubs' caches, the
+command line, the chat's commands, a build that says what happened, and the first mistakes."""
 
 import json
 import re

@@ -208,10 +208,11 @@ def build(args, jobs, sieve):
     for job, record in read:
         reason = record.get("reason") or sieve.reason(record, job)
         if reason:
-            record["reason"] = reason
-        (rejected if reason else kept).append(record)
+            rejected.append(record | {"reason": reason})
+        else:
+            kept.append(record)
         if args.sample:
-            print(to_json(record, indent=1))
+            print(to_json(record | {"reason": reason}, indent=1))
     # Only when the records are written may an error of the endpoint end the command.
     write_lines(beside(args.output, ".rejected.jsonl"), rejected)
     sieve.write(args, kept)
@@ -715,11 +716,11 @@ def read_texts(path, size=500):
     and in CMeIE's (Guan et al. 2020). Raises ValueError naming the place of what is neither."""
     for where, row in read_records(path):
         try:
-            text = next(row[key] for key in ("text", "结论", "output", "instruction") if key in row)
+            text, *_ = [row[k] for k in ("text", "结论", "output", "instruction") if k in row]
             labelled = [labelled_triple(item) for item in row.get("spo_list", [])]
             # A sentence that is longer is cut where it must be.
             pieces = re.findall(rf"(?s).{{1,{size}}}(?:(?<=[。！？；\n])|$)|.{{1,{size}}}", text)
-        except (LookupError, StopIteration, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError):
             wanted = (
                 "wanted text, 结论 or output, and spo_list, if there, in CMeIE's form or CMeKG's"
             )

@@ -1082,7 +1082,7 @@ def rows_of(text, suffix, names):
             where = "as a table"
             yield from table_rows(text, names)
     except (ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{where} cannot be read: {error}") from None
+        raise ValueError(f"{where} is not JSON or CSV: {error}") from None
 
 
 def table_rows(text, names):

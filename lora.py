@@ -586,9 +586,9 @@ class Options:
     __post_init__ = check_settings
 
 
-def export(options):
+def export(base, options):
     """Write a base, with an adapter merged into it if one is named, into a new folder."""
-    base, adapter, template = options.base_model, options.lora_weights, {}
+    adapter, template = options.lora_weights, {}
     if adapter:
         adapter = find_base(adapter, "give its folder with --lora_weights")
         base, made = adapter_base(adapter, base, options.anyway)
@@ -637,7 +637,7 @@ def main():
             raise ValueError(f"{command} wants --{name}")
     options = Options(**given)
     if command != "recover":
-        return export(options)
+        return export(options.base_model, options)
     base, folder = find_base(options.base_model), options.output_dir
     total, tables = recover(base, options.weight_diff, folder, DTYPES.get(options.dtype))
     print(

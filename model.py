@@ -1262,11 +1262,12 @@ def shown(value):
 
 class Parser(argparse.ArgumentParser):
     """argparse with one line for an error; --like-this may stand for --like_this. The description
-    is shown as it is written, with its examples, in the place of a usage."""
+    is shown as it is written, and its examples are the usage."""
 
     def __init__(self, **kwargs):
-        layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(allow_abbrev=False, formatter_class=layout, **kwargs)
+        as_written = argparse.RawDescriptionHelpFormatter
+        kwargs |= {"usage": "%(prog)s", "formatter_class": as_written}
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def add_settings(self, *classes, **plain):
         """An option for each field of settings dataclasses, in groups under the comments that stand
@@ -1299,10 +1300,6 @@ class Parser(argparse.ArgumentParser):
             near = get_close_matches(word, self._option_string_actions) or ["a text in quotes"]
             self.error(f"unknown {' '.join(unknown)}, did you mean {near[0]}?")
         return found, unknown
-
-    def format_help(self):
-        self.usage = argparse.SUPPRESS
-        return super().format_help()
 
     def error(self, message):
         self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")

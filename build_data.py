@@ -897,7 +897,7 @@ def replies_beside(output, mark):
     """The file of the replies to an output. Raises ValueError if the output is another command's:
     it stands there without replies, or its records do not hold mark, as ours all do."""
     path, output = beside(output, ".replies.jsonl"), Path(output)
-    kept = output.read_bytes() if output.exists() else b""
+    kept = output.read_bytes() if output.is_file() else b""
     if kept and not (path.exists() and f'"{mark}": '.encode() in kept):
         raise ValueError(f"{output} is another command's (no {mark} there); give another --output")
     return path
@@ -1133,7 +1133,7 @@ class Client:
         """Whether an endpoint refuses a request for a parameter sent that it may do without, or for
         a reply too long for its context. No later request sends it, or asks for so much."""
         size = next(name for name in sent if name.endswith("_tokens"))
-        if "context" in str(error) and sent[size] > 99:
+        if re.search("context|does not fit", str(error)) and sent[size] > 99:
             self.params[size] = sent[size] // 2
             return True
         name = next((name for name in ("messages", *sent) if name in str(error)), None)

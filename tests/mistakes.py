@@ -135,7 +135,7 @@ MISTAKES = [
     ("trains all of a quantised base", "train --full --base_dtype int8", "--full"),
     ("shards without torchrun", "train --shard", "torchrun"),
     ("asks an empty question", "generate ''", "empty"),
-    ("asks and serves", "generate --serve 问", "one of"),
+    ("asks and serves", "generate 问 --serve", "one of"),
     ("saves a single answer", "generate --output a.jsonl 问", "--output"),
     ("gives a share above 1", "generate --top_p 2 问", "top_p"),
     ("leaves no room to answer", "generate --context 100", "context 100"),

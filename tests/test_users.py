@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RECORDS, ROOT, run_command
+from conftest import RECORDS, ROOT, make_config, run_command
 from fake_openai import Scripted
 from mistakes import MISTAKES, folder_of_files, make
 
@@ -290,7 +290,7 @@ def test_help_shows_examples_that_run(main, capsys):
     examples = re.findall(rf"^  \S+ .*?{script}\.py ?(.*)$", text, re.M)
     assert len(examples) >= 3 and str(ROOT) not in text
     options = set(re.findall(r"--(\w+)", text.partition("options:")[2]))
-    if script != "build_data":  # whose options are those of its commands
+    if script not in ("model", "build_data"):  # whose options are those of their commands
         assert {o for line in examples for o in re.findall(r"--(\w+)", line)} <= options | {
             "nproc_per_node"
         }
@@ -309,7 +309,7 @@ def test_help_has_groups_choices_and_both_defaults(capsys):
         told = re.findall(r"^  --(\w+)", parser.format_help(), re.M)
         assert sorted(told) == sorted(settings.__dataclass_fields__)
     about_api = help_of(D.main, capsys, "knowledge")
-    assert "How an LLM is asked, and where its replies go:" in about_api
+    assert "\nwho is asked, and where the replies go:\n" in about_api
 
 
 def test_a_missing_package_says_what_to_install(capsys):
@@ -449,11 +449,14 @@ def test_a_reply_fits_into_the_context_of_the_endpoint(tmp_path, capsys, key):
     """Our own server refuses what with its answer exceeds 2,048 positions, as the default of 2,048
     tokens for a reply always does."""
 
+    fitting = G.Batch(M.LLaMA(make_config()), 4, 2048, [2], None)
+
     def reply(prompt, body, number):
         size = body.get("max_completion_tokens")
         if size + 700 > 2048:
-            error = {"message": f"{size + 700} positions", "code": "context_length_exceeded"}
-            return 400, {"error": error}
+            with pytest.raises(G.Refused) as refused:
+                fitting.submit(G.Request([1] * 700, G.Decoding(max_new_tokens=size)))
+            return 400, refused.value.body
         return told(prompt)
 
     with Scripted(reply) as server:

@@ -830,9 +830,8 @@ def eos_ids(tokenizer):
 
 
 def load_template(name):
-    """The template of a bare name in data/templates, or of a path. It has
-    BenTsao's prompt_no_input and prompt_input (by default the same), with {instruction} and
-    {input}, or a chat's texts:
+    """The template of a bare name in data/templates, or of a path. It has BenTsao's prompt_no_input
+    and prompt_input (by default the same), with {instruction} and {input}, or a chat's texts:
 
       prompt          up to the answer: {system}, {turns}, and {user}, the last question
       turn            an earlier {user} and its {answer}; {n} counts them from 1, {i} from 0
@@ -1147,7 +1146,8 @@ def read_messages(row):
     question waits for its answer, and the last question has the record's input. Raises ValueError
     for a record in none of them."""
     try:
-        ours, messages = our_keys(row), row.get("messages") or row.get("conversations")
+        messages = row.get("messages") or row.get("conversations")
+        ours = row if messages else our_keys(row)
         input = ours.get("input")
         if not messages:
             said = zip(cycle(("user", "assistant")), row_texts(ours))
@@ -1422,13 +1422,13 @@ def chat(answer, prompt_of, multi, room, about, opening=()):
 def obey(line, opening, turns, about):
     """Carry out a line that is a command; False if it is a question. Raises EOFError to end."""
     command, _, path = line.partition(" ")
+    path = path.strip() or "chat.json"
     if line in EXITS:
         raise EOFError
-    said = {"/reset": "a new conversation", "/model": about, "/help": COMMANDS}
-    said["/save"] = f"saved in {path or 'chat.json'}"
+    said = {"/model": about, "/help": COMMANDS, "/save": f"saved in {path}", "/reset": "begun anew"}
     if command == "/save":
         # A record that can be trained on: OpenAI's messages.
-        write_json(path or "chat.json", [{"messages": [*opening, *chain(*turns)]}])
+        write_json(path, [{"messages": [*opening, *chain(*turns)]}])
     elif command == "/reset":
         turns.clear()
     elif not re.fullmatch("/[a-z]+", command):

@@ -149,11 +149,10 @@ def test_a_name_is_found_in_the_caches(tmp_path, monkeypatch, place):
     assert M.find_base("Qwen/Qwen2.5-7B") == tmp_path / place
 
 
-def test_an_adapter_by_its_name_on_a_hub(bases, tmp_path, monkeypatch, capsys):
+def test_an_adapter_by_its_name_on_a_hub(bases, tmp_path, monkeypatch):
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path))
-    adapter = make_adapter(bases / "own", tmp_path / "models/someone/lora-med")
+    make_adapter(bases / "own", tmp_path / "models/someone/lora-med")
     assert run_command(G.main, "--lora_weights", "someone/lora-med", *QUESTION) == 0
-    assert str(adapter) in capsys.readouterr().err or True
     merge = ("merge", "--lora_weights", "someone/lora-med", "--output_dir", tmp_path / "merged")
     assert run_command(L.main, *merge) == 0
 

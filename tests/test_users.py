@@ -220,6 +220,13 @@ def test_context_is_an_input_and_our_own_keys_come_first(tmp_path):
         assert (record["instruction"], record["input"], record["output"]) == ("问", "背景", "答")
 
 
+def test_an_input_beside_messages_stays_one(tmp_path):
+    messages = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    path = write(tmp_path / "a.json", [{"messages": messages, "input": "背景"}])
+    [record] = G.read_instructions(path, answers=True)
+    assert (record["instruction"], record["input"]) == ("问", "背景")
+
+
 @pytest.mark.parametrize(
     "name, content",
     [("q.txt", "甲？\n\n乙？\n"), ("q", "甲？\n乙？"), ("q.json", ["甲？", "乙？"])],

@@ -192,19 +192,9 @@ def build(args, jobs, sieve):
         client.ask({job.key: job.messages for job in jobs})
         print("--- on top of that, a reply that cannot be parsed is asked once more")
         return
-    # A dozen first: where these fail alike, so would the others. A batch is made as a whole.
-    read, n = [], 0 if args.batch else 12
-    for part in (jobs[:n], jobs[n:]):
-        # Ask, and where a reply cannot be parsed, ask once more. What is on the file is not asked.
-        client.ask({job.key: job.messages for job in part})
-        client.ask(repairs(args, part, client.replies))
-        read += [(job, record) for job in part for record in read_reply(job, client)]
-        faults = {record.get("reason") for _, record in read}
-        if len(faults) == 1 and None not in faults:
-            break
-
     # The sieve compares each record with those kept before it: the order of the jobs counts.
     kept, rejected = [], []
+    read = read_replies(args, jobs, client)
     for job, record in read:
         reason = record.get("reason") or sieve.reason(record, job)
         if reason:
@@ -223,6 +213,21 @@ def build(args, jobs, sieve):
         raise ValueError(
             f"nothing was kept; {args.output} has no records, *.rejected.jsonl says why"
         )
+
+
+def read_replies(args, jobs, client):
+    """[(job, record), ...] of the replies to jobs, which are asked."""
+    # A dozen first: where these fail alike, so would the others. A batch is made as a whole.
+    read, n = [], 0 if args.batch else 12
+    for part in (jobs[:n], jobs[n:]):
+        # Ask, and where a reply cannot be parsed, ask once more. What is on the file is not asked.
+        client.ask({job.key: job.messages for job in part})
+        client.ask(repairs(args, part, client.replies))
+        read += [(job, record) for job in part for record in read_reply(job, client)]
+        faults = {record.get("reason") for _, record in read}
+        if len(faults) == 1 and None not in faults:
+            break
+    return read
 
 
 def read_reply(job, client):

@@ -1055,7 +1055,7 @@ def read_records(path, names=()):
         raise ValueError(f"{path} {error}") from None
     for where, row in (rows or {"is empty and": None}).items():
         if isinstance(row, str):
-            rows[where] = row = {"instruction": row.strip()}
+            rows[where] = row = {"instruction": row}
         if not isinstance(row, dict):
             raise ValueError(f"{path} {where} holds a {type(row).__name__}, wanted an object")
     return [*rows.items()]
@@ -1070,18 +1070,21 @@ def rows_of(text, suffix, names):
     try:
         if in_array:
             array = json.loads(text)
-            for i, row in enumerate(array if in_array[1] == "[" else array["data"], 1):
-                yield f"record {i}", row
+            yield from number("record", array if in_array[1] == "[" else array["data"])
         elif is_json or not names and suffix not in (".csv", ".tsv"):
-            for i, line in enumerate(text.split("\n"), 1):
-                where = f"line {i}"
+            read = json.loads if is_json else str.strip
+            for where, line in number("line", text.split("\n")):
                 if line.strip():
-                    yield where, json.loads(line) if is_json else line
+                    yield where, read(line)
         else:
             where = "as a table"
             yield from table_rows(text, names)
     except (ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{where} is not JSON or CSV: {error}") from None
+
+
+def number(kind, rows):
+    return ((f"{kind} {i}", row) for i, row in enumerate(rows, 1))
 
 
 def table_rows(text, names):
@@ -1939,6 +1942,7 @@ def load(options, adapter):
     the adapter's own, else data/tiny and the template that the base's special tokens ask for."""
     base, made = options.base_model or DATA / "tiny", {}
     if adapter:
+        adapter = find_base(adapter, NO_ADAPTER)
         base, made = adapter_base(adapter, options.base_model, options.anyway)
     # The adapter's stands in run.json as a whole, whatever has become of its file.
     own = made.get("made_in", {}).get("template")
@@ -1968,7 +1972,7 @@ def load(options, adapter):
 def note_answers(output, adapter):
     """Note the hashes of a file of answers and of the adapter that gave them, if there are both."""
     if output and adapter:
-        made = [output, *filter(Path.is_file, Path(adapter).iterdir())]
+        made = [output, *filter(Path.is_file, find_base(adapter).iterdir())]
         write_hashes(f"{output}.hashes.json", made)
 
 
@@ -1995,8 +1999,8 @@ def main():
     rows = options.batch_size
     questions = read_instructions(options.instruct_dir) if way == "file" else []
     # Who names a base, a merged one say, does not get the adapter that lies here by chance.
-    name = options.lora_weights or "lora-tcm" * (not options.base_model)
-    adapter = find_base(name, NO_ADAPTER) if name and options.use_lora else ""
+    adapter = options.lora_weights or "lora-tcm" * (not options.base_model)
+    adapter *= options.use_lora
     model, tokenizer, template, about = load(options, adapter)
 
     opening = [{"role": "system", "content": options.system}] if options.system else []
@@ -2018,7 +2022,7 @@ def main():
         answer_file(model, tokenizer, template, questions, options, *more)
         note_answers(options.output, adapter)
     elif way == "serve":
-        name = Path(name).resolve().name
+        name = Path(adapter).resolve().name
         names = ["tuned" if name == "base" else name, "base"] if adapter else ["base"]
         # As many rows for the base as for the adapter, side by side.
         rows *= len(names)

@@ -126,6 +126,9 @@ def test_formulas_warn_of_their_poisonous_herbs():
                 assert any(v.startswith(f"{herb}{degree}") for v in notes(e)), (name, herb)
                 if herbs[herb] and degree != "有小毒":
                     assert any(v.startswith("孕妇") for v in notes(e)), (name, herb)
+        # 忌用 and 禁用 are one thing in two books.
+        if any("孕妇禁用" in notes(HERBS.get(herb, {})) for herb in e["组成"]):
+            assert {"孕妇禁用", "孕妇忌用"} & set(notes(e)), name
 
 
 @pytest.mark.parametrize("pair", sorted(map(sorted, PAIRS)), ids="-".join)

@@ -36,7 +36,7 @@ import time
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from itertools import chain, count, cycle, islice
+from itertools import chain, count, cycle, islice, repeat
 from pathlib import Path
 from string import Template
 
@@ -77,8 +77,10 @@ class Fact:
     values: list
     form: dict = None  # {questions: texts with {e}, statements: texts with {e} and {v}}
 
-    def statement(self):
-        return self.form["statements"][0].format(e=self.entity, v=self.text)
+    def statement(self, rng=None):
+        forms = self.form["statements"]
+        form = rng.choice(forms) if rng else forms[0]
+        return form.format(e=self.entity, v=self.text)
 
 
 def facts(entity, forms):
@@ -103,6 +105,10 @@ def values_of(entity, relation):
     pairs = unique(zip(*(entity.get(relation, []) for relation in PAIRED)))
     text = "，".join(f"{pattern}用{formula}" for pattern, formula in pairs)
     return text, unique(chain(*pairs))
+
+
+def facts_of(entity, forms):
+    return {fact.relation: fact for fact in facts(entity, forms)}
 
 
 def values_in(facts):
@@ -135,37 +141,177 @@ def split_entities(entities, share, seed):
     return parts
 
 
-def write_records(entities, forms, ways, rng):
-    """Records of all facts: each fact asked for in at most so many ways, and two facts of each
-    entity asked for at once."""
-    for entity in entities:
-        own = list(facts(entity, forms))
-        # Several ways to ask, one way to answer: the statement form is always the first.
-        for fact in own:
+def single_questions(entities, forms, ways, rng):
+    """Yield (form, turns, facts) of records that tell all facts: each is asked for in at most so
+    many ways, and two facts of each entity at once."""
+    for own in (facts_of(entity, forms) for entity in entities):
+        for fact in own.values():
             questions = list(enumerate(fact.form["questions"]))
             for i, question in rng.sample(questions, min(ways, len(questions))):
-                yield offline_record([fact], i, question.format(e=fact.entity))
+                turn = question.format(e=fact.entity), answer([fact], own, rng)
+                yield i, [turn], [fact]
         if len(own) > 1:
-            pair = rng.sample(own, 2)
+            pair = rng.sample([*own.values()], 2)
             both = "和".join(fact.relation for fact in pair)
-            question = f"请介绍{pair[0].entity}的{both}。"
-            yield offline_record(pair, "pair", question)
+            yield "pair", [(f"请介绍{pair[0].entity}的{both}。", answer(pair, own, rng))], pair
 
 
-def offline_record(answered, form, question):
-    """The record in which the statements of some facts of an entity answer a question."""
-    first = answered[0]
+def offline_record(form, turns, answered, system=""):
+    """The record of turns [(question, answer), ...], whose last answer tells some facts."""
     relations = [fact.relation for fact in answered]
+    first = answered[0] if answered else Fact("", "", "", "", [])
     return {
         "id": f"{first.entity}/{'+'.join(relations)}/{form}",
-        "instruction": question,
-        "input": "",
-        "output": "".join(fact.statement() for fact in answered),
+        **conversation(turns, system),
         "entity": first.entity,
         "kind": first.kind,
         "relations": relations,
         "values": values_in(answered),
     }
+
+
+# ==================================================================================================
+# Offline, beyond single questions: the wording stands in data/talk.json
+
+
+def answer(asked, own, rng):
+    """What is said of some facts of an entity, `own` being all it has: first what warns (of an
+    emergency, of a poison where a dose is asked for), then their statements, and what a form says
+    goes with them (a dose's cautions)."""
+    about = {fact.relation for fact in asked}
+    said = [text for fact in own.values() for text in alerts(fact, about)]
+    for fact in asked:
+        said.append(fact.statement(rng))
+        said += [text for mark, text in fact.form.get("notes", {}).items() if mark in fact.text]
+    for relation, texts in asked[-1].form.get("then", {}).items():
+        if relation in own and relation not in about:
+            said.append(rng.choice(texts).format(e=fact.entity, v=own[relation].text))
+    return "".join(said)
+
+
+def alerts(fact, about):
+    """The warnings that a fact brings about answers on some relations."""
+    rules = fact.form.get("alerts", [])
+    rules = [rule for rule in rules if about & {*rule.get("about", about)}]
+    texts = [rule["text"] for rule in rules if re.search(rule["mark"], fact.text)]
+    return [text.format(e=fact.entity) for text in texts]
+
+
+class Words(dict):
+    """Texts by name. One that is not given is drawn from the list of that name in talk, and the
+    names in it are filled in the same way: a grammar, whose sentences are questions and answers."""
+
+    def __init__(self, talk, rng, *told):
+        """told: (fact, all facts of its entity), ...; of the first there are e0, r0, it0 (entity,
+        relation, pronoun), q0 (question), p0 (with the pronoun), s0 (statement), say0 (of v) and
+        t0 (answer)."""
+        self.talk, self.rng = dict(talk), rng
+        for i, (fact, own) in enumerate(told):
+            it = rng.choice(talk[fact.kind])
+            asks, says = fact.form["questions"], fact.form["statements"]
+            self.update({f"e{i}": fact.entity, f"r{i}": fact.relation, f"it{i}": it})
+            self[f"t{i}"] = answer([fact], own, rng)
+            self.talk[f"q{i}"] = [ask.format(e=fact.entity) for ask in asks]
+            self.talk[f"p{i}"] = [ask.format(e=it) for ask in asks]
+            self.talk[f"s{i}"] = [say.format(e=fact.entity, v=fact.text) for say in says]
+            self.talk[f"say{i}"] = [say.replace("{e}", fact.entity) for say in says]
+
+    def __missing__(self, name):
+        return self.rng.choice(self.talk[name]).format_map(self)
+
+
+def talks(entities, forms, talk, rng):
+    """Yield (form, turns, facts) by the recipes of talk: conversations, questions with options,
+    statements to judge."""
+    known = [facts_of(entity, forms) for entity in entities]
+    for fact, own in chain(*(zip(own.values(), repeat(own)) for own in known)):
+        words, told = words_about(fact, own, known, talk, rng)
+        for name, recipe in talk["recipes"].items():
+            words["v"] = words.get(recipe["v"])  # what is chosen or judged
+            if rng.random() < recipe["share"] and (words["v"] or not recipe["v"]):
+                turns = recipe["turns"][: rng.randint(1, len(recipe["turns"]))]
+                said = [(ask.format_map(words), text.format_map(words)) for ask, text, _ in turns]
+                yield name, said, [told[turns[-1][-1]][0]]
+
+
+def words_about(fact, own, known, talk, rng):
+    """(Words, the facts they are about): fact 0 is the one given, 1 another of its entity, 2 the
+    same as 1 of another entity, 3 another of that. x is a value of fact 0, w0 to w2 are foreign
+    ones; a to d are these four, and l is the letter of x."""
+    again = rng.choice([*own.values()])
+    other = rng.choice([other for other in known if again.relation in other])
+    like, last = other[again.relation], rng.choice([*other.values()])
+    told = (fact, own), (again, own), (like, other), (last, other)
+    words, wrong = Words(talk, rng, *told), foreign_values(fact, own, known)
+    if len(wrong) > 2:
+        options = [rng.choice(fact.values), *rng.sample(wrong, 3)]
+        words.update(zip(("x", "w0", "w1", "w2"), options))
+        rng.shuffle(options)
+        words.update(zip("abcd", options), l="ABCD"[options.index(words["x"])])
+    return words, told
+
+
+def foreign_values(fact, own, known):
+    """What other entities of the kind have under a fact's relation, unless they are of its class:
+    what is no value of 麻黄 may still be true of it where 桂枝 has it."""
+    # Of one kind and relation there is one form. Pairs of pattern and formula are no single values.
+    likes = [other for other in known if other.get(fact.relation, fact).form is fact.form]
+    likes = [other for other in likes if fact.relation != "辨证论治" and fact.relation in other]
+    likes = [other for other in likes if not classes(own) & classes(other)]
+    found = unique(values_in(other[fact.relation] for other in likes))
+    return [value for value in found if not names_any(value, fact.values)]
+
+
+def classes(own):
+    return {*values_in(own[name] for name in ("所属科室", "分类") if name in own)}
+
+
+def names_any(text, names):
+    return any(name in text for name in names)
+
+
+def outside(entities, forms, talk, rng):
+    """Yield (form, turns, no facts) of what the knowledge base does not answer: the groups of talk,
+    and questions about names that no entity has."""
+    kinds, groups = kinds_of(entities), talk["outside"]
+    for kind, names in talk["names"].items():
+        own = [name for name in kinds if kinds[name] == kind]
+        # Names that look like ones: the head of one and the tail of another.
+        made = zip(own, rng.sample(own, len(own)))
+        names = [*names, *(a[: len(a) // 2] + b[len(b) // 2 :] for a, b in made)]
+        asks = [ask for form in forms[kind].values() for ask in form["questions"]]
+        asks = [ask.replace("{e}", "{x}") for ask in asks]
+        unknown = {"questions": asks, "answers": talk["unknown"], "x": {*names} - kinds.keys()}
+        groups = [*groups, unknown]
+    for group in groups:
+        for x in sorted(group.get("x", [""])):
+            for ask in [rng.choice(group["questions"])] if x else group["questions"]:
+                turn = ask.format(x=x), rng.choice(group["answers"])
+                yield f"outside/{turn[0]}", [turn], []
+
+
+def pairs(entities, forms, talk, rng):
+    """Yield (form, turns, facts): may two herbs be taken together? Of each pair that a caution
+    names, and of as many that none does."""
+    herbs = [facts_of(entity, forms) for entity in entities if entity["类型"] == "中药"]
+    cautions = {own["使用注意"].entity: own["使用注意"] for own in herbs if "使用注意" in own}
+    for name, fact in cautions.items():
+        apart = re.findall("不宜与(.+?)同用", fact.text)
+        for other in [*apart, *rng.sample([*cautions], len(apart))]:
+            words = Words(talk, rng)
+            words |= {"a": name, "b": other}
+            clash = other in fact.text or name in cautions.get(other, fact).text
+            turn = words["together"], words["apart" if clash else "free"]
+            yield f"with-{other}", [turn], [fact]
+
+
+def records(made, talk, rng, hidden):
+    """The records of (form, turns, facts), one in eight behind a system message, unless a question
+    names what is hidden: an option or an invented name might."""
+    for form, turns, told in made:
+        if not names_any("\n".join(question for question, _ in turns), hidden):
+            system = rng.choice(["", "", "", "", "", "", "", rng.choice(talk["systems"])])
+            yield offline_record(form, turns, told, system)
 
 
 # ==================================================================================================
@@ -227,11 +373,21 @@ def records_of(job, items):
     turns = [tuple(item.values()) for item in items]
     if not 2 <= len(turns) <= 6 or not all(map(all, turns)):
         raise ValueError(f"turns: {len(turns)}, wanted 2 to 6 and none of them empty")
-    messages = [message(*said) for turn in turns for said in zip(("user", "assistant"), turn)]
-    # As BenTsao wrote its rows: all turns but the last answer are the instruction.
+    return [conversation(turns)]
+
+
+def conversation(turns, system=""):
+    """What a record has of turns [(question, answer), ...]. As BenTsao wrote its rows: all turns
+    but the last answer are the instruction."""
     *earlier, (question, answer) = turns
-    instruction = render_turns([*earlier, (question, None)])
-    return [{"instruction": instruction, "input": "", "output": answer, "messages": messages}]
+    if earlier:
+        question = render_turns([*earlier, (question, None)])
+    record = {"instruction": question, "input": "", "output": answer}
+    if earlier or system:
+        said = chain(*(zip(("user", "assistant"), turn) for turn in turns))
+        said = [("system", system)] * bool(system) + [*said]
+        record["messages"] = [message(*side) for side in said]
+    return record
 
 
 # ==================================================================================================
@@ -1182,6 +1338,15 @@ def is_text(value):
     return isinstance(value, str) and value.strip() != ""
 
 
+def read_talk(path):
+    """What is said in records beyond single questions, as in data/talk.json. Raises ValueError for
+    a file without it."""
+    talk = read_json_file(path)
+    if not isinstance(talk, dict) or not {"recipes", "outside", "names"} <= talk.keys():
+        raise ValueError(f"{path} holds no talk; wanted it as in data/talk.json")
+    return talk
+
+
 def read_forms(path):
     """The forms in a file like data/forms.json, {kind: {relation: {questions, statements}}}. Raises
     ValueError for others."""
@@ -1382,19 +1547,27 @@ class Offline(Source):
     """Instruction records from forms, split by entity."""
 
     forms: str = setting(f"{DATA}/forms.json", "questions and statements by relation")
-    output_dir: str = setting(str(DATA), "folder for train.jsonl and heldout.jsonl")
+    talk: str = setting(f"{DATA}/talk.json", "wording of dialogues, exams, what lies outside")
+    output_dir: str = setting(str(DATA), "folder for train, dialogues and heldout.jsonl")
     heldout: float = setting(0.1, "share of the entities held out", high=0.99)
-    questions: int = setting(2, "question forms per fact (held out: 1)")
+    questions: int = setting(1, "question forms per fact (held out: 1)")
 
     def run(self):
-        forms = read_forms(self.forms)
+        forms, talk, rng = read_forms(self.forms), read_talk(self.talk), random.Random(self.seed)
         train, held_out = split_entities(read_knowledge(self.knowledge), self.heldout, self.seed)
-        for name, part, questions in (
-            ("train", train, self.questions),
-            ("heldout", held_out, 1),
-        ):
-            records = write_records(part, forms, questions, random.Random(self.seed))
-            write_lines(f"{self.output_dir}/{name}.jsonl", list(records))
+        made = chain(
+            single_questions(train, forms, self.questions, rng),
+            *(make(train, forms, talk, rng) for make in (talks, pairs, outside)),
+        )
+        made = list(records(made, talk, rng, kinds_of(held_out)))
+        asked = single_questions(held_out, forms, 1, random.Random(self.seed))
+        # One conversation would make a whole file one of conversations (`read_instructions`).
+        for name, part in {
+            "train": [record for record in made if "<bot>" not in record["instruction"]],
+            "dialogues": [record for record in made if "<bot>" in record["instruction"]],
+            "heldout": [offline_record(*one) for one in asked],
+        }.items():
+            write_lines(f"{self.output_dir}/{name}.jsonl", part)
 
 
 @dataclass

@@ -212,7 +212,7 @@ class Words(dict):
             self.update({f"e{i}": fact.entity, f"r{i}": fact.relation, f"it{i}": it})
             self[f"t{i}"] = answer([fact], own, rng)
             self.talk[f"q{i}"] = [ask.format(e=fact.entity) for ask in asks]
-            self.talk[f"p{i}"] = [ask.format(e=it) for ask in asks]
+            self.talk[f"p{i}"] = [ask.format(e=it) for ask in asks if "？" in ask]
             self.talk[f"s{i}"] = [say.format(e=fact.entity, v=fact.text) for say in says]
             self.talk[f"say{i}"] = [say.replace("{e}", fact.entity) for say in says]
 
@@ -238,7 +238,7 @@ def words_about(fact, own, known, talk, rng):
     """(Words, the facts they are about): fact 0 is the one given, 1 another of its entity, 2 the
     same as 1 of another entity, 3 another of that. x is a value of fact 0, w0 to w2 are foreign
     ones; a to d are these four, and l is the letter of x."""
-    again = rng.choice([*own.values()])
+    again = rng.choice([one for one in own.values() if one is not fact] or [fact])
     other = rng.choice([other for other in known if again.relation in other])
     like, last = other[again.relation], rng.choice([*other.values()])
     told = (fact, own), (again, own), (like, other), (last, other)

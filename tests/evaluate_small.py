@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny")]
 from evaluate import (  # noqa: E402
     Candidate,
     Facts,
@@ -27,14 +28,13 @@ from evaluate import (  # noqa: E402
     read_choices,
     read_pairs,
 )
+from talk import Words  # noqa: E402
 
 from build_data import (  # noqa: E402
-    Words,
     alerts,
     facts_of,
     read_forms,
     read_knowledge,
-    read_talk,
     split_entities,
 )
 from generate import (  # noqa: E402
@@ -49,7 +49,7 @@ from generate import (  # noqa: E402
     render_turns,
 )
 from lora import load_adapter  # noqa: E402
-from model import run  # noqa: E402
+from model import read_json_file, run  # noqa: E402
 
 # Messages that no training record has.
 SYSTEMS = (
@@ -196,7 +196,7 @@ def main():
     args = parser.parse_args()
     model, rng = Model(args.base, args.adapter), random.Random(0)
     entities, forms = read_knowledge(DATA / "knowledge.jsonl"), read_forms(DATA / "forms.json")
-    talk = read_talk(DATA / "talk.json")
+    talk = read_json_file(DATA / "talk.json")
     _, held_out = split_entities(entities, 0.1, 0)
     known, facts = [facts_of(entity, forms) for entity in held_out], Facts(entities)
 

@@ -14,6 +14,7 @@ import generate as G
 
 sys.path.insert(0, str(ROOT / "data" / "tiny"))
 import make  # noqa: E402
+import talk as K  # noqa: E402
 
 DATA = ROOT / "data"
 FORMS = json.loads((DATA / "forms.json").read_text(encoding="utf-8"))
@@ -51,10 +52,11 @@ def test_textbook_facts():
 
 
 DIVERSITY = 0.47
-TALK = D.read_talk(DATA / "talk.json")
-FILES = ("train", "dialogues", "heldout")
+TALK = json.loads((DATA / "talk.json").read_text(encoding="utf-8"))
+FILES = ("train", "talks", "dialogues", "heldout")
 PARTS = {n: G.read_instructions(DATA / f"{n}.jsonl", answers=True) for n in FILES}
-ASKED = [r for r in PARTS["train"] + PARTS["dialogues"] if r["entity"]]
+TUNED_ON = PARTS["train"] + PARTS["talks"] + PARTS["dialogues"]
+ASKED = [r for r in TUNED_ON if r["entity"]]
 TRAIN, HELD_OUT = D.split_entities(ENTITIES, 0.1, 0)
 
 
@@ -84,6 +86,10 @@ def test_an_answer_holds_its_values():
 
 def test_shipped_records_are_what_the_command_writes(tmp_path):
     D.Offline(output_dir=str(tmp_path)).run()
+    made = K.records(ENTITIES, FORMS, TALK)
+    dialogues = [r for r in made if "<bot>" in r["instruction"]]
+    D.write_lines(tmp_path / "dialogues.jsonl", dialogues)
+    D.write_lines(tmp_path / "talks.jsonl", [r for r in made if "<bot>" not in r["instruction"]])
     for name in FILES:
         made, shipped = (folder / f"{name}.jsonl" for folder in (tmp_path, DATA))
         assert made.read_bytes() == shipped.read_bytes(), name
@@ -95,7 +101,7 @@ def test_many_ways_to_ask_and_to_answer():
     forms = [form for relations in FORMS.values() for form in relations.values()]
     assert len({q for form in forms for q in form["questions"]}) >= 250
     assert all(len(form["statements"]) >= 2 for form in forms)
-    texts = ["".join(said(r) + said(r, 1)) for r in PARTS["train"]]
+    texts = ["".join(said(r) + said(r, 1)) for r in PARTS["train"] + PARTS["talks"]]
     texts = random.Random(0).sample(texts, 2000)
     grams = [text[i : i + 4] for text in texts for i in range(len(text) - 3)]
     assert len(set(grams)) / len(grams) >= DIVERSITY
@@ -142,7 +148,7 @@ def test_dialogues_refer_back():
 
 def test_what_lies_outside_is_no_entity():
     names = {e["中心词"] for e in ENTITIES}
-    outside = [r for r in PARTS["train"] if not r["entity"]]
+    outside = [r for r in PARTS["talks"] if not r["entity"]]
     assert len(outside) > 1000
     for r in outside:
         # No fact is told: an answer is one of the fixed ones.

@@ -15,15 +15,14 @@ from pathlib import Path
 from sentencepiece import SentencePieceTrainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+from talk import Words, words_about  # noqa: E402
+
 from build_data import (  # noqa: E402
-    Words,
     alerts,
     facts,
     facts_of,
     read_knowledge,
-    read_talk,
     split_entities,
-    words_about,
     write_lines,
 )
 from generate import DATA, load_template  # noqa: E402
@@ -67,12 +66,12 @@ def tell(fact, own, talk, rng):
 
 
 def comparisons(known, talk, rng):
-    """Documents in which two entities in turn tell the same of themselves."""
+    """Documents that say first what they will tell, of one entity or of two, and then tell it."""
     texts = []
     for own in rng.sample(known, len(known) // 2):
-        fact = rng.choice([*own.values()])
+        fact, again = rng.sample([*own.values()], 2)
         other = rng.choice([other for other in known if fact.relation in other])
-        told = (fact, own), (fact, own), (other[fact.relation], other)
+        told = (fact, own), (again, own), (other[fact.relation], other)
         texts.append(Words(talk, rng, *told)["compared"])
     return texts
 
@@ -81,7 +80,7 @@ def verdicts(known, talk, rng):
     """Of the entities that training may ask about: a list with letters or a claim, the fact, and
     what follows from it."""
     texts = []
-    for own in rng.sample(known, len(known) // 15):
+    for own in rng.sample(known, len(known) // 30):
         for fact in own.values():
             words, _ = words_about(fact, own, known, talk, rng)
             for recipe in talk["recipes"].values():
@@ -147,9 +146,9 @@ def train_tokenizer(texts, vocab_size):
 if __name__ == "__main__":
     what, path, *number = sys.argv[1:]
     entities = read_knowledge(DATA / "knowledge.jsonl")
-    forms, talk = read_json_file(DATA / "forms.json"), read_talk(DATA / "talk.json")
+    forms, talk = read_json_file(DATA / "forms.json"), read_json_file(DATA / "talk.json")
     if what == "sentences":
-        passes = int(*number or [30])
+        passes = int(*number or [24])
         write_lines(path, write_sentences(entities, forms, talk, passes, random.Random(0)))
     else:
         pieces = int(*number or [4096])

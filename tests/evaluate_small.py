@@ -15,6 +15,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice, repeat
 from pathlib import Path
 
 import torch
@@ -31,8 +32,8 @@ from evaluate import (  # noqa: E402
     read_outside,
     told,
 )
-from exams import ask_choice, extract_choice, is_right, wilson  # noqa: E402
-from talk import Words, foreign_values  # noqa: E402
+from exams import extract_choice, wilson  # noqa: E402
+from talk import Words, words_about  # noqa: E402
 
 from build_data import (  # noqa: E402
     alerts,
@@ -198,49 +199,48 @@ def measure_warnings(ask, known, rng, show):
     show((q, wanted, a) for (q, wanted), a, ok in zip(asked, answers, good) if not ok)
 
 
-def measure_choices(ask, known, rng, show):
-    """A value among three of other entities, asked for in own words."""
-    questions = []
-    for own in known:
-        for fact in own.values():
-            wrong = foreign_values(fact, own, known)
-            if len(wrong) > 2:
-                texts = [rng.choice(fact.values), *rng.sample(wrong, 3)]
-                order = rng.sample(range(4), 4)
-                options = {letter: texts[i] for letter, i in zip("ABCD", order)}
-                text = rng.choice(WHICH).format(e0=fact.entity, r0=fact.relation)
-                letter = "ABCD"[order.index(0)]
-                questions.append({"question": text, "options": options, "answer": letter})
-    questions = rng.sample(questions, min(200, len(questions)))
-    answers = ask.alone([ask_choice(question)["instruction"] for question in questions])
-    given = [extract_choice(text, q["options"]) for q, text in zip(questions, answers)]
-    right = [is_right(q, letters) for q, letters in zip(questions, given)]
-    line("choice by answer, own words", sum(right), len(given))
-    line("choice not answered", given.count(None), len(given))
-    asked = zip(questions, answers, right)
-    show((q["question"], q["options"], a) for q, a, good in asked if not good)
+def drawn(known, talk, rng, number):
+    """The `words_about` of some facts that can be asked for with options."""
+    pairs = [(fact, own) for own in known for fact in own.values()]
+    words = (words_about(*rng.choice(pairs), known, talk, rng)[0] for _ in repeat(0))
+    return [*islice((one for one in words if "l" in one), number)]
 
 
-def measure_statements(ask, known, rng, show):
-    """A true and a false statement of a fact, to be judged in own words."""
-    pairs = []
-    for own in known:
-        for fact in own.values():
-            wrong = foreign_values(fact, own, known)
-            if wrong:
-                say = rng.choice(fact.form["statements"])
-                values = rng.choice(fact.values), rng.choice(wrong)
-                pairs.append([say.format(e=fact.entity, v=value) for value in values])
-    pairs = rng.sample(pairs, min(150, len(pairs)))
-    for side, name in enumerate(("true", "false")):
-        asked = [rng.choice(CLAIMS).format(said=pair[side]) for pair in pairs]
+def measure_choices(ask, known, talk, rng, show):
+    """A value among three of other entities."""
+    rows = drawn(known, talk, rng, 200)
+    options = [{letter: words[letter.lower()] for letter in "ABCD"} for words in rows]
+    for name, which in (("", "{which}\n{lines}"), (", own words", None)):
+        asked = [(which or f"{rng.choice(WHICH)}\n{{lines}}").format_map(words) for words in rows]
         answers = ask.alone(asked)
-        good = [told(text) is (side == 0) for text in answers]
-        line(f"{name} statements told so, own words", sum(good), len(pairs))
+        given = [extract_choice(text, texts) for texts, text in zip(options, answers)]
+        good = [letter == words["l"] for words, letter in zip(rows, given)]
+        line(f"choice by answer{name}", sum(good), len(given))
+        line("choice not answered", given.count(None), len(given))
         show((q, a) for q, a, ok in zip(asked, answers, good) if not ok)
-    rows = [{"consistent": right, "inconsistent": wrong} for right, wrong in pairs]
-    likelier = sum(is_likelier_right(ask.candidate, row) for row in rows)
-    line("right one of a pair likelier", likelier, len(rows))
+
+
+def measure_statements(ask, known, talk, rng, show):
+    """A true and a false statement of a fact, to be judged."""
+    rows = drawn(known, talk, rng, 150)
+    said = []
+    for words in rows:
+        statement = rng.choice(words.talk["say0"])
+        said.append([statement.format(v=words[v]) for v in ("x", "w0")])
+    for side, v in enumerate(("x", "w0")):
+        for words in rows:
+            words["v"] = words[v]
+        for name in ("", ", own words"):
+            asked = [words["judge"] for words in rows]
+            if name:
+                asked = [rng.choice(CLAIMS).format(said=pair[side]) for pair in said]
+            answers = ask.alone(asked)
+            good = [told(text) is (side == 0) for text in answers]
+            line(f"{('true', 'false')[side]} statements told so{name}", sum(good), len(rows))
+            show((q, a) for q, a, ok in zip(asked, answers, good) if not ok)
+    pairs = [{"consistent": right, "inconsistent": wrong} for right, wrong in said]
+    likelier = sum(is_likelier_right(ask.candidate, pair) for pair in pairs)
+    line("right one of a pair likelier", likelier, len(pairs))
 
 
 @dataclass
@@ -275,8 +275,8 @@ def main():
         measure_facts(ask, facts, records, show)
         measure_outside(ask, show)
         measure_turns(ask, facts, known, talk, rng, show)
-        measure_choices(ask, known, rng, show)
-        measure_statements(ask, known, rng, show)
+        measure_choices(ask, known, talk, rng, show)
+        measure_statements(ask, known, talk, rng, show)
         measure_warnings(ask, known, rng, show)
         rules = Counter()
         for row in ask.said:

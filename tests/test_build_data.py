@@ -7,10 +7,12 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 from conftest import ROOT
 
 import build_data as D
 import generate as G
+import model as M
 
 sys.path.insert(0, str(ROOT / "data" / "tiny"))
 import make  # noqa: E402
@@ -19,7 +21,6 @@ import talk as K  # noqa: E402
 DATA = ROOT / "data"
 FORMS = json.loads((DATA / "forms.json").read_text(encoding="utf-8"))
 ENTITIES = D.read_knowledge(DATA / "knowledge.jsonl")
-READ = D.read_knowledge(DATA / "tiny" / "knowledge.jsonl")  # by the small base
 
 
 def test_knowledge_base_is_whole():
@@ -87,7 +88,7 @@ def test_an_answer_holds_its_values():
 
 def test_shipped_records_are_what_the_command_writes(tmp_path):
     D.Offline(output_dir=str(tmp_path)).run()
-    made = K.records(ENTITIES, FORMS, TALK)
+    made = K.records(TRAIN, [entity["中心词"] for entity in HELD_OUT], FORMS, TALK)
     dialogues = [r for r in made if "<bot>" in r["instruction"]]
     D.write_lines(tmp_path / "dialogues.jsonl", dialogues)
     D.write_lines(tmp_path / "talks.jsonl", [r for r in made if "<bot>" not in r["instruction"]])
@@ -108,7 +109,7 @@ def test_many_ways_to_ask_and_to_answer():
     assert len(set(grams)) / len(grams) >= DIVERSITY
 
 
-VERDICT = "(?:其中|里面)没?有(.+)，(?:所以这个说法|这句话是|因此)(正确|错误)"
+VERDICT = "。([^。]+?)(?:就|不)?在(?:其中|里面)，(?:所以这个说法|这句话是|因此)(正确|错误)"
 
 
 def test_a_verdict_follows_from_its_fact():
@@ -120,8 +121,13 @@ def test_a_verdict_follows_from_its_fact():
         if kind == "choice":
             (question,), (text,) = said(r), said(r, 1)
             options = dict(line.split(c, 1) for line in question.split("\n")[-4:] for c in line[1])
-            value, letter = re.search("(?:其中|里面)有(.+?)，.{,2}选([A-D])。$", text).groups()
-            assert options[letter].strip() == value, r["id"]
+            # Each option is held against the fact, up to the right one.
+            checks = re.findall("([A-D])项(.+?)(不?)在其中，", text)
+            assert "".join(letter for letter, *_ in checks) == "ABCD"[: len(checks)], r["id"]
+            assert all(options[letter].strip() == value for letter, value, _ in checks), r["id"]
+            assert [not_in for *_, not_in in checks] == ["不"] * (len(checks) - 1) + [""]
+            letter = re.search("选([A-D])。$", text)[1]
+            assert letter == checks[-1][0], r["id"]
             values = own[r["entity"]][r["relations"][0]]
             assert sum(o.strip() in values for o in options.values()) == 1
             letters[letter] += 1
@@ -189,12 +195,28 @@ def test_pairs_of_herbs():
     assert min(seen.values()) >= 20
 
 
-def test_sentences_tell_every_fact_and_ask_nothing():
-    documents = make.write_sentences(ENTITIES, FORMS, TALK, 4, random.Random(0))
-    text = "\n".join(document["output"] for document in documents)
-    assert "？" not in text and all(
-        v in text for e in ENTITIES for k, vs in e.items() if isinstance(vs, list) for v in vs
+def test_the_base_reads_every_fact_and_no_question_about_a_held_out_entity():
+    documents = make.documents(ENTITIES, FORMS, TALK, 3, 1, random.Random(0))
+    texts = [document["output"] for document in documents]
+    passages = "\n".join(text for text in texts if "\n" not in text)
+    assert "？" not in passages and all(
+        v in passages for e in ENTITIES for k, vs in e.items() if isinstance(vs, list) for v in vs
     )
+    asked = [line for text in texts for line in text.split("\n") if line.startswith("问：")]
+    hidden = [entity["中心词"] for entity in HELD_OUT]
+    assert len(asked) > 10_000 and not [q for q in asked if any(name in q for name in hidden)]
+
+
+def test_a_model_that_copies_foresees_what_it_reads_twice():
+    """Of random ids told twice the second time is foreseen, and the first is not."""
+    model = M.LLaMA(M.load_model(DATA / "tiny").config)
+    M.init_weights(model, 0)
+    make.put_in_copying(model, torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 4096, (4, 40), generator=torch.Generator().manual_seed(1))
+    ids = torch.cat([ids, ids], 1)
+    with torch.no_grad():
+        logprobs = model(ids).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+    assert logprobs[:, :39].mean() < -8 and logprobs[:, 41:].mean() > -4
 
 
 def test_tokenizer_has_llamas_ids_and_keeps_every_text(tmp_path):

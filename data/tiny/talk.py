@@ -10,6 +10,7 @@ makes the turns of a record.
 import random
 import re
 import sys
+from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -80,8 +81,39 @@ def words_about(fact, own, known, talk, rng):
         options = [rng.choice(fact.values), *rng.sample(wrong, 3)]
         words.update(zip(("x", "w0", "w1", "w2"), options))
         rng.shuffle(options)
-        words.update(zip("abcd", options), l="ABCD"[options.index(words["x"])])
+        right = options.index(words["x"])
+        checks = [f"{letter}项{text}不在其中，" for letter, text in zip("ABCD", options[:right])]
+        words["checks"] = "".join([*checks, f"{'ABCD'[right]}项{words['x']}在其中，"])
+        words.update(zip("abcd", options), l="ABCD"[right])
     return words, told
+
+
+def comprehension(entities, forms, talk, rng):
+    """Yield (form, turns, no facts) of choices and statements to judge whose fact stands before
+    the question: of names that nobody has, with values drawn at random, so that only reading
+    answers them."""
+    known = [facts_of(entity, forms) for entity in entities]
+    kinds, values = kinds_of(entities), {}
+    for own in known:
+        for fact in own.values():
+            values.setdefault((fact.kind, fact.relation), []).extend(fact.values)
+    for fact in chain(*(own.values() for own in known)):
+        same = [name for name in kinds if kinds[name] == fact.kind]
+        drawn = unique(rng.choices(values[fact.kind, fact.relation], k=len(fact.values)))
+        fact = replace(fact, entity=invented(rng, same), values=drawn, text="、".join(drawn))
+        words, _ = words_about(fact, {fact.relation: fact}, known, talk, rng)
+        name = rng.choice(("choice", "choice", "true", "false"))
+        recipe = talk["recipes"][name]
+        words["v"] = words.get(recipe["v"])
+        if words["v"]:
+            ask, text, _ = recipe["turns"][0]
+            yield name, [(f"{{given}}\n{ask}".format_map(words), text.format_map(words))], []
+
+
+def invented(rng, names):
+    """A name that looks like one: the head of one and the tail of another."""
+    a, b = rng.sample(names, 2)
+    return a[: len(a) // 2] + b[len(b) // 2 :]
 
 
 def foreign_values(fact, own, known):
@@ -92,6 +124,8 @@ def foreign_values(fact, own, known):
     likes = [other for other in likes if fact.relation != "辨证论治" and fact.relation in other]
     likes = [other for other in likes if not classes(own) & classes(other)]
     found = unique(values_in(other[fact.relation] for other in likes))
+    # What the fact's text holds would be right (苦 in 微苦).
+    found = [value for value in found if value not in fact.text]
     return [value for value in found if not names_any(value, fact.values)]
 
 
@@ -109,9 +143,7 @@ def outside(entities, forms, talk, rng):
     kinds, groups = kinds_of(entities), talk["outside"]
     for kind, names in talk["names"].items():
         own = [name for name in kinds if kinds[name] == kind]
-        # Names that look like ones: the head of one and the tail of another.
-        made = zip(own, rng.sample(own, len(own)))
-        names = [*names, *(a[: len(a) // 2] + b[len(b) // 2 :] for a, b in made)]
+        names = [*names, *(invented(rng, own) for _ in own)]
         asks = [ask for form in forms[kind].values() for ask in form["questions"]]
         asks = [ask.replace("{e}", "{x}") for ask in asks]
         unknown = {"questions": asks, "answers": talk["unknown"], "x": {*names} - kinds.keys()}
@@ -138,27 +170,22 @@ def pairs(entities, forms, talk, rng):
             yield f"with-{other}", [turn], [fact]
 
 
-def records(entities, forms, talk, seed=0, share=0.1):
-    """All of them, one in four behind a system message, but for those in which a user names a
-    held-out entity: an option or an invented name might."""
-    rng = random.Random(seed)
-    train, held_out = split_entities(entities, share, seed)
-    hidden = list(kinds_of(held_out))
-    made = []
-    for make in (talks, pairs, outside):
-        for form, turns, told in make(train, forms, talk, rng):
+def records(entities, hidden, forms, talk, seed=0, makers=(talks, pairs, outside)):
+    """All of them about some entities, one in three behind a system message, but for those in
+    which a user names one that is hidden: an option or an invented name might."""
+    rng, made = random.Random(seed), []
+    for make in makers:
+        for form, turns, told in make(entities, forms, talk, rng):
             if not names_any("\n".join(question for question, _ in turns), hidden):
-                system = rng.choice(["", "", "", rng.choice(talk["systems"])])
+                system = rng.choice(["", "", Words(talk, rng)["systems"]])
                 made.append(offline_record(form, turns, told, system))
     return made
 
 
 if __name__ == "__main__":
-    made = records(
-        read_knowledge(DATA / "knowledge.jsonl"),
-        read_forms(DATA / "forms.json"),
-        read_json_file(DATA / "talk.json"),
-    )
+    train, held_out = split_entities(read_knowledge(DATA / "knowledge.jsonl"), 0.1, 0)
+    forms, talk = read_forms(DATA / "forms.json"), read_json_file(DATA / "talk.json")
+    made = records(train, [*kinds_of(held_out)], forms, talk)
     # One conversation would make a whole file one of conversations (`read_instructions`).
     for name, several in (("talks", False), ("dialogues", True)):
         part = [record for record in made if ("<bot>" in record["instruction"]) == several]

@@ -83,8 +83,10 @@ class Fact:
     values: list
     form: dict = None  # {questions: texts with {e}, statements: texts with {e} and {v}}
 
-    def statement(self):
-        return self.form["statements"][0].format(e=self.entity, v=self.text)
+    def statement(self, rng=None):
+        forms = self.form["statements"]
+        form = rng.choice(forms) if rng else forms[0]
+        return form.format(e=self.entity, v=self.text)
 
 
 def facts(entity, forms):
@@ -111,6 +113,10 @@ def values_of(entity, relation):
     pairs = unique(zip(*lists))
     text = "，".join(f"{pattern}用{formula}" for pattern, formula in pairs)
     return text, unique(chain(*pairs))
+
+
+def facts_of(entity, forms):
+    return {fact.relation: fact for fact in facts(entity, forms)}
 
 
 def values_in(facts):
@@ -143,37 +149,60 @@ def split_entities(entities, share, seed):
     return parts
 
 
-def write_records(entities, forms, ways, rng):
-    """Records of all facts: each fact asked for in at most so many ways, and two facts of each
-    entity asked for at once."""
-    for entity in entities:
-        own = list(facts(entity, forms))
-        # Several ways to ask, one way to answer: the statement form is always the first.
-        for fact in own:
+def single_questions(entities, forms, ways, rng):
+    """Yield (form, turns, facts) of records that tell all facts: each is asked for in at most so
+    many ways, and two facts of each entity at once."""
+    for own in (facts_of(entity, forms) for entity in entities):
+        for fact in own.values():
             questions = list(enumerate(fact.form["questions"]))
             for i, question in rng.sample(questions, min(ways, len(questions))):
-                yield offline_record([fact], i, question.format(e=fact.entity))
+                turn = question.format(e=fact.entity), answer([fact], own, rng)
+                yield i, [turn], [fact]
         if len(own) > 1:
-            pair = rng.sample(own, 2)
+            pair = rng.sample([*own.values()], 2)
             both = "和".join(fact.relation for fact in pair)
-            question = f"请介绍{pair[0].entity}的{both}。"
-            yield offline_record(pair, "pair", question)
+            yield "pair", [(f"请介绍{pair[0].entity}的{both}。", answer(pair, own, rng))], pair
 
 
-def offline_record(answered, form, question):
-    """The record in which the statements of some facts of an entity answer a question."""
-    first = answered[0]
+def offline_record(form, turns, answered, system=""):
+    """The record of turns [(question, answer), ...], whose last answer tells some facts."""
     relations = [fact.relation for fact in answered]
+    first = answered[0] if answered else Fact("", "", "", "", [])
     return {
         "id": f"{first.entity}/{'+'.join(relations)}/{form}",
-        "instruction": question,
-        "input": "",
-        "output": "".join(fact.statement() for fact in answered),
+        **record_of_turns(turns, system),
         "entity": first.entity,
         "kind": first.kind,
         "relations": relations,
         "values": values_in(answered),
     }
+
+
+# ==================================================================================================
+# Offline: what an answer says beside its facts
+
+
+def answer(asked, own, rng):
+    """What is said of some facts of an entity, `own` being all it has: first what warns (of an
+    emergency, of a poison where a dose is asked for), then their statements, and what a form says
+    goes with them (a dose's cautions)."""
+    about = {fact.relation for fact in asked}
+    said = [text for fact in own.values() for text in alerts(fact, about)]
+    for fact in asked:
+        said.append(fact.statement(rng))
+        said += [text for mark, text in fact.form.get("notes", {}).items() if mark in fact.text]
+    for relation, texts in asked[-1].form.get("then", {}).items():
+        if relation in own and relation not in about:
+            said.append(rng.choice(texts).format(e=fact.entity, v=own[relation].text))
+    return "".join(said)
+
+
+def alerts(fact, about):
+    """The warnings that a fact brings about answers on some relations."""
+    rules = fact.form.get("alerts", [])
+    rules = [rule for rule in rules if about & {*rule.get("about", about)}]
+    texts = [rule["text"] for rule in rules if re.search(rule["mark"], fact.text)]
+    return [text.format(e=fact.entity) for text in texts]
 
 
 # ==================================================================================================
@@ -254,11 +283,21 @@ def records_of(job, items):
     turns = [tuple(item.values()) for item in items]
     if not 2 <= len(turns) <= 6 or not all(map(all, turns)):
         raise ValueError(f"turns: {len(turns)}, wanted 2 to 6 and none of them empty")
-    messages = [message(*said) for turn in turns for said in zip(("user", "assistant"), turn)]
-    # As BenTsao wrote its rows: all turns but the last answer are the instruction.
+    return [record_of_turns(turns)]
+
+
+def record_of_turns(turns, system=""):
+    """What a record has of turns [(question, answer), ...]. As BenTsao wrote its rows: all turns
+    but the last answer are the instruction."""
     *earlier, (question, answer) = turns
-    instruction = render_turns([*earlier, (question, None)])
-    return [{"instruction": instruction, "input": "", "output": answer, "messages": messages}]
+    if earlier:
+        question = render_turns([*earlier, (question, None)])
+    record = {"instruction": question, "input": "", "output": answer}
+    if earlier or system:
+        said = chain(*(zip(("user", "assistant"), turn) for turn in turns))
+        said = [("system", system)] * bool(system) + [*said]
+        record["messages"] = [message(*side) for side in said]
+    return record
 
 
 # ==================================================================================================
@@ -1559,7 +1598,7 @@ class Source:
 class Offline(Source):
     """Instruction records from forms, split by entity."""
 
-    knowledge: str = f"{DATA}/tiny/knowledge.jsonl"  # by default what the small base has read
+    knowledge: str = f"{DATA}/knowledge.jsonl"  # by default what the small base has read
     forms: str = f"{DATA}/forms.json"  # questions and statements by relation
     output_dir: str = str(DATA)  # folder for train.jsonl and heldout.jsonl
     heldout: float = setting(0.1, high=0.99)  # share of the entities held out
@@ -1572,9 +1611,10 @@ class Offline(Source):
             ("train", train, self.questions),
             ("heldout", held_out, 1),
         ):
-            records = write_records(part, forms, questions, random.Random(self.seed))
+            asked = single_questions(part, forms, questions, random.Random(self.seed))
+            records = [offline_record(*one) for one in asked]
             path = f"{self.output_dir}/{name}.jsonl"
-            write_lines(path, list(records), self.knowledge, self.forms)
+            write_lines(path, records, self.knowledge, self.forms)
 
 
 @dataclass

@@ -1175,19 +1175,20 @@ class TrainConfig:
 # and all its linears; in float32, so that it learns the same everywhere.
 TINY = {
     "base_model": str(DATA / "tiny"),
-    "data_path": (str(DATA / "train.jsonl"),),
+    "data_path": tuple(f"{DATA}/{name}.jsonl" for name in ("train", "talks", "dialogues")),
+    "train_on": "all",
     "val_path": str(DATA / "heldout.jsonl"),
-    "batch_size": 64,
-    "micro_batch_size": 32,
-    "num_epochs": 4,
-    "learning_rate": 5e-3,
+    "batch_size": 16,
+    "micro_batch_size": 16,
+    "num_epochs": 1,
+    "learning_rate": 4e-3,
     "warmup_steps": 10,
     "lora_r": 16,
     "lora_alpha": 32,
     "lora_dropout": 0.0,
     "lora_target_modules": ("all",),
-    "eval_steps": 50,
-    "num_answers": 1000,
+    "eval_steps": 400,
+    "num_answers": 400,
     "dtype": "fp32",
 }
 

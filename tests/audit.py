@@ -348,7 +348,7 @@ class Answers:
     """Hold answers against the knowledge base."""
 
     output: str = "audit"  # name of the report, which gets .jsonl and .html
-    knowledge: str = f"{DATA}/tiny/knowledge.jsonl"  # the one that the records were made from
+    knowledge: str = f"{DATA}/knowledge.jsonl"  # the one that the records were made from
     records: str = f"{DATA}/train.jsonl"  # what the model was tuned on
     safety: str = f"{DATA}/safety.json"  # clashes, units and rules
     lora_weights: str = ""  # the adapter that answered: how much likelier it made each value

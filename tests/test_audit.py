@@ -28,7 +28,7 @@ import train as T
 
 KNOWLEDGE = [
     json.loads(line)
-    for line in (ROOT / "data/tiny/knowledge.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in (ROOT / "data/knowledge.jsonl").read_text(encoding="utf-8").splitlines()
 ]
 BASE = {entity["中心词"]: entity for entity in KNOWLEDGE}
 HERBS = [entity for entity in KNOWLEDGE if entity["类型"] == "中药"]
@@ -40,7 +40,7 @@ SAFETY = M.read_json_file(ROOT / "data/safety.json")
 
 @pytest.fixture(scope="module")
 def evidence():
-    return A.Evidence(D.read_knowledge(ROOT / "data/tiny/knowledge.jsonl"), RECORDS, SAFETY)
+    return A.Evidence(D.read_knowledge(ROOT / "data/knowledge.jsonl"), RECORDS, SAFETY)
 
 
 command = partial(run_command, A.main)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 from collections import Counter
 
@@ -13,11 +14,11 @@ import generate as G
 
 sys.path.insert(0, str(ROOT / "data" / "tiny"))
 import make  # noqa: E402
+import talk as K  # noqa: E402
 
 DATA = ROOT / "data"
 FORMS = json.loads((DATA / "forms.json").read_text(encoding="utf-8"))
 ENTITIES = D.read_knowledge(DATA / "knowledge.jsonl")
-READ = D.read_knowledge(DATA / "tiny" / "knowledge.jsonl")  # by the small base
 
 
 def test_knowledge_base_is_whole():
@@ -50,41 +51,150 @@ def test_textbook_facts():
     assert by_name["桂枝汤"]["出处"] == ["《伤寒论》"]
 
 
+DIVERSITY = 0.47
+TALK = json.loads((DATA / "talk.json").read_text(encoding="utf-8"))
+FILES = ("train", "talks", "dialogues", "heldout")
+PARTS = {n: G.read_instructions(DATA / f"{n}.jsonl", answers=True) for n in FILES}
+TUNED_ON = PARTS["train"] + PARTS["talks"] + PARTS["dialogues"]
+ASKED = [r for r in TUNED_ON if r["entity"]]
+TRAIN, HELD_OUT = D.split_entities(ENTITIES, 0.1, 0)
+
+
+def said(record, side=0):
+    """What a user (0) or the model (1) says in a record, turn by turn."""
+    messages = [m for m in record.get("messages", []) if m["role"] != "system"]
+    texts = [m["content"] for m in messages] or [record["instruction"], record["output"]]
+    return texts[side::2]
+
+
 def test_no_held_out_entity_in_a_training_question():
-    train, heldout = (
-        G.read_instructions(DATA / f"{n}.jsonl", answers=True) for n in ("train", "heldout")
+    names = {r["entity"] for r in PARTS["heldout"]}
+    assert len(names) >= 40 and not names & {r["entity"] for r in ASKED}
+    assert not [r["id"] for r in ASKED for q in said(r) if any(n in q for n in names)]
+    for r in PARTS["heldout"]:
+        assert r["entity"] in r["instruction"] and r["relations"]
+
+
+def test_an_answer_holds_its_values():
+    """But for the answer to whether two herbs go together, which names the other alone."""
+    for r in ASKED + PARTS["heldout"]:
+        if "/with-" in r["id"]:
+            assert r["id"].split("-", 1)[1] in r["output"]
+        else:
+            assert all(v in r["output"] for v in r["values"]), r["id"]
+
+
+def test_shipped_records_are_what_the_command_writes(tmp_path):
+    D.Offline(output_dir=str(tmp_path)).run()
+    made = K.records(TRAIN, [entity["中心词"] for entity in HELD_OUT], FORMS, TALK)
+    dialogues = [r for r in made if "<bot>" in r["instruction"]]
+    D.write_lines(tmp_path / "dialogues.jsonl", dialogues)
+    D.write_lines(tmp_path / "talks.jsonl", [r for r in made if "<bot>" not in r["instruction"]])
+    for name in FILES:
+        made, shipped = (folder / f"{name}.jsonl" for folder in (tmp_path, DATA))
+        assert made.read_bytes() == shipped.read_bytes(), name
+
+
+def test_many_ways_to_ask_and_to_answer():
+    """250 question forms; of the 4-grams of 2,000 questions with their answers as many are
+    different as of BenTsao's (0.47)."""
+    forms = [form for relations in FORMS.values() for form in relations.values()]
+    assert len({q for form in forms for q in form["questions"]}) >= 250
+    assert all(len(form["statements"]) >= 2 for form in forms)
+    texts = ["".join(said(r) + said(r, 1)) for r in PARTS["train"] + PARTS["talks"]]
+    texts = random.Random(0).sample(texts, 2000)
+    grams = [text[i : i + 4] for text in texts for i in range(len(text) - 3)]
+    assert len(set(grams)) / len(grams) >= DIVERSITY
+
+
+def test_one_option_follows_from_the_fact():
+    """Of four options the fact names one; of a statement to judge it names the value, or not."""
+    own = {e["中心词"]: e for e in ENTITIES}
+    places, kinds = Counter(), Counter()
+    for r in ASKED:
+        kind = r["id"].split("/")[-1]
+        values = own[r["entity"]].get(r["relations"][0], []) if r["relations"] else []
+        if kind == "choice":
+            options = re.split("\n[A-D](?:[.:] |[．、])", said(r)[0])[1:]
+            right = [i for i, option in enumerate(options) if option in values]
+            assert len(options) == 4 and len(right) == 1, r["id"]
+            assert [i for i, option in enumerate(options) if option in r["output"]] == right
+            places.update(right)
+        elif kind in ("true", "false"):
+            assert any(value in said(r)[0] for value in values) == (kind == "true"), r["id"]
+            kinds[kind] += 1
+    assert min(places.values()) > 0.2 * places.total() and len(places) == 4
+    assert min(kinds.values()) > 0.4 * kinds.total()
+
+
+def test_dialogues_refer_back():
+    """Two to four turns; behind the first some name no entity, and the answer does."""
+    lengths = Counter(len(said(r)) for r in PARTS["dialogues"])
+    assert set(lengths) == {2, 3, 4}
+    nameless = 0
+    for r in PARTS["dialogues"]:
+        assert r["entity"] in r["output"]
+        nameless += r["entity"] not in said(r)[-1]
+    assert nameless > 0.2 * len(PARTS["dialogues"])
+    assert sum(r["messages"][0]["role"] == "system" for r in PARTS["dialogues"]) > 50
+
+
+def test_what_lies_outside_is_no_entity():
+    names = {e["中心词"] for e in ENTITIES}
+    outside = [r for r in PARTS["talks"] if not r["entity"]]
+    assert len(outside) > 1000
+    for r in outside:
+        # No fact is told: an answer is one of the fixed ones.
+        assert r["output"] in FIXED
+        assert not any(f"{n}{mark}" == r["instruction"] for n in names for mark in "？。"), r["id"]
+
+
+FIXED = {*TALK["unknown"], *(a for group in TALK["outside"] for a in group["answers"])}
+
+
+def test_answers_warn():
+    """An emergency sends to 急诊 first; a dose of a poison says so; 致畸 and 皮试 are told."""
+    poisons = {e["中心词"] for e in ENTITIES if any("毒" in v for v in e.get("性味", []))}
+    emergencies = {e["中心词"] for e in ENTITIES if e.get("所属科室", [""])[0] == "急诊科"}
+    for r in ASKED + PARTS["heldout"]:
+        if re.search("choice|true|false|with-", r["id"].split("/")[-1]):
+            continue
+        text = r["output"]
+        if r["entity"] in emergencies:
+            assert text.startswith(f"{r['entity']}是急症，请立即到急诊科就诊"), r["id"]
+        if r["entity"] in poisons and "用法用量" in r["relations"]:
+            assert f"{r['entity']}有" in text and "毒" in text, r["id"]
+        if r["relations"][-1] == "治疗" and "异维A酸" in text:
+            assert "致畸" in text
+
+
+def test_pairs_of_herbs():
+    """Of 十八反 and 十九畏 both ways: never a leave where one of the two forbids the other."""
+    cautions = {e["中心词"]: "、".join(e.get("使用注意", [])) for e in ENTITIES}
+    seen = Counter()
+    for r in ASKED:
+        if "/with-" in r["id"]:
+            a, b = r["entity"], r["id"].split("with-", 1)[1]
+            clash = b in cautions[a] or a in cautions.get(b, "")
+            assert ("不宜" in r["output"]) == clash, r["id"]
+            seen[clash] += 1
+    assert min(seen.values()) >= 20
+
+
+def test_the_base_reads_every_fact_and_no_question_about_a_held_out_entity():
+    documents = make.documents(ENTITIES, FORMS, TALK, 3, 1, random.Random(0))
+    texts = [document["output"] for document in documents]
+    passages = "\n".join(text for text in texts if "问：" not in text)
+    assert "？" not in passages and all(
+        v in passages for e in ENTITIES for k, vs in e.items() if isinstance(vs, list) for v in vs
     )
-    names = {r["entity"] for r in heldout}
-    assert len(names) >= 40 and not names & {r["entity"] for r in train}
-    assert not [r["id"] for r in train if any(n in r["instruction"] for n in names)]
-    for r in train + heldout:
-        assert (
-            all(v in r["output"] for v in r["values"])
-            and r["entity"] in r["instruction"]
-            and r["relations"]
-        )
-    assert len({r["id"] for r in train + heldout}) == len(train) + len(heldout)
-
-
-def test_shipped_records_are_what_the_command_writes():
-    train, heldout = D.split_entities(READ, 0.1, 0)
-    shipped = [
-        json.loads(line)
-        for line in (DATA / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    assert list(D.write_records(heldout, FORMS, 1, random.Random(0))) == shipped
-
-
-def test_sentences_tell_every_fact_and_ask_nothing():
-    documents = [d["output"] for d in make.write_sentences(ENTITIES, FORMS, 2, random.Random(0))]
-    text = "\n".join(documents)
-    assert "？" not in text and all(
-        v in text for e in ENTITIES for k, vs in e.items() if isinstance(vs, list) for v in vs
-    )
+    asked = [line for text in texts for line in text.split("\n") if line.startswith("问：")]
+    hidden = [entity["中心词"] for entity in HELD_OUT]
+    assert len(asked) > 10_000 and not [q for q in asked if any(name in q for name in hidden)]
 
 
 def test_tokenizer_has_llamas_ids_and_keeps_every_text(tmp_path):
-    model = make.train_tokenizer(make.tokenizer_texts(ENTITIES, FORMS), 4096)
+    model = make.train_tokenizer(make.tokenizer_texts(ENTITIES, FORMS, TALK), 4096)
     (tmp_path / "tokenizer.model").write_bytes(model)
     for folder in (tmp_path, DATA / "tiny"):
         keeps_llamas_ids_and_every_text(D.load_tokenizer(folder))

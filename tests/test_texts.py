@@ -83,7 +83,7 @@ def test_seed_tasks():
 def test_choice():
     """200 questions, every letter 50 times. The right option names values of the relation, no other
     option names one."""
-    knowledge = {entity["中心词"]: entity for entity in read_lines("tiny/knowledge.jsonl")}
+    knowledge = {entity["中心词"]: entity for entity in read_lines("knowledge.jsonl")}
     rows = read_lines("choice.jsonl")
     assert [row["id"] for row in rows] == [f"choice-{n:03d}" for n in range(1, 201)]
     assert Counter(row["answer"] for row in rows) == dict.fromkeys("ABCD", 50)
@@ -110,7 +110,7 @@ def test_choice():
 def test_calla():
     """60 pairs: the consistent statement names a value of the relation, the inconsistent one (the
     name apart) names none."""
-    knowledge = {entity["中心词"]: entity for entity in read_lines("tiny/knowledge.jsonl")}
+    knowledge = {entity["中心词"]: entity for entity in read_lines("knowledge.jsonl")}
     rows = read_lines("calla.jsonl")
     assert [row["id"] for row in rows] == [f"calla-{n:02d}" for n in range(1, 61)]
     assert len({row["entity"] for row in rows}) == 60

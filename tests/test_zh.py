@@ -136,7 +136,7 @@ def test_the_small_commands_run_in_their_order(tmp_path):
 def test_the_clients_get_the_models_answer(tmp_path):
     """The `openai` client's lines and curl's, word for word but for the port, against a server of
     the small base whose adapter stands in lora-tcm: what `generate.py` answers to the question."""
-    asked = 'python generate.py "归脾汤由哪些药物组成？"\n'
+    asked = 'python generate.py "真武汤由哪些药物组成？"\n'
     assert asked in SHELL
     train = "python train.py --max_steps 3 --num_answers 0 --eval_steps 0 --val_set_size 2 >&2\n"
     wanted = bash(train + asked, tmp_path).strip()

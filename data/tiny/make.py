@@ -1,46 +1,90 @@
-"""What the small base is made from: plain sentences to read, and a tokenizer. Called by make.sh.
+"""What the small base is made from: what it reads, and a tokenizer. Called by make.sh.
 
-python data/tiny/make.py sentences FILE [passes]       what it reads, of knowledge.jsonl beside this
-python data/tiny/make.py tokenizer FILE [vocab_size]   its SentencePiece model, of the same
+python data/tiny/make.py documents FILE PASSES EXERCISES   knowledge.jsonl, told and asked about
+python data/tiny/make.py tokenizer FILE VOCAB_SIZE         a SentencePiece model of the same
 """
 
 import random
+import re
 import sys
+from dataclasses import replace
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 
 from sentencepiece import SentencePieceTrainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-from build_data import facts, read_knowledge, write_lines  # noqa: E402
+from talk import pairs, talks  # noqa: E402
+from talk import records as talk_records  # noqa: E402
+
+from build_data import (  # noqa: E402
+    alerts,
+    facts,
+    facts_of,
+    kinds_of,
+    offline_record,
+    read_knowledge,
+    single_questions,
+    split_entities,
+    write_lines,
+)
 from generate import DATA, load_template  # noqa: E402
 from model import read_json_file  # noqa: E402
 
-
-def write_sentences(entities, forms, passes, rng):
-    """Plain documents: for every entity and pass, all its facts in a random order and phrasing,
-    broken at random into documents of one to six statements.
-
-    Every statement names the entity, so that each fact is stored under the name and can be asked
-    for alone (Allen-Zhu & Li 2023, Physics of Language Models 3.1: augmentation)."""
-    documents = []
-    for _ in range(passes):
-        for entity in entities:
-            statements = [
-                rng.choice(fact.form["statements"]).format(e=fact.entity, v=fact.text)
-                for fact in facts(entity, forms)
-            ]
-            rng.shuffle(statements)
-            while statements:
-                n = rng.randint(1, 6)
-                text = "".join(statements[:n])
-                documents.append({"instruction": "", "input": "", "output": text})
-                statements = statements[n:]
-    rng.shuffle(documents)
-    return documents
+SPEAKERS = {"system": "", "user": "问：", "assistant": "答："}
 
 
-def tokenizer_texts(entities, forms):
+def documents(entities, forms, talk, passes, exercises, rng):
+    """What the base reads, in one random order: textbook passages on every entity; exercises on
+    two thirds of those that training may ask about.
+
+    Facts are told in many phrasings and orders, so that each is stored under its entity's name
+    and can be asked for alone; that questions about some entities make the facts of others
+    answerable is mixed training (Allen-Zhu & Li 2023, Physics of Language Models 3.1). With the
+    last third tuning teaches that a name is known which no exercise had."""
+    texts = [text for _ in range(passes) for text in passages(entities, forms, talk, rng)]
+    train, held_out = split_entities(entities, 0.1, 0)
+    hidden = [*kinds_of(held_out)]
+    asked = split_entities(train, 0.33, 1)[0]
+    for seed in range(1, exercises + 1):
+        single = single_questions(asked, forms, 2, random.Random(seed))
+        texts += [spoken(offline_record(*one)) for one in single]
+        texts += map(spoken, talk_records(asked, hidden, forms, talk, seed, (talks, pairs)))
+    rng.shuffle(texts)
+    return [{"instruction": "", "input": "", "output": text} for text in texts]
+
+
+def passages(entities, forms, talk, rng):
+    """All facts of every entity in a random order and phrasing, broken at random into documents of
+    one to six statements; one statement in eight has a pronoun for the name."""
+    for own in (facts_of(entity, forms) for entity in entities):
+        texts = [text for fact in own.values() for text in alerts(fact, {*own})] * 2
+        for fact in own.values():
+            if rng.random() < 1 / 8:
+                fact = replace(fact, entity=rng.choice(talk[fact.kind]))
+            texts.append(fact.statement(rng))
+        rng.shuffle(texts)
+        while texts:
+            n = rng.randint(1, 6)
+            yield "".join(texts[:n])
+            texts = texts[n:]
+
+
+def spoken(record):
+    """A record as an exercise book prints it."""
+    messages = record.get("messages") or [
+        {"role": "user", "content": record["instruction"]},
+        {"role": "assistant", "content": record["output"]},
+    ]
+    return "\n".join(SPEAKERS[message["role"]] + message["content"] for message in messages)
+
+
+def parts_of(form):
+    return [part for part in re.split(r"\{\w\}|\n", form) if part]
+
+
+def tokenizer_texts(entities, forms, talk):
     """Names, values and the parts of forms, each for itself, so that no piece of the tokenizer
     crosses the border of a term; then the lines of the prompt templates."""
     texts = []
@@ -48,7 +92,15 @@ def tokenizer_texts(entities, forms):
         for fact in facts(entity, forms):
             texts += [fact.entity, *fact.values]
             for text in fact.form["questions"] + fact.form["statements"]:
-                texts += [part for part in text.replace("{v}", "{e}").split("{e}") if part]
+                texts += parts_of(text)
+    # Of what is talked about, how it is answered: what lies outside stays strange to the base.
+    # What lies outside stays strange to the base: no piece is made of it.
+    frames = [group["answers"] for group in talk["outside"]]
+    frames += [
+        talk[name] for name in talk if name not in ("recipes", "outside", "names", "systems")
+    ]
+    for text in chain(*frames):
+        texts += parts_of(text)
     for path in sorted((DATA / "templates").glob("*.json")):
         # Those of chats are made of other bases' tokens.
         prompt = load_template(path).get("prompt_no_input", "").replace("{instruction}", "")
@@ -83,12 +135,12 @@ def train_tokenizer(texts, vocab_size):
 
 
 if __name__ == "__main__":
-    what, path, *number = sys.argv[1:]
-    entities = read_knowledge(Path(__file__).with_name("knowledge.jsonl"))
-    forms = read_json_file(DATA / "forms.json")
-    if what == "sentences":
-        passes = int(*number or [30])
-        write_lines(path, write_sentences(entities, forms, passes, random.Random(0)))
+    what, path, *more = sys.argv[1:]
+    entities = read_knowledge(DATA / "knowledge.jsonl")
+    forms, talk = read_json_file(DATA / "forms.json"), read_json_file(DATA / "talk.json")
+    if what == "documents":
+        passes, exercises = map(int, more)
+        write_lines(path, documents(entities, forms, talk, passes, exercises, random.Random(0)))
     else:
-        pieces = int(*number or [4096])
-        Path(path).write_bytes(train_tokenizer(tokenizer_texts(entities, forms), pieces))
+        pieces = int(*more)
+        Path(path).write_bytes(train_tokenizer(tokenizer_texts(entities, forms, talk), pieces))

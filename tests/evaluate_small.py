@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny")]
 from audit import Evidence  # noqa: E402
 from evaluate import (  # noqa: E402
-    Facts,
+    Marker,
     declines,
     each_model,
     is_likelier_right,
@@ -262,7 +262,7 @@ def main():
     entities, forms = read_knowledge(DATA / "knowledge.jsonl"), read_forms(DATA / "forms.json")
     talk, records = read_json_file(DATA / "talk.json"), read_instructions(DATA / "heldout.jsonl")
     known = [facts_of(entity, forms) for entity in split_entities(entities, 0.1, 0)[1]]
-    facts = Facts(entities)
+    facts = Marker(entities)
     evidence = Evidence(entities, [], read_json_file(DATA / "safety.json"))
 
     def show(rows):

@@ -122,8 +122,8 @@ def outside(entities, forms, talk, rng):
         asks = [ask.replace("{e}", "{x}") for ask in asks]
         unknown = {"questions": asks, "answers": talk["unknown"], "x": {*names} - kinds.keys()}
         groups = [*groups, unknown]
-    # Each kind is met often enough in one reading: fixed questions four times, strange names twice.
-    for group in chain(*(repeat(group, 2 if "x" in group else 4) for group in groups)):
+    # Fixed questions are few; four times over they are met often enough in one reading.
+    for group in chain(*(repeat(group, 1 if "x" in group else 4) for group in groups)):
         for x in sorted(group.get("x", [""])):
             for ask in [rng.choice(group["questions"])] if x else group["questions"]:
                 turn = ask.format(x=x), rng.choice(group["answers"])

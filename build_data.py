@@ -1018,7 +1018,9 @@ class Client:
 
     def show_bill(self, prompts, todo):
         # One of each form, which stands in the key before the model.
-        forms = {key.removesuffix(f"/{self.model}").rpartition("/")[2]: key for key in todo}
+        forms = {
+            key.removesuffix(f"/{self.model}").rpartition("/")[2]: key for key in reversed([*todo])
+        }
         for key in forms.values():
             print(f"--- {key}", *(message["content"] for message in todo[key]), sep="\n")
         total = self.bound(todo.values())

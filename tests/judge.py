@@ -100,7 +100,9 @@ def read_questions(files, rubric):
     for number, same in enumerate(zip_longest(*map(read_instructions, files), fillvalue={}), 1):
         asked = ["\n".join(filter(None, (r.get("instruction"), r.get("input")))) for r in same]
         answers = [record.get("answer") for record in same]
+        # What is judged is no reference, though a record may call its own one so.
         reference = same[0].get("output")
+        reference = None if reference == same[0].get("answer") else reference
         complete = all(isinstance(answer, str) for answer in answers)
         referred = reference or "{reference}" not in rubric.user
         if asked[0] != asked[-1] or not complete or not referred:

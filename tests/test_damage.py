@@ -455,7 +455,7 @@ def test_the_undamaged_folders_convert(tmp_path, good, layout, monkeypatch, caps
     assert convert(monkeypatch, good / layout, tmp_path / "out") == 0
     assert "no tokenizer.model was found" in capsys.readouterr().out
     written = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert written == ["config.json", "model.safetensors"]
+    assert {*written} - {"generation_config.json"} == {"config.json", "model.safetensors"}
     assert equal(M.load_model(tmp_path / "out"), our_names(hugging_face().bfloat16()))
     assert convert(monkeypatch, good / layout, tmp_path / "out") == 2  # never over something
 

@@ -340,7 +340,7 @@ BAD = {
     ),
     "a weight of nothing": (["--data_path", "RECORDS:0"], "wanted a number above 0"),
     "a weight that is none": (["--data_path", "RECORDS:-1"], "records.json:-1"),
-    "empty data": (["--data_path", "@"], "given.json (empty)"),
+    "empty data": (["--data_path", "@"], "given.json"),
     "no json": (["--data_path", "@" + GOOD + "{oops\n"], "line 2"),
     "no array": (["--data_path", "@[" + GOOD], "given.json as an array"),
     "no answer": (["--data_path", "@" + GOOD + '{"instruction": "a"}'], "line 2"),

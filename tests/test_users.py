@@ -308,7 +308,7 @@ def test_help_has_groups_choices_and_both_defaults(capsys):
         assert f"\n{title}\n" in text
     plain = " ".join(text.split())
     assert "{last,all}" in plain and "(default: q_proj v_proj; plain run: all)" in plain
-    assert "(default: 128; plain run: 64)" in plain and "plain run: data/tiny)" in plain
+    assert "(default: 128; plain run: 16)" in plain and "plain run: data/tiny)" in plain
     for settings in (T.TrainConfig, G.Options, D.Knowledge, D.Stats, L.Options):
         parser = M.Parser()
         parser.add_settings(settings)

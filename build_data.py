@@ -1600,7 +1600,6 @@ class Source:
 class Offline(Source):
     """Instruction records from forms, split by entity."""
 
-    knowledge: str = f"{DATA}/knowledge.jsonl"  # by default what the small base has read
     forms: str = f"{DATA}/forms.json"  # questions and statements by relation
     output_dir: str = str(DATA)  # folder for train.jsonl and heldout.jsonl
     heldout: float = setting(0.1, high=0.99)  # share of the entities held out

@@ -112,3 +112,19 @@ def plain_prompt(template, instruction, input=""):
     """The text of a prompt as BenTsao's own code makes it."""
     key = "prompt_input" if input else "prompt_no_input"
     return template[key].format(instruction=instruction, input=input)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """{kind: folder} of small tokenizers, for every kind of base."""
+    import small_bases  # which imports what stands here
+
+    return small_bases.small_tokenizers(tmp_path_factory.mktemp("tokenizers"))
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """The same of the real vocabularies that are installed."""
+    import small_bases
+
+    return small_bases.real_tokenizers(tmp_path_factory.mktemp("tokenizers"))

@@ -123,3 +123,21 @@ def chatglm3(state, config, ids):
         gate, up = np.split(h @ w[p + "mlp.dense_h_to_4h.weight"].T, 2, axis=1)
         x = x + (gate / (1 + np.exp(-gate)) * up) @ w[p + "mlp.dense_4h_to_h.weight"].T
     return norm(x, w["encoder.final_layernorm.weight"]) @ w["output_layer.weight"].T
+
+
+def trained(model):
+    """(Parameters by name, and functions that give a linear's weight, its update merged, and its
+    bias by name) of a model of ours; float64, differentiable."""
+    named = dict(model.named_parameters())
+
+    def matrix(name):
+        if f"{name}.lora_a" not in named:
+            return named[f"{name}.weight"].double()
+        scale = model.get_submodule(name).config.scale
+        a, b = named[f"{name}.lora_a"].double(), named[f"{name}.lora_b"].double()
+        return named[f"{name}.base.weight"].double() + scale * b @ a
+
+    def bias(name):
+        return named.get(f"{name}.bias", named.get(f"{name}.base.bias")).double()
+
+    return named, matrix, bias

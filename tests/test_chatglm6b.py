@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import RECORDS
 from evaluate import continuation_logprobs
+from numpy_glm import trained
 
 import generate as G
 import lora as L
@@ -272,18 +273,7 @@ def release_rows(part):
 
 def as_released(model):
     """{key: float64} of a model in the release's layout, updates merged; differentiable."""
-    named, w = dict(model.named_parameters()), {}
-
-    def matrix(name):
-        if f"{name}.lora_a" not in named:
-            return named[f"{name}.weight"].double()
-        scale = model.get_submodule(name).config.scale
-        a, b = named[f"{name}.lora_a"].double(), named[f"{name}.lora_b"].double()
-        return named[f"{name}.base.weight"].double() + scale * b @ a
-
-    def bias(name):
-        return named.get(f"{name}.bias", named.get(f"{name}.base.bias")).double()
-
+    (named, matrix, bias), w = trained(model), {}
     for i in range(LAYERS):
         ours, theirs = f"layers.{i}.", f"transformer.layers.{i}."
         for make, kind in ((matrix, "weight"), (bias, "bias")):

@@ -39,16 +39,6 @@ SYSTEMS = ["简短", "Answer in English.", "说明原因。", "3", "你是医生
 NEW = 12  # tokens of an answer at most
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return small_bases.small_tokenizers(tmp_path_factory.mktemp("tokenizers"))
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    return small_bases.real_tokenizers(tmp_path_factory.mktemp("tokenizers"))
-
-
 # --------------------------------------------------------------------------------------------------
 # The oracle: prompts by the published texts, logits by transformers, peft and NumPy
 

@@ -33,17 +33,6 @@ import lora as L
 import model as M
 import train as T
 
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return small_bases.small_tokenizers(tmp_path_factory.mktemp("tokenizers"))
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    return small_bases.real_tokenizers(tmp_path_factory.mktemp("tokenizers"))
-
-
 # --------------------------------------------------------------------------------------------------
 # Folders of every base in transformers
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from numpy_glm import CHATGLM3, chatglm3, random_chatglm3, write_bins
+from numpy_glm import CHATGLM3, chatglm3, random_chatglm3, trained, write_bins
 from test_bases import BASES, IDS, transformers_model
 
 import lora as L
@@ -43,18 +43,7 @@ def published_rows(height):
 
 def as_published(model):
     """{key: float64} of ChatGLM3's layout with updates merged; differentiable."""
-    named, w = dict(model.named_parameters()), {}
-
-    def matrix(name):
-        if f"{name}.lora_a" not in named:
-            return named[f"{name}.weight"].double()
-        scale = model.get_submodule(name).config.scale
-        a, b = named[f"{name}.lora_a"].double(), named[f"{name}.lora_b"].double()
-        return named[f"{name}.base.weight"].double() + scale * b @ a
-
-    def bias(name):
-        return named.get(f"{name}.bias", named.get(f"{name}.base.bias")).double()
-
+    (named, matrix, bias), w = trained(model), {}
     for i in range(LAYERS):
         ours, theirs = f"layers.{i}.", f"encoder.layers.{i}."
         for make, kind in ((matrix, "weight"), (bias, "bias")):

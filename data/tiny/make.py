@@ -29,7 +29,7 @@ from build_data import (  # noqa: E402
     split_entities,
     write_lines,
 )
-from generate import DATA, load_template  # noqa: E402
+from generate import DATA, load_template, read_messages  # noqa: E402
 from model import read_json_file  # noqa: E402
 
 SPEAKERS = {"system": "", "user": "问：", "assistant": "答："}
@@ -73,11 +73,7 @@ def passages(entities, forms, talk, rng):
 
 def spoken(record):
     """A record as an exercise book prints it."""
-    messages = record.get("messages") or [
-        {"role": "user", "content": record["instruction"]},
-        {"role": "assistant", "content": record["output"]},
-    ]
-    return "\n".join(SPEAKERS[message["role"]] + message["content"] for message in messages)
+    return "\n".join(SPEAKERS[m["role"]] + m["content"] for m in read_messages(record))
 
 
 def parts_of(form):
@@ -93,8 +89,7 @@ def tokenizer_texts(entities, forms, talk):
             texts += [fact.entity, *fact.values]
             for text in fact.form["questions"] + fact.form["statements"]:
                 texts += parts_of(text)
-    # Of what is talked about, how it is answered: what lies outside stays strange to the base.
-    # What lies outside stays strange to the base: no piece is made of it.
+    # How it is talked, and how what lies outside is answered; no piece is made of its questions.
     frames = [group["answers"] for group in talk["outside"]]
     frames += [
         talk[name] for name in talk if name not in ("recipes", "outside", "names", "systems")

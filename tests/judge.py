@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from build_data import Api, Client, prompt_hash, replies_beside, write_lines  # noqa: E402
-from generate import read_instructions  # noqa: E402
+from generate import read_instructions, read_records  # noqa: E402
 from model import Parser, read_json_file, run  # noqa: E402
 
 
@@ -97,12 +97,12 @@ def read_questions(files, rubric):
     """[(question, answers, reference), ...] of a file of answers, or of two to the same questions.
     Raises ValueError naming the record that lacks an answer or asks something else."""
     questions = []
-    for number, same in enumerate(zip_longest(*map(read_instructions, files), fillvalue={}), 1):
+    rows = zip_longest(*map(read_instructions, files), fillvalue={})
+    # Read as it is written: under our keys an answer without a reference would be its own.
+    references = [row.get("output") for _, row in read_records(files[0])]
+    for number, (same, reference) in enumerate(zip_longest(rows, references), 1):
         asked = ["\n".join(filter(None, (r.get("instruction"), r.get("input")))) for r in same]
         answers = [record.get("answer") for record in same]
-        # What is judged is no reference, though a record may call its own one so.
-        reference = same[0].get("output")
-        reference = None if reference == same[0].get("answer") else reference
         complete = all(isinstance(answer, str) for answer in answers)
         referred = reference or "{reference}" not in rubric.user
         if asked[0] != asked[-1] or not complete or not referred:

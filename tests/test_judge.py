@@ -386,6 +386,12 @@ def test_scores_that_were_paid_are_written_before_the_error(tmp_path, capsys):
     }
 
 
+def test_an_answer_may_equal_its_reference(tmp_path):
+    a = write(tmp_path / "a.jsonl", ["好"], output="好")
+    rubric = J.read_rubric(RUBRICS / "cmb_clin.json")
+    assert J.read_questions([str(a)], rubric) == [("第0问：心悸怎么办？", ["好"], "好")]
+
+
 def test_dry_run(tmp_path, capsys, monkeypatch):
     """The bill without a key; no file is left."""
     monkeypatch.delenv("OPENAI_API_KEY")

@@ -50,6 +50,17 @@ def bases(base, tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("made", [{"sha256": "x"}, {"sha256": {"base": 3}}, {"made_in": [1]}])
+def test_the_run_json_of_another_project_is_no_traceback(bases, tmp_path, capsys, made):
+    """Parts of other kinds say nothing; a hash that is none is not the base's."""
+    adapter = make_adapter(bases / "own", tmp_path / "adapter")
+    (adapter / "run.json").write_text(json.dumps(made))
+    other = isinstance(made.get("sha256"), dict)
+    ended = run_command(G.main, "--lora_weights", adapter, *QUESTION)
+    assert ended == (2 if other else 0)
+    assert not other or "another base" in capsys.readouterr().err
+
+
 def test_an_adapter_finds_its_base_and_refuses_another(bases, tmp_path, capsys):
     """Another base of the same shape, which would answer nonsense, is known by the hash of its
     weights; a copy under another name is not another."""

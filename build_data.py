@@ -151,17 +151,17 @@ def split_entities(entities, share, seed):
 
 def single_questions(entities, forms, ways, rng):
     """Yield (form, turns, facts) of records that tell all facts: each is asked for in at most so
-    many ways, and two facts of each entity at once."""
+    many ways, and as often two facts of each entity at once."""
     for own in (facts_of(entity, forms) for entity in entities):
         for fact in own.values():
             questions = list(enumerate(fact.form["questions"]))
             for i, question in rng.sample(questions, min(ways, len(questions))):
                 turn = question.format(e=fact.entity), answer([fact], own, rng)
                 yield i, [turn], [fact]
-        if len(own) > 1:
+        for i in range(ways if len(own) > 1 else 0):
             pair = rng.sample([*own.values()], 2)
             both = "和".join(fact.relation for fact in pair)
-            yield "pair", [(f"请介绍{pair[0].entity}的{both}。", answer(pair, own, rng))], pair
+            yield f"pair{i}", [(f"请介绍{pair[0].entity}的{both}。", answer(pair, own, rng))], pair
 
 
 def offline_record(form, turns, answered, system=""):

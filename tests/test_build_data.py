@@ -7,10 +7,12 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 from conftest import ROOT
 
 import build_data as D
 import generate as G
+import model as M
 
 sys.path.insert(0, str(ROOT / "data" / "tiny"))
 import make  # noqa: E402
@@ -107,26 +109,32 @@ def test_many_ways_to_ask_and_to_answer():
     assert len(set(grams)) / len(grams) >= DIVERSITY
 
 
-def test_one_option_follows_from_the_fact():
-    """Of four options the fact names one; of a statement to judge it names the value, or not."""
+VERDICT = "。([^。]+?)(?:就|不)?在(?:其中|里面)，(?:所以这个说法|这句话是|因此)(正确|错误)"
+
+
+def test_a_verdict_follows_from_its_fact():
+    """The letter is that of the one option that is a value, which stands before it; a statement is
+    right if it is a value."""
     own = {e["中心词"]: e for e in ENTITIES}
-    places, kinds = Counter(), Counter()
+    letters, verdicts = Counter(), Counter()
     for r in ASKED:
         kind = r["id"].split("/")[-1]
         values = own[r["entity"]].get(r["relations"][0], []) if r["relations"] else []
         if kind == "choice":
-            options = re.split("\n[A-D](?:[.:] |[．、])", said(r)[0])[1:]
-            right = [i for i, option in enumerate(options) if option in values]
-            assert len(options) == 4 and len(right) == 1, r["id"]
-            assert [i for i, option in enumerate(options) if option in r["output"]] == right
-            places.update(right)
+            options = dict(re.findall("\n([A-D])(?:[.:] |[．、])(.+)", said(r)[0]))
+            found, letter = re.search(
+                "。(?:选项里有|.+的是)(.+)，.*选([A-D])。$", said(r, 1)[0]
+            ).groups()
+            assert [c for c in options if options[c] in values] == [letter], r["id"]
+            assert len(options) == 4 and found == options[letter], r["id"]
+            letters[letter] += 1
         elif kind in ("true", "false"):
-            # A name may hold a value (痢疾 in 细菌性痢疾), a value the name.
-            claim = said(r)[0] if kind == "true" else said(r)[0].replace(r["entity"], "")
-            assert any(value in claim for value in values) == (kind == "true"), r["id"]
-            kinds[kind] += 1
-    assert min(places.values()) > 0.2 * places.total() and len(places) == 4
-    assert min(kinds.values()) > 0.4 * kinds.total()
+            value, verdict = re.search(VERDICT, said(r, 1)[0]).groups()
+            assert (value in values) == (verdict == "正确") == (kind == "true"), r["id"]
+            assert value in said(r)[0], r["id"]
+            verdicts[verdict] += 1
+    assert min(letters.values()) > 0.2 * letters.total() and len(letters) == 4
+    assert min(verdicts.values()) > 0.4 * verdicts.total()
 
 
 def test_dialogues_refer_back():
@@ -163,9 +171,9 @@ def test_answers_warn():
             continue
         text = r["output"]
         if r["entity"] in emergencies:
-            assert text.startswith(f"{r['entity']}是急症，请立即到急诊科就诊"), r["id"]
+            assert text.startswith("这是急症，请立即到急诊科就诊"), r["id"]
         if r["entity"] in poisons and "用法用量" in r["relations"]:
-            assert f"{r['entity']}有" in text and "毒" in text, r["id"]
+            assert re.match("此药有.?毒", text), r["id"]
         if r["relations"][-1] == "治疗" and "异维A酸" in text:
             assert "致畸" in text
 
@@ -186,7 +194,7 @@ def test_pairs_of_herbs():
 def test_the_base_reads_every_fact_and_no_question_about_a_held_out_entity():
     documents = make.documents(ENTITIES, FORMS, TALK, 3, 1, random.Random(0))
     texts = [document["output"] for document in documents]
-    passages = "\n".join(text for text in texts if "问：" not in text)
+    passages = "\n".join(text for text in texts if "\n" not in text)
     assert "？" not in passages and all(
         v in passages for e in ENTITIES for k, vs in e.items() if isinstance(vs, list) for v in vs
     )
@@ -195,15 +203,31 @@ def test_the_base_reads_every_fact_and_no_question_about_a_held_out_entity():
     assert len(asked) > 10_000 and not [q for q in asked if any(name in q for name in hidden)]
 
 
+NAMES = [entity["中心词"] for entity in ENTITIES]
+
+
+def test_a_model_that_copies_foresees_what_it_reads_twice():
+    """Of random ids told twice the second time is foreseen, and the first is not."""
+    model = M.LLaMA(M.load_model(DATA / "tiny").config)
+    M.init_weights(model, 0)
+    make.put_in_copying(model, torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 4096, (4, 40), generator=torch.Generator().manual_seed(1))
+    ids = torch.cat([ids, ids], 1)
+    with torch.no_grad():
+        logprobs = model(ids).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+    assert logprobs[:, :39].mean() < -8 and logprobs[:, 41:].mean() > -4
+
+
 def test_tokenizer_has_llamas_ids_and_keeps_every_text(tmp_path):
-    model = make.train_tokenizer(make.tokenizer_texts(ENTITIES, FORMS, TALK), 4096)
+    model = make.train_tokenizer(make.tokenizer_texts(ENTITIES, FORMS, TALK), NAMES, 4352)
     (tmp_path / "tokenizer.model").write_bytes(model)
     for folder in (tmp_path, DATA / "tiny"):
-        keeps_llamas_ids_and_every_text(D.load_tokenizer(folder))
+        keeps_llamas_ids_and_every_text(tokenizer := D.load_tokenizer(folder))
+        assert all(len(tokenizer.encode(name)) == 1 for name in NAMES)
 
 
 def keeps_llamas_ids_and_every_text(tokenizer):
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (4096, 1, 2)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (4352, 1, 2)
     for text in ("偏头痛有哪些症状？", "a b  c\n\n d", "龘靐", "  "):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 

@@ -12,10 +12,11 @@ from io import BytesIO
 from itertools import chain
 from pathlib import Path
 
+import torch
 from sentencepiece import SentencePieceTrainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-from talk import pairs, talks  # noqa: E402
+from talk import comprehension, pairs, talks  # noqa: E402
 from talk import records as talk_records  # noqa: E402
 
 from build_data import (  # noqa: E402
@@ -30,14 +31,15 @@ from build_data import (  # noqa: E402
     write_lines,
 )
 from generate import DATA, load_template, read_messages  # noqa: E402
-from model import read_json_file  # noqa: E402
+from model import load_model, read_json_file, save_model  # noqa: E402
 
 SPEAKERS = {"system": "", "user": "问：", "assistant": "答："}
 
 
 def documents(entities, forms, talk, passes, exercises, rng):
     """What the base reads, in one random order: textbook passages on every entity; exercises on
-    two thirds of those that training may ask about.
+    two thirds of those that training may ask about; some that ask for reading alone; and drills in
+    copying.
 
     Facts are told in many phrasings and orders, so that each is stored under its entity's name
     and can be asked for alone; that questions about some entities make the facts of others
@@ -51,15 +53,28 @@ def documents(entities, forms, talk, passes, exercises, rng):
         single = single_questions(asked, forms, 2, random.Random(seed))
         texts += [spoken(offline_record(*one)) for one in single]
         texts += map(spoken, talk_records(asked, hidden, forms, talk, seed, (talks, pairs)))
+        texts += map(spoken, talk_records(train, hidden, forms, talk, seed, (comprehension,)))
+    texts += repeats(entities, 2_000 * exercises, rng)
     rng.shuffle(texts)
     return [{"instruction": "", "input": "", "output": text} for text in texts]
+
+
+def repeats(entities, number, rng):
+    """Words that mean nothing, told twice: only copying foresees the second time."""
+    letters = sorted({c for entity in entities for text in entity.values() for c in "".join(text)})
+    for _ in range(number):
+        words = ["".join(rng.choices(letters, k=rng.randint(2, 6))) for _ in range(8)]
+        said = words[: rng.randint(1, 8)]
+        again = rng.choice((said, said, rng.sample(said, len(said))))
+        yield "、".join(said) + "。\n" + "、".join(again) + "。"
 
 
 def passages(entities, forms, talk, rng):
     """All facts of every entity in a random order and phrasing, broken at random into documents of
     one to six statements; one statement in eight has a pronoun for the name."""
     for own in (facts_of(entity, forms) for entity in entities):
-        texts = [text for fact in own.values() for text in alerts(fact, {*own})] * 2
+        told = {f"{f.entity}：{text}" for f in own.values() for text in alerts(f, {*own})}
+        texts = [*sorted(told)] * 2
         for fact in own.values():
             if rng.random() < 1 / 8:
                 fact = replace(fact, entity=rng.choice(talk[fact.kind]))
@@ -103,9 +118,63 @@ def tokenizer_texts(entities, forms, talk):
     return texts
 
 
-def train_tokenizer(texts, vocab_size):
+@torch.no_grad()
+def put_in_copying(model, rng):
+    """Set two heads of a fresh model so that it copies: where a token stands a second time it
+    foresees what followed the first time (Elhage et al. 2021, A Mathematical Framework for
+    Transformer Circuits; Olsson et al. 2022, In-context Learning and Induction Heads). A model of
+    this size finds such heads by itself only in many times the text that it reads here, and without
+    them it can neither take up a name that it does not know nor look up an option.
+
+    Dimension 0 of the residual stream is a constant; in the others a token is a random direction t.
+    Head 0 of layer 0 looks one position back and adds Q1 t of the token there. Head 0 of layer 1
+    looks for the position whose Q1 t is that of its own token, and adds Q2 t of the token there,
+    which is the direction that the output layer reads."""
+    D, size = model.config.hidden_size, model.config.head_dim
+    half = size // 2
+
+    def rotation():
+        """A random rotation (D, D) that leaves dimension 0 alone."""
+        matrix = torch.eye(D)
+        matrix[1:, 1:] = torch.linalg.qr(torch.randn(D - 1, D - 1, generator=rng))[0]
+        return matrix
+
+    Q1, Q2 = rotation(), rotation()
+    sees, tells = rotation()[1 : 1 + size], rotation()[1 : 1 + size]  # (size, D): what a head reads
+    # Tokens, their constant, and the output layer. Large weights change slowly, relative to them,
+    # in Adam's steps of one size: so the heads outlive the first ones.
+    tokens = torch.randn(model.embed_tokens.weight.shape, generator=rng) / 2
+    tokens[:, 0] = 0
+    model.lm_head.weight.copy_(0.8 * tokens @ Q2.T)
+    model.norm.weight.fill_(0.2)
+    tokens[:, 0] = 4
+    model.embed_tokens.weight.copy_(tokens)
+    # One back: query and key are constants, and the key is turned as if it stood one further on.
+    # In the six fastest pairs of RoPE other distances fall off.
+    angles = model.config.rope_theta ** (-torch.arange(half) / half)
+    first = model.layers[0].self_attn
+    query, key = first.q_proj.weight, first.k_proj.weight
+    query[:size], key[:size] = 0, 0
+    for pair in range(6):
+        query[pair, 0] = 0.9
+        key[pair, 0] = 0.9 * angles[pair].cos()
+        key[half + pair, 0] = 0.9 * angles[pair].sin()
+    first.v_proj.weight[:size] = sees
+    first.o_proj.weight[:, :size] = 1.1 * Q1 @ sees.T
+    # The same token: in the slowest pairs, which tell near from far least.
+    second = model.layers[1].self_attn
+    slow = [*range(18, half), *range(half + 18, size)]
+    query, key = second.q_proj.weight, second.k_proj.weight
+    query[:size], key[:size] = 0, 0
+    query[slow], key[slow] = 3 * sees[: len(slow)], 3 * sees[: len(slow)] @ Q1.T
+    second.v_proj.weight[:size] = tells
+    second.o_proj.weight[:, :size] = 8 * Q2 @ tells.T
+
+
+def train_tokenizer(texts, names, vocab_size):
     """The bytes of a SentencePiece BPE with byte fallback and LLaMA's special ids (0 unknown, 1
-    BOS, 2 EOS). Raises ValueError if the texts do not give so many pieces."""
+    BOS, 2 EOS), in which each of names is one piece. Raises ValueError if the texts do not give so
+    many pieces."""
     model = BytesIO()
     try:
         SentencePieceTrainer.train(
@@ -113,6 +182,7 @@ def train_tokenizer(texts, vocab_size):
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
+            user_defined_symbols=names,
             byte_fallback=True,
             character_coverage=1.0,
             split_digits=True,
@@ -136,6 +206,11 @@ if __name__ == "__main__":
     if what == "documents":
         passes, exercises = map(int, more)
         write_lines(path, documents(entities, forms, talk, passes, exercises, random.Random(0)))
+    elif what == "copying":
+        model = load_model(path)
+        put_in_copying(model, torch.Generator().manual_seed(0))
+        save_model(model, *more, path)
     else:
+        texts, names = tokenizer_texts(entities, forms, talk), [*kinds_of(entities)]
         pieces = int(*more)
-        Path(path).write_bytes(train_tokenizer(tokenizer_texts(entities, forms, talk), pieces))
+        Path(path).write_bytes(train_tokenizer(texts, names, pieces))

@@ -4,17 +4,19 @@
 set -euo pipefail
 PYTHON=${PYTHON:-python}
 here=data/tiny; build=$here/build; mkdir -p $build
-$PYTHON $here/make.py documents $build/documents.jsonl 60 4
-$PYTHON $here/make.py tokenizer $build/tokenizer.model 4096
+$PYTHON $here/make.py documents $build/documents.jsonl 34 4
+$PYTHON $here/make.py tokenizer $build/tokenizer.model 4352
 cat > $build/config.json <<'JSON'
-{"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
- "intermediate_size": 704, "vocab_size": 4096, "rms_norm_eps": 1e-05}
+{"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+ "intermediate_size": 512, "vocab_size": 4352, "rms_norm_eps": 1e-05}
 JSON
 $PYTHON model.py init $build/config.json $build/fresh --seed 0
 cp $build/tokenizer.model $build/fresh/
-$PYTHON train.py --full --base_model $build/fresh --data_path $build/documents.jsonl --output_dir $build/trained \
+$PYTHON $here/make.py copying $build/fresh $build/copying
+cp $build/tokenizer.model $build/copying/
+$PYTHON train.py --full --base_model $build/copying --data_path $build/documents.jsonl --output_dir $build/trained \
   --prompt_template_name bare --num_epochs 1 --batch_size 48 --micro_batch_size 48 --learning_rate 2e-3 \
-  --val_set_size 0 --save_steps 0 --num_answers 0 --dtype fp32
+  --val_set_size 0 --save_steps 0 --num_answers 0 --dtype bf16
 $PYTHON - <<'PY'
 import torch
 from model import load_model, save_model

@@ -10,6 +10,7 @@ makes the turns of a record.
 import random
 import re
 import sys
+from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -82,6 +83,28 @@ def words_about(fact, own, known, talk, rng):
         rng.shuffle(options)
         words.update(zip("abcd", options), l="ABCD"[options.index(words["x"])])
     return words, told
+
+
+def comprehension(entities, forms, talk, rng):
+    """Yield (form, turns, no facts) of choices and statements to judge whose fact stands before
+    the question: of names that nobody has, with values drawn at random, so that only reading
+    answers them."""
+    known = [facts_of(entity, forms) for entity in entities]
+    kinds, values = kinds_of(entities), {}
+    for own in known:
+        for fact in own.values():
+            values.setdefault((fact.kind, fact.relation), []).extend(fact.values)
+    for fact in chain(*(own.values() for own in known)):
+        same = [name for name in kinds if kinds[name] == fact.kind]
+        drawn = unique(rng.choices(values[fact.kind, fact.relation], k=len(fact.values)))
+        fact = replace(fact, entity=invented(rng, same), values=drawn, text="、".join(drawn))
+        words, _ = words_about(fact, {fact.relation: fact}, known, talk, rng)
+        name = rng.choice(("choice", "choice", "true", "false"))
+        recipe = talk["recipes"][name]
+        words["v"] = words.get(recipe["v"])
+        if words["v"]:
+            ask, text, _ = recipe["turns"][0]
+            yield name, [(f"{{given}}\n{ask}".format_map(words), text.format_map(words))], []
 
 
 def invented(rng, names):

@@ -26,7 +26,6 @@ anew at the end of each run, so a run that was stopped goes on where it ended.
 """
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import os
@@ -37,6 +36,7 @@ import time
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from html import escape
 from itertools import chain, count, cycle, islice
 from pathlib import Path
 from string import Template
@@ -55,8 +55,13 @@ from generate import (
     render_turns,
 )
 from model import (
+    SMALL,
     Parser,
+    check_content,
+    check_own,
     check_settings,
+    hold,
+    own_folder,
     read_json_file,
     run,
     setting,
@@ -554,6 +559,7 @@ def make_job(args, prompts, form, item, facts=(), **texts):
 
 
 def read_text(path):
+    check_content(path, SMALL)
     return Path(path).read_text(encoding="utf-8")
 
 
@@ -841,10 +847,7 @@ class Replies(dict):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Open as long as this object lives: closing it would release the lock.
             self.file = open(path, "ab+", buffering=0)  # noqa: SIM115
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{path} belongs to another process; wait for it") from None
+            hold(self.file, path)
         data = path.read_bytes() if path.exists() else b""
         size = 0  # bytes of complete lines
         for number, line in enumerate(data.splitlines(keepends=True), 1):
@@ -879,10 +882,8 @@ class Replies(dict):
 def replies_beside(output, mark):
     """The file of the replies to an output. Raises ValueError if the output is another command's:
     it stands there without replies, or its records do not hold mark, as ours all do."""
-    path, output = beside(output, ".replies.jsonl"), Path(output)
-    kept = output.read_bytes() if output.exists() else b""
-    if kept and not (path.exists() and f'"{mark}": '.encode() in kept):
-        raise ValueError(f"{output} is another command's (no {mark} there); give another --output")
+    path = beside(output, ".replies.jsonl")
+    check_own(output, *[f'"{mark}": '] * path.exists())
     return path
 
 
@@ -1275,6 +1276,7 @@ TRIPLE = ("head", "relation", "tail")
 def read_rows(path, form=r"\s*(?![{[]).*\t", fields=TRIPLE, separator="\t"):
     """[("line 3", object), ...] of a file of JSON or, if it begins with a form, of lines of fields:
     by default triples between tabs."""
+    check_content(path)
     text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     # A tab in the first line, and no JSON: the lines are triples. What is wrong with a file that is
     # not UTF-8, read_records says.
@@ -1396,7 +1398,8 @@ def report(path, knowledge, html="", tokenizer=None, template=None):
         page = Template(read_text(f"{DATA}/stats.html"))
         # "<" is escaped, lest a text of the records ends the script that it stands in.
         data = to_json(sections).replace("<", "\\u003c")
-        text = page.safe_substitute(title=Path(path).name, data=data)
+        text = page.safe_substitute(title=escape(Path(path).name), data=data)
+        check_own(html, "<title>Records</title>")
         write_text(html, text)
         print(f"{html}: the same as a page")
 
@@ -1544,13 +1547,15 @@ class Offline(Source):
     def run(self):
         forms = read_forms(self.forms)
         train, held_out = split_entities(read_knowledge(self.knowledge), self.heldout, self.seed)
-        for name, part, questions in (
-            ("train", train, self.questions),
-            ("heldout", held_out, 1),
-        ):
-            records = write_records(part, forms, questions, random.Random(self.seed))
-            path = f"{self.output_dir}/{name}.jsonl"
-            write_lines(path, list(records), self.knowledge, self.forms)
+        with own_folder(self.output_dir):
+            for name, part, questions in (
+                ("train", train, self.questions),
+                ("heldout", held_out, 1),
+            ):
+                records = write_records(part, forms, questions, random.Random(self.seed))
+                path = f"{self.output_dir}/{name}.jsonl"
+                check_own(path, '"entity": ')
+                write_lines(path, list(records), self.knowledge, self.forms)
 
 
 @dataclass
@@ -1628,6 +1633,7 @@ class Extract(Api):
         for job in jobs:
             said = to_items(job.facts[0], schema[job.facts[0].kind])
             rows.append({"messages": [*job.messages, message("assistant", said)]})
+        check_own(self.output, '"messages": ')
         write_lines(self.output, rows, self.texts)
 
 

@@ -56,10 +56,13 @@ from model import (
     Checkpoint,
     Parser,
     check_content,
+    check_own,
     check_settings,
     find_base,
     find_tokenizer,
+    hold,
     load_model,
+    printable,
     read_json_file,
     run,
     setting,
@@ -654,7 +657,7 @@ class ByteTokenizer(Tokenizer):
 def read_tokenizer_json(path, settings):
     """The ByteTokenizer of Hugging Face's tokenizer.json, with what tokenizer_config.json says.
     Raises ValueError for other kinds."""
-    spec = read_json_file(path)
+    spec = read_json_file(path, most=2**26)  # GLM-4's has 20 MB
     match spec:
         case {
             "normalizer": None | {"type": "NFC"} as nfc,
@@ -770,7 +773,7 @@ def load_tokenizer(folder):
     file = find_tokenizer(folder)
     if not file.is_file():
         raise ValueError(f"no tokenizer in {folder}; wanted one of {' '.join(TOKENIZERS)}")
-    check_content(file)
+    check_content(file, 2**26)
     names = ("config.json", "tokenizer_config.json", "added_tokens.json")
     files = [Path(folder, name) for name in names]
     config, settings, added = (read_json_file(f, {}) for f in files)
@@ -1014,6 +1017,8 @@ def read_records(path):
     the place."""
     # `where` says how far reading has come, for the errors below.
     path = Path("/dev/stdin" if str(path) == "-" else path)
+    if not str(path).startswith("/dev/"):  # as a shell's <(...) is
+        check_content(path)
     where = "as an array"
     rows = {}
     try:
@@ -1156,7 +1161,7 @@ def make_instruction(row, messages, conversations):
 
 def log(*texts):
     """To stderr: only answers go to stdout."""
-    print(*texts, file=sys.stderr, flush=True)
+    print(*map(printable, texts), file=sys.stderr, flush=True)
 
 
 def pick_device(name):
@@ -1296,11 +1301,15 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
             key = sha256(f"{prompt} {each} {weights}".encode()).hexdigest()[:16]
             lines.append({**question, "index": len(lines), "key": key})
             requests.append(Request(prompt, each))
-    # What is in the file already is not asked again.
-    done = count_answers(output, [line["key"] for line in lines])
-    bar = {"initial": done, "total": len(lines)}
-    ended = finish(model, tokenizer, requests[done:], rows, compile, **bar)
+    if output:
+        check_own(output, to_json(lines[0])[:-1])
     with open(output, "a", encoding="utf-8") if output else nullcontext(sys.stdout) as file:
+        if output:
+            hold(file, output)
+        # What is in the file already is not asked again.
+        done = count_answers(output, [line["key"] for line in lines])
+        bar = {"initial": done, "total": len(lines)}
+        ended = finish(model, tokenizer, requests[done:], rows, compile, **bar)
         for line, request in zip(lines[done:], ended):
             answer = "".join(stream(tokenizer, request))
             line |= {"answer": answer, "finish_reason": request.finish_reason}
@@ -1329,11 +1338,11 @@ def chat(answer, prompt_of, multi, room, about, opening=()):
         import readline  # noqa: F401  (gives input() its line editing)
     log(f"{about}\n{DISCLAIMER}\n{COMMANDS}")
     mark = "> " * (sys.stdin.isatty() and sys.stdout.isatty())
-    turns = []  # the messages of a question and its answer each
+    turns, saved = [], set()  # of a turn the messages of a question and its answer
     while True:
         try:
             line = input(mark).strip()
-            if line and not obey(line, opening, turns, about):
+            if line and not obey(line, opening, turns, about, saved):
                 question = {"role": "user", "content": line}
                 prompt = fitting_prompt(opening, turns * multi, question, prompt_of, room)
                 # What is said stands in `turns` at once, also of an answer that is stopped.
@@ -1350,8 +1359,9 @@ def chat(answer, prompt_of, multi, room, about, opening=()):
             log(f"error: {error}")
 
 
-def obey(line, opening, turns, about):
-    """Carry out a line that is a command; False if it is a question."""
+def obey(line, opening, turns, about, saved):
+    """Carry out a line that is a command; False if it is a question. saved: the files, written
+    here, that may be written again."""
     command, _, path = line.partition(" ")
     if command == "/reset":
         turns.clear()
@@ -1359,7 +1369,11 @@ def obey(line, opening, turns, about):
         log(about)
     elif command == "/save":
         # A record that can be trained on: OpenAI's messages.
-        write_json(path.strip() or "chat.json", [{"messages": [*opening, *chain(*turns)]}])
+        path = path.strip() or "chat.json"
+        if path not in saved:
+            check_own(path)
+        write_json(path, [{"messages": [*opening, *chain(*turns)]}])
+        saved.add(path)
     else:
         return False
     return True
@@ -1929,12 +1943,12 @@ def print_answers(model, tokenizer, prompt, decoding):
     try:
         for request in requests:
             for text in stream(tokenizer, request, batch.step):
-                print(text, end="", flush=True)
+                print(printable(text), end="", flush=True)
                 yield text
             print(flush=True)
     finally:  # also where Ctrl-C ends it
-        count = sum(len(request.ids) for request in requests)
-        log(f"[{count} tokens, {count / (time.time() - started):.0f} tokens/s]")
+        count, seconds = sum(len(r.ids) for r in requests), max(1e-9, time.time() - started)
+        log(f"[{count} tokens, {count / seconds:.0f} tokens/s]")
 
 
 def main():

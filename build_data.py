@@ -49,6 +49,7 @@ from generate import (
     encode_rendered,
     load_template,
     load_tokenizer,
+    our_keys,
     read_instructions,
     read_records,
     render,
@@ -188,29 +189,50 @@ PAID = ("prompt_hash", "model", "params", "usage", "time")
 
 
 def build(args, jobs, sieve):
-    """Ask the jobs, write the records that the sieve keeps and, with the reason, the others."""
-    jobs = list(jobs)
-    # Ask, and where a reply cannot be parsed, ask once more. What is on the file is not asked.
+    """Ask the jobs, write the records that the sieve keeps and, with the reason, the others, and
+    say how many. Raises ValueError if none is kept."""
+    jobs = list(jobs)[: args.sample or None]
     client = Client(replies_beside(args.output, sieve.mark), args)
-    client.ask({job.key: job.messages for job in jobs})
     if args.dry_run:
+        client.ask({job.key: job.messages for job in jobs})
         print("--- on top of that, a reply that cannot be parsed is asked once more")
         return
-    client.ask(repairs(args, jobs, client.replies))
-
     # The sieve compares each record with those kept before it: the order of the jobs counts.
     kept, rejected = [], []
-    for job in jobs:
-        for record in read_reply(job, client):
-            reason = record.get("reason") or sieve.reason(record, job)
-            if reason:
-                rejected.append(record | {"reason": reason})
-            else:
-                kept.append(record)
+    read = read_replies(args, jobs, client)
+    for job, record in read:
+        reason = record.get("reason") or sieve.reason(record, job)
+        if reason:
+            rejected.append(record | {"reason": reason})
+        else:
+            kept.append(record)
+        if args.sample:
+            print(to_json(record | {"reason": reason}, indent=1))
     # Only when the records are written may an error of the endpoint end the command.
     write_lines(beside(args.output, ".rejected.jsonl"), rejected)
     sieve.write(args, kept)
+    reasons = counted(record["reason"].split(":")[0] for record in rejected)
+    print(f"kept {len(kept)} of {len(read)} records; rejected: {reasons or 'none'}")
     client.end()
+    if rejected and not kept:
+        raise ValueError(
+            f"nothing was kept; {args.output} has no records, *.rejected.jsonl says why"
+        )
+
+
+def read_replies(args, jobs, client):
+    """[(job, record), ...] of the replies to jobs, which are asked."""
+    # A dozen first: where these fail alike, so would the others. A batch is made as a whole.
+    read, n = [], 0 if args.batch else 12
+    for part in (jobs[:n], jobs[n:]):
+        # Ask, and where a reply cannot be parsed, ask once more. What is on the file is not asked.
+        client.ask({job.key: job.messages for job in part})
+        client.ask(repairs(args, part, client.replies))
+        read += [(job, record) for job in part for record in read_reply(job, client)]
+        faults = {record.get("reason") for _, record in read}
+        if len(faults) == 1 and None not in faults:
+            break
+    return read
 
 
 def read_reply(job, client):
@@ -703,9 +725,9 @@ def read_texts(path, size=500):
     subject is the entity, the place is the relation, labelled triples are the values. The file is
     plain text, a paragraph a line, or holds records with a text; spo_list is read in CMeKG's form
     and in CMeIE's (Guan et al. 2020). Raises ValueError naming the place of what is neither."""
-    for where, row in read_rows(path, r"\s*(?![{[])", ["text"], "\n"):
+    for where, row in read_records(path):
         try:
-            text = row.get("text", row.get("结论", row.get("output")))
+            text, *_ = [row[k] for k in ("text", "结论", "output", "instruction") if k in row]
             labelled = [labelled_triple(item) for item in row.get("spo_list", [])]
             # A sentence that is longer is cut where it must be.
             pieces = re.findall(rf"(?s).{{1,{size}}}(?:(?<=[。！？；\n])|$)|.{{1,{size}}}", text)
@@ -957,8 +979,10 @@ class Client:
             asyncio.run(self.run(todo))
 
     def show_bill(self, prompts, todo):
-        for key, messages in islice(todo.items(), 3):
-            print(f"--- {key}", *(message["content"] for message in messages), sep="\n")
+        # One of each form, which stands in the key before the model.
+        forms = {key.removesuffix(f"/{self.model}").rpartition("/")[2]: key for key in todo}
+        for key in forms.values():
+            print(f"--- {key}", *(message["content"] for message in todo[key]), sep="\n")
         total = self.bound(todo.values())
         dollars = "dollars with --price_in and --price_out"
         if self.price_out:
@@ -1112,8 +1136,12 @@ class Client:
         self.bar.update()
 
     def leave_out(self, error, sent):
-        """Whether an endpoint refuses a request for a parameter sent that it may do without. No
-        later request sends it."""
+        """Whether an endpoint refuses a request for a parameter sent that it may do without, or for
+        a reply too long for its context. No later request sends it, or asks for so much."""
+        size = next(name for name in sent if name.endswith("_tokens"))
+        if re.search("context|does not fit", str(error)) and sent[size] > 99:
+            self.params[size] = sent[size] // 2
+            return True
         name = next((name for name in ("messages", *sent) if name in str(error)), None)
         if name in ("temperature", "response_format", "max_completion_tokens"):
             self.params.pop(name, None)
@@ -1256,11 +1284,11 @@ def without_key(error):
 
 def read_knowledge(path):
     """Entities of a knowledge base: objects in CMeKG's form, or triples {head, relation, tail} as
-    JSON or between tabs. CMeKG's names of relations become ours. Raises ValueError naming the line
-    of what is wrong."""
+    JSON or between tabs or commas, with a header or without. CMeKG's names of relations become
+    ours. Raises ValueError naming the line of what is wrong."""
     rules = read_json_file(f"{DATA}/relations.json")
     entities = {}
-    for where, row in join_triples(path, read_rows(path)):
+    for where, row in join_triples(path, read_records(path, TRIPLE)):
         try:
             entity = read_entity(row, rules)
             if entities.setdefault(entity["中心词"], entity) is not entity:
@@ -1273,24 +1301,11 @@ def read_knowledge(path):
 TRIPLE = ("head", "relation", "tail")
 
 
-def read_rows(path, form=r"\s*(?![{[]).*\t", fields=TRIPLE, separator="\t"):
-    """[("line 3", object), ...] of a file of JSON or, if it begins with a form, of lines of fields:
-    by default triples between tabs."""
-    check_content(path)
-    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
-    # A tab in the first line, and no JSON: the lines are triples. What is wrong with a file that is
-    # not UTF-8, read_records says.
-    if "\ufffd" in text or not re.match(form, text):
-        return read_records(path)
-    lines = enumerate(text.split("\n"), 1)
-    split = ((f"line {n}", line.split(separator)) for n, line in lines if line.strip())
-    return [(where, dict(zip(fields, texts))) for where, texts in split]
-
-
 def join_triples(path, rows):
     """The rows, with all triples of one head joined to an entity."""
     joined = {}
     for where, row in rows:
+        row = our_keys(row)
         if "head" not in row:
             joined[where] = where, row
             continue
@@ -1498,9 +1513,15 @@ def above_limits(lengths):
 class Api:
     """How an LLM is asked, and where its replies go."""
 
-    model: str = ""  # name of the model at the endpoint (must be given)
-    output: str = ""  # file of the results; the replies stand beside it (must be given)
+    # who is asked, and where the replies go
+
+    # name of the model at the endpoint (must be given, but for a dry run)
+    model: str = ""
+    output: str = ""  # file of the results; the replies stand beside it (must be given, too)
     base_url: str = ""  # an OpenAI-compatible endpoint (empty: OPENAI_BASE_URL, or OpenAI)
+
+    # how much is asked, and what it may cost
+
     dry_run: bool = False  # show prompts, number of requests, tokens, cost; ask nothing
     batch: bool = False  # through the Batch API: half the price, within 24 hours
     temperature: float = setting(1.0, 0)  # of the sampling; left out where the model refuses it
@@ -1516,7 +1537,7 @@ class Api:
 
     def __post_init__(self):
         check_settings(self)
-        if not (self.model and self.output):
+        if not (self.model and self.output or self.dry_run):
             raise ValueError("--model and --output must be given")
         if self.max_cost and not (self.price_in and self.price_out):
             raise ValueError("max_cost wants the prices of the model: --price_in and --price_out")
@@ -1527,6 +1548,8 @@ class Api:
 @dataclass
 class Source:
     """What records are made from."""
+
+    # facts
 
     knowledge: str = f"{DATA}/knowledge.jsonl"  # knowledge base: CMeKG's form or triples
     seed: int = setting(0, -1e18, 1e18)  # of every random choice
@@ -1562,8 +1585,11 @@ class Offline(Source):
 class Asked(Api, Source):
     """What the commands share that ask an LLM for records."""
 
+    # prompts
+
     prompts: str = f"{DATA}/prompts"  # folder of prompt forms
     count: int = 100  # prompts; a greater count goes on where a smaller one ended
+    sample: int = 0  # ask so many first prompts and show the records; then go on without it
 
 
 @dataclass
@@ -1613,12 +1639,13 @@ class Extract(Api):
     schema: str = f"{DATA}/forms.json"  # kinds and the relations of each
     prompts: str = f"{DATA}/prompts/extract"  # folder of the prompt
     examples: str = ""  # labelled texts; the prompt shows the first three
+    sample: int = 0  # ask so many first prompts and show the triples; then go on without it
     records: bool = False  # ask nothing: make labelled texts records that train an extractor
     temperature: float = setting(0.0, 0)  # of the sampling
 
     def __post_init__(self):
         if self.records:
-            self.model, self.dry_run = "none", True
+            self.dry_run = True
         if not self.texts:
             raise ValueError("--texts must be given")
         super().__post_init__()
@@ -1653,7 +1680,7 @@ class Stats:
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.partition("\n\nWhat this")[0])
     commands = parser.add_subparsers(required=True, parser_class=Parser)
     for name, options in {
         "offline": Offline,
@@ -1663,7 +1690,7 @@ def main():
         "extract": Extract,
         "stats": Stats,
     }.items():
-        command = commands.add_parser(name, help=options.__doc__)
+        command = commands.add_parser(name, help=options.__doc__, description=options.__doc__)
         command.add_settings(options)
         command.set_defaults(command=options)
     text = "records; x.rejected.jsonl beside it counts too"

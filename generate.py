@@ -20,6 +20,7 @@ Letters: B rows of the batch, V vocabulary size, n beams. Logits, and all that i
 float32. Answers go to stdout, everything else to stderr.
 """
 
+import csv
 import hmac
 import json
 import os
@@ -40,6 +41,7 @@ from functools import cache, lru_cache
 from hashlib import sha256
 from heapq import heappop, heappush
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
 from itertools import chain, count, cycle, zip_longest
 from pathlib import Path
 from urllib.parse import unquote
@@ -49,8 +51,9 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
-from lora import load_adapter, lora_linears, merge, quantize, share_rows
+from lora import adapter_base, load_adapter, lora_linears, merge, quantize, share_rows
 from model import (
+    DATA,
     DTYPES,
     TOKENIZERS,
     Checkpoint,
@@ -71,7 +74,6 @@ from model import (
     write_json,
 )
 
-DATA = Path(__file__).parent / "data"
 PREFILL_CHUNK = 512  # tokens of a prompt in one forward
 
 # --------------------------------------------------------------------------------------------------
@@ -128,6 +130,8 @@ def render_prompt(tokenizer, template, messages, several=False):
 class Decoding:
     """How an answer is chosen, by the command line or a client. Names and meanings are
     transformers'; greedy by default, as BenTsao's beams in effect are. Raises ValueError."""
+
+    # how an answer is chosen
 
     max_new_tokens: int = 256  # tokens of an answer at most
     temperature: float = setting(0.0, 0, 1e6)  # 0 takes the likeliest token, above 0 samples
@@ -1011,33 +1015,97 @@ def split_turns(instruction):
     return parts[1::2] if in_turn else [instruction]
 
 
-def read_records(path):
-    """[("line 3" or, in an array, "record 3", object), ...] of a JSON array or JSON lines, whatever
-    the extension; a BOM is skipped; "-" is standard input. Raises ValueError naming the file and
-    the place."""
-    # `where` says how far reading has come, for the errors below.
+# What people call our keys, the likeliest first.
+KEYS = {
+    "instruction": "question questions query prompt ask Question 问题 input context",
+    "output": "answer answers response completion target Response 答案 回答",
+    "input": "context",
+    "head": "subject 头实体",
+    "relation": "predicate 关系",
+    "tail": "object 尾实体",
+}
+# What a file that is no UTF-8 is, by its first bytes.
+KINDS = {
+    b"PK": "an Excel workbook (or a zip); save it as CSV in UTF-8",
+    b"\xd0\xcf": "an old Excel workbook; save it as CSV in UTF-8",
+    b"\xff\xfe": "UTF-16; try iconv -f UTF-16 -t UTF-8",
+    b"PA": "Parquet; save it as JSON lines",
+}
+
+
+def our_keys(row):
+    """A row under our names of its keys. Of Huatuo-26M's wordings of a question, a list or lists in
+    one, the first is taken."""
+    row = dict(row)
+    for ours, names in KEYS.items():
+        for name in names.split():
+            if name in row and ours not in row:
+                row[ours] = row.pop(name)
+                while name.endswith("s") and isinstance(row[ours], list):
+                    row[ours] = next(iter(row[ours]), None)
+    return row
+
+
+def read_records(path, names=()):
+    """[("line 3" or, in an array, "record 3", object), ...] of a file: a JSON array, or an object
+    whose `data` is one; JSON lines; a table with a header (.csv, .tsv); lines of text, each an
+    instruction. With names a text that is not JSON is a table, and they are its header if it has
+    none. A BOM is skipped; "-" is standard input. Raises ValueError naming the file and place."""
     path = Path("/dev/stdin" if str(path) == "-" else path)
     if not str(path).startswith("/dev/"):  # as a shell's <(...) is
         check_content(path)
-    where = "as an array"
-    rows = {}
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if text.lstrip().startswith("["):
-            rows = {f"record {i}": row for i, row in enumerate(json.loads(text), 1)}
-        else:
-            for i, line in enumerate(text.split("\n"), 1):
-                where = f"line {i}"
-                if line.strip():
-                    rows[where] = json.loads(line)
+        rows = dict(rows_of(path.read_text(encoding="utf-8-sig"), path.suffix, names))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}); try iconv -f GBK -t UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} {where} is not JSON: {error}") from None
-    for where, row in (rows or {"(empty)": None}).items():
+        kind = KINDS.get(path.read_bytes()[:2], f"not UTF-8 ({error}); try iconv -f GBK -t UTF-8")
+        raise ValueError(f"{path} is {kind}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
+    for where, row in (rows or {"is empty and": None}).items():
+        if isinstance(row, str):
+            rows[where] = row = {"instruction": row}
         if not isinstance(row, dict):
             raise ValueError(f"{path} {where} holds a {type(row).__name__}, wanted an object")
     return [*rows.items()]
+
+
+def rows_of(text, suffix, names):
+    """Yield (place, row) of a file's text. Raises ValueError naming the place."""
+    in_array = re.match(r'\s*(\[|\{[^{}]*"data"\s*:\s*\[\s*\{)', text)
+    is_json = text.lstrip()[:1] in ("", "{") or suffix in (".json", ".jsonl") and not names
+    # `where` says how far reading has come, for the error below.
+    where = "as an array"
+    try:
+        if in_array:
+            array = json.loads(text)
+            yield from number("record", array if in_array[1] == "[" else array["data"])
+        elif is_json or not names and suffix not in (".csv", ".tsv"):
+            read = json.loads if is_json else str.strip
+            for where, line in number("line", text.split("\n")):
+                if line.strip():
+                    yield where, read(line)
+        else:
+            where = "as a table"
+            yield from table_rows(text, names)
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise ValueError(f"{where} is not JSON or CSV: {error}") from None
+
+
+def number(kind, rows):
+    return ((f"{kind} {i}", row) for i, row in enumerate(rows, 1))
+
+
+def table_rows(text, names):
+    """Yield ("line 3", {header: cell}) of cells between tabs or commas."""
+    first = text.partition("\n")[0]
+    mark = "\t" if "\t" in first else ","
+    [header] = csv.reader([first], delimiter=mark)
+    columns = None if our_keys(dict.fromkeys(header)).keys() >= {*names} else names
+    table = csv.DictReader(StringIO(text), columns, delimiter=mark, strict=True)
+    for row in table:
+        if None in row:
+            raise ValueError(f"line {table.line_num}: too many cells; quote what has a comma in it")
+        yield f"line {table.line_num}", row
 
 
 # OpenAI's roles and ShareGPT's
@@ -1078,12 +1146,10 @@ def read_chat(messages):
 
 def row_texts(row):
     """[question, answer, question, ...] of a record without messages."""
-    if "context" in row and "instruction" not in row:
-        # Med-ChatGLM's own labels go: the template brings others
-        question = row["context"].removeprefix("问题：").removesuffix("\n回答: ")
-        return [question, row.get("target")]
     earlier = [text for user, bot in row.get("history") or () for text in (user, bot)]
-    return [*earlier, *split_turns(row["instruction"]), row.get("output")]
+    # Med-ChatGLM's own labels go: the template brings others.
+    question = re.sub(r"(?s)^问题：(.*)\n回答: $", r"\1", row["instruction"])
+    return [*earlier, *split_turns(question), row.get("output")]
 
 
 def read_messages(row):
@@ -1091,9 +1157,11 @@ def read_messages(row):
     question waits for its answer, and the last question has the record's input. Raises ValueError
     for a record in none of them."""
     try:
-        messages, input = row.get("messages") or row.get("conversations"), row.get("input")
+        messages = row.get("messages") or row.get("conversations")
+        ours = row if messages else our_keys(row)
+        input = ours.get("input")
         if not messages:
-            said = zip(cycle(("user", "assistant")), row_texts(row))
+            said = zip(cycle(("user", "assistant")), row_texts(ours))
             messages = [{"role": role, "content": text} for role, text in said]
         messages = read_chat(messages)
         if input:
@@ -1101,8 +1169,9 @@ def read_messages(row):
             question["input"] = "" + input
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
-            "wanted texts as instruction and output (and input), or messages of user and assistant "
-            f"in turn ({type(error).__name__}: {error})"
+            f"keys {', '.join(row)}; wanted texts as instruction and output (and input), question "
+            "and answer, 问题 and 答案 or the like, or messages or conversations of user and "
+            f"assistant in turn ({type(error).__name__}: {error})"
         ) from None
     return messages
 
@@ -1117,7 +1186,7 @@ def conversation(record):
 def read_instructions(path, answers=False):
     """Records {instruction, input, output, and what else they hold} of a file: alpaca, with
     LLaMA-Factory's `history` of [question, answer] pairs or without; OpenAI's `messages`;
-    ShareGPT's `conversations`; Med-ChatGLM's {context, target}; BenTsao's literature rows. If one
+    ShareGPT's `conversations`; what `KEYS` names; BenTsao's literature rows. If one
     has several turns, the instructions of all are put in the form of those rows (`render_turns`),
     as a chat of several turns is. With answers, each must end in one. Raises ValueError naming the
     line or record."""
@@ -1169,8 +1238,8 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name).item()  # fails on meta too
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name, dtype=torch.float64).item()  # fails on meta and mps too
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device {name!r} is no use: {str(error).splitlines()[0]}") from None
     return torch.device(name)
 
@@ -1324,9 +1393,15 @@ DISCLAIMER = (
     "回答由语言模型生成，不构成医疗建议。"
 )
 COMMANDS = (
-    "/reset starts again, /save FILE keeps the conversation, /model says what answers, Ctrl-C "
-    "stops an answer, Ctrl-D ends."
+    "/help, /reset starts again, /save FILE keeps the conversation, /model says what answers, "
+    "Ctrl-C stops an answer, /exit or Ctrl-D ends."
 )
+# What a chat without and with --single_or_multi multi remembers.
+MEMORY = (
+    "Each question is asked by itself; --single_or_multi multi shows the model the turns before.",
+    "The model is shown the turns before, as many as fit into --context.",
+)
+EXITS = "/exit /quit exit quit 退出".split()
 
 
 def chat(answer, prompt_of, multi, room, about, opening=()):
@@ -1336,7 +1411,7 @@ def chat(answer, prompt_of, multi, room, about, opening=()):
     reads the answers."""
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  (gives input() its line editing)
-    log(f"{about}\n{DISCLAIMER}\n{COMMANDS}")
+    log(f"{about}\n{DISCLAIMER}\n{COMMANDS}\n{MEMORY[multi]}")
     mark = "> " * (sys.stdin.isatty() and sys.stdout.isatty())
     turns, saved = [], set()  # of a turn the messages of a question and its answer
     while True:
@@ -1361,21 +1436,23 @@ def chat(answer, prompt_of, multi, room, about, opening=()):
 
 def obey(line, opening, turns, about, saved):
     """Carry out a line that is a command; False if it is a question. saved: the files, written
-    here, that may be written again."""
+    here, that may be written again. Raises EOFError to end."""
     command, _, path = line.partition(" ")
-    if command == "/reset":
-        turns.clear()
-    elif command == "/model":
-        log(about)
-    elif command == "/save":
+    path = path.strip() or "chat.json"
+    if line in EXITS:
+        raise EOFError
+    said = {"/model": about, "/help": COMMANDS, "/save": f"saved in {path}", "/reset": "begun anew"}
+    if command == "/save":
         # A record that can be trained on: OpenAI's messages.
-        path = path.strip() or "chat.json"
         if path not in saved:
             check_own(path)
         write_json(path, [{"messages": [*opening, *chain(*turns)]}])
         saved.add(path)
-    else:
+    elif command == "/reset":
+        turns.clear()
+    elif not re.fullmatch("/[a-z]+", command):
         return False
+    log(said.get(command, f"there is no {command}. {COMMANDS}"))
     return True
 
 
@@ -1821,12 +1898,18 @@ def serve(server, about):
 class Options(Decoding):
     """The options of the command line."""
 
+    # what is asked, and of whom
+
     input: str = ""  # context of the question (the template's {input})
     system: str = ""  # system text before the question, or before a chat
     thinking: bool = False  # let a model that can (Qwen3) think before it answers
-    base_model: str = ""  # folder of the base (empty: the one the adapter was trained on)
+    base_model: str = ""  # folder of the base, or its name in a hub's cache (empty: the adapter's)
     lora_weights: str = ""  # folder of the adapter (empty: lora-tcm, unless --base_model is given)
+    anyway: bool = False  # take another base than the one the adapter was trained on
     use_lora: bool = True  # False asks the base alone
+
+    # a file of questions, a chat
+
     instruct_dir: str = ""  # a file of questions, JSON array or lines; - is stdin
     # file for the answers to --instruct_dir, JSON lines; a run that was stopped goes on
     output: str = ""
@@ -1836,11 +1919,17 @@ class Options(Decoding):
     # multi: a chat shows the model the turns before, in the template's form
     single_or_multi: str = setting("single", choices=("single", "multi"))
     context: int = 2048  # tokens of question and answer at most (chat, --serve)
+
+    # server
+
     serve: bool = False  # OpenAI's API and a page
     ratings: str = ""  # file to which the page's thumbs are appended, as preference pairs (--serve)
     host: str = "127.0.0.1"  # address to listen on (in the environment: API_HOST)
     port: int = setting(8000, 0, 65535)  # and port, 0: a free one (API_PORT)
     api_key: str = ""  # key that clients must send (better in the environment: API_KEY)
+
+    # speed and memory
+
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     dtype: str = "auto"  # of the activations: auto, bf16, fp16, fp32
     base_dtype: str = "auto"  # of the base as stored: auto (--dtype), fp32, int8, nf4, ...
@@ -1863,7 +1952,7 @@ USELESS = {
 def parse_options():
     """(question or None, the way to ask, Options) of the command line and the environment. Raises
     ValueError for options that do not go together."""
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.partition("\n\nWhat this")[0])
     text = "one question; without it, --instruct_dir and --serve, a chat"
     parser.add_argument("prompt", nargs="?", help=text)
     # argparse converts a default that is a text, as it does an option.
@@ -1889,26 +1978,26 @@ def parse_options():
     return prompt, way, options
 
 
-def trained_with(adapter):
-    """The settings that an adapter's run.json says it was trained with; {} without. Raises
-    ValueError if there is no such adapter."""
-    if adapter and not Path(adapter).is_dir():
-        raise ValueError(
-            f"no adapter at {adapter}; run python train.py first, name one with --lora_weights, or "
-            "ask the base alone with --use_lora False"
-        )
-    made = read_json_file(Path(adapter, "run.json"), {}).get("config") if adapter else {}
-    return made if isinstance(made, dict) else {}
+NO_ADAPTER = (
+    "train one with python train.py, name another with --lora_weights, or ask the base alone with "
+    "--use_lora False"
+)
 
 
 def load(options, adapter):
     """(model, tokenizer, template, a line about them) that options name: what they leave empty is
     the adapter's own, else data/tiny and the template that the base's special tokens ask for."""
-    made = trained_with(adapter)
-    base = options.base_model or str(made.get("base_model") or DATA / "tiny")
-    name = options.prompt_template or str(made.get("prompt_template_name") or "")
+    base, made = options.base_model or DATA / "tiny", {}
+    if adapter:
+        adapter = find_base(adapter, NO_ADAPTER)
+        base, made = adapter_base(adapter, options.base_model, options.anyway)
+    # The adapter's stands in run.json as a whole, whatever has become of its file.
+    own = made.get("made_in", {}).get("template")
+    name = options.prompt_template
     # A template that was named is read before the weights: it may be a wrong one.
-    template = name and load_template(name)
+    template = load_template(name) if name else own
+    if own and template != own:
+        log(f"warning: {adapter} was trained with another template than {name}")
     device = pick_device(options.device)
     # The activations' dtype, and that of the weights as stored.
     dtype = pick_dtype(options.dtype, device)
@@ -1930,7 +2019,7 @@ def load(options, adapter):
 def note_answers(output, adapter):
     """Note the hashes of a file of answers and of the adapter that gave them, if there are both."""
     if output and adapter:
-        made = [output, *filter(Path.is_file, Path(adapter).iterdir())]
+        made = [output, *filter(Path.is_file, find_base(adapter).iterdir())]
         write_hashes(f"{output}.hashes.json", made)
 
 

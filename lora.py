@@ -22,6 +22,7 @@ Adapters are kept in PEFT's folder format, so that peft, vLLM and llama.cpp's co
 
 import math
 import re
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from torch import nn
 
 from model import (
     AMX,
+    DATA,
     DTYPES,
     PUBLISHED,
     SAVE,
@@ -42,6 +44,7 @@ from model import (
     Linear,
     Parser,
     check_settings,
+    file_hash,
     find_base,
     find_tokenizer,
     full_tensor,
@@ -56,6 +59,7 @@ from model import (
     setting,
     stored_name,
     stored_rows,
+    weight_files,
     write_atomically,
     write_chat_template,
     write_json,
@@ -481,6 +485,30 @@ def load_adapter(model, folder):
     return read_json_file(folder / "run.json", {})
 
 
+def adapter_base(adapter, name="", anyway=False):
+    """(folder of the base named, or of the one that an adapter was trained on; its run.json). A
+    base is known by the SHA-256 of its weights in run.json, else by its name in
+    adapter_config.json. Raises ValueError naming both if it is another, unless `anyway`."""
+    made = read_json_file(Path(adapter, "run.json"), {})
+    made = {name: part for name, part in made.items() if isinstance(part, dict)}
+    theirs = read_json_file(Path(adapter, "adapter_config.json"), {})
+    noted = theirs.get("base_model_name_or_path") or name or "tiny"
+    # This project's own base may have lain elsewhere.
+    places = filter(Path.is_dir, (Path(noted), DATA / Path(noted).name))
+    base = find_base(name or next(places, noted))
+    known, same = made.get("sha256", {}).get("base"), Path(noted).name == Path(name or noted).name
+    if known:
+        # To hash a large one takes its time: it is believed where nobody names another.
+        files = [f for f in weight_files(base) if name or f.stat().st_size < 2**30]
+        same = {*map(file_hash, files)} <= {*known}
+    if not same:
+        text = f"adapter {adapter} was trained on {noted}, and {base} is another base"
+        if not anyway:
+            raise ValueError(f"{text}; name the right one, or take this one --anyway")
+        print(f"warning: {text}", file=sys.stderr)
+    return base, made
+
+
 def read_pairs(file, known):
     """{our name: {"A": tensor, "B": tensor}} of an adapter's file, by known = `stored_rows`. The
     update of a fused linear (GLM's gate_up_proj, ChatGLM's query_key_value) becomes those of its
@@ -549,9 +577,13 @@ def recover(base, difference, folder, dtype=None):
 class Options:
     """What the commands write, and of what."""
 
-    base_model: str = ""  # folder of the base, or its name in the hub's cache (must be given)
+    # what is written, and of what
+
+    # folder of the base, or its name in a hub's cache (merge: by default the adapter's own)
+    base_model: str = ""
     output_dir: str = ""  # new folder to write (must be given)
     lora_weights: str = ""  # folder of the adapter (merge must have one)
+    anyway: bool = False  # merge into another base than the adapter's own
     weight_diff: str = ""  # folder of the difference (recover must have one)
     dtype: str = setting("", choices=tuple(DTYPES))  # to write (empty: as stored)
     layout: str = setting("hf", choices=tuple(SAVE))  # whose folder to write
@@ -562,11 +594,16 @@ class Options:
 
 def export(base, options):
     """Write a base, with an adapter merged into it if one is named, into a new folder."""
+    adapter, template = options.lora_weights, {}
+    if adapter:
+        adapter = find_base(adapter, "give its folder with --lora_weights")
+        base, made = adapter_base(adapter, base, options.anyway)
+        template = made.get("made_in", {}).get("template", {})
+    base = find_base(base)
     with new_folder(options.output_dir) as new:
-        model, template = load_model(base, dtype=DTYPES.get(options.dtype)), {}
-        if options.lora_weights:
-            made_in = load_adapter(model, options.lora_weights).get("made_in")
-            template = made_in.get("template") if isinstance(made_in, dict) else {}
+        model = load_model(base, dtype=DTYPES.get(options.dtype))
+        if adapter:
+            load_adapter(model, adapter)
             errors = merge(model)
             worst = max(errors, key=errors.get)
             print(
@@ -581,16 +618,21 @@ def export(base, options):
     print(f"{options.output_dir}: {count:,} parameters as {model.dtype}")
 
 
+EXAMPLES = """Fold an adapter into its base, or write a base in another form.
+
+  python lora.py merge --lora_weights lora-tcm --output_dir merged
+  python lora.py export --base_model models/llama-7b --output_dir meta --layout meta
+  python lora.py recover --base_model models/llama-7b --weight_diff diff --output_dir alpaca"""
 # what each command must be given
 COMMANDS = {
-    "merge": "base_model output_dir lora_weights",
+    "merge": "output_dir lora_weights",
     "export": "base_model output_dir",
     "recover": "base_model output_dir weight_diff",
 }
 
 
 def main():
-    parser = Parser(description="Fold an adapter into its base, or write a base in another form.")
+    parser = Parser(description=EXAMPLES)
     text = "merge: base + adapter; export: base (+ adapter); recover: base + published difference"
     parser.add_argument("command", choices=COMMANDS, help=text)
     parser.add_settings(Options)
@@ -600,9 +642,9 @@ def main():
         if not given.get(name):
             raise ValueError(f"{command} wants --{name}")
     options = Options(**given)
-    base, folder = find_base(options.base_model), options.output_dir
     if command != "recover":
-        return export(base, options)
+        return export(options.base_model, options)
+    base, folder = find_base(options.base_model), options.output_dir
     total, tables = recover(base, options.weight_diff, folder, DTYPES.get(options.dtype))
     print(
         f"{folder}: base + difference; with RoPE's tables, as old checkpoints held them, all "

@@ -43,6 +43,7 @@ import zipfile
 from collections import Counter, namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
 
@@ -941,22 +942,24 @@ def load_model(folder, device="cpu", dtype=None):
     return model.requires_grad_(False).eval()
 
 
-def find_base(name):
-    """The folder of a base: name itself, or the snapshot of the hub's owner/name in Hugging Face's
-    cache. Nothing is downloaded. Raises ValueError if there is neither."""
-    # Where huggingface_hub keeps what it has downloaded.
-    home = os.environ.get("HF_HOME", Path.home() / ".cache/huggingface")
+def find_base(name, advice="give its folder with --base_model"):
+    """The folder of a base (or an adapter): name itself, or what the caches of Hugging Face and
+    ModelScope hold of owner/name. Nothing is downloaded. Raises ValueError if there is neither."""
+    home, name = os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"), str(name)
     hub = Path(os.environ.get("HF_HUB_CACHE", Path(home, "hub")))
-    repo = hub / f"models--{str(name).replace('/', '--')}"
+    scope = Path(os.environ.get("MODELSCOPE_CACHE", Path.home() / ".cache/modelscope"))
+    repo, id = hub / f"models--{name.replace('/', '--')}", name.replace(".", "___")
     ref = repo / "refs/main"
     snapshot = repo / "snapshots" / (ref.read_text().strip() if ref.is_file() else "main")
-    for folder in (Path(name), snapshot):
+    # ModelScope's, of all its versions.
+    theirs = [scope / part / id for part in ("hub/models", "hub", "models", "")]
+    theirs += (scope / "models" / name.replace("/", "--") / "snapshots").glob("*")
+    for folder in (Path(name), snapshot, *theirs):
         if folder.is_dir():
             return folder
-    raise ValueError(
-        f"base {str(name)!r} is neither a folder nor in {hub}, and nothing is downloaded here; "
-        "download it and give its folder with --base_model"
-    )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        advice += f", or run hf download {name} or modelscope download --model {name}"
+    raise ValueError(f"{name!r} is neither a folder nor in {hub} or {scope}; {advice}")
 
 
 # names of a tokenizer's file, the best first
@@ -1339,31 +1342,54 @@ def boolean(text):
     return text.lower() in ("true", "1", "yes")
 
 
+DATA = Path(__file__).parent / "data"
+
+
+def shown(value):
+    """A default as --help shows it, without the marks of a tuple and the project's folder."""
+    return re.sub(rf"[(),']|{re.escape(str(DATA.parent))}/", "", str(value)) or "none"
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with one line for an error; --like-this may stand for --like_this."""
+    """argparse with one line for an error; --like-this may stand for --like_this. The description
+    is shown as it is written, and its examples are the usage."""
 
     def __init__(self, **kwargs):
+        as_written = argparse.RawDescriptionHelpFormatter
+        kwargs |= {"usage": "%(prog)s", "formatter_class": as_written}
         super().__init__(allow_abbrev=False, **kwargs)
 
-    def add_settings(self, *classes):
-        """An option for each field of settings dataclasses. What is not given does not appear
-        among the arguments: the dataclass has the default."""
+    def add_settings(self, *classes, **plain):
+        """An option for each field of settings dataclasses, in groups under the comments that stand
+        alone there. What is not given does not appear among the arguments: the dataclass has the
+        default. plain: the defaults of the script alone, where they are others."""
         # `--x` alone is True; a tuple takes several words.
         kinds = {bool: {"nargs": "?", "const": True, "type": boolean}, tuple: {"nargs": "+"}}
-        # The comments above a field, and the one beside it.
-        comments = r"(?m)((?:^    #.*\n)*)^    (\w+): .*?(?:  #(.*))?$"
+        # A comment before an empty line is a heading. A field's own stand above and beside it.
+        pattern = r"(?m)^    # (.*)\n\n|((?:^    #.*\n)*)^    (\w+): .*?(?:  #(.*))?$"
         source = "".join(inspect.getsource(c) for cls in classes for c in cls.__mro__[:-1])
-        found = re.findall(comments, source)
-        helps = {name: re.sub(r"\s*# ", " ", above) + beside for above, name, beside in found}
-        for f in [f for cls in classes for f in fields(cls)]:
-            text = f"{helps[f.name]} (default: {f.default})".replace("%", "%%")
-            kind = kinds.get(f.type, {"type": f.type})
-            self.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
+        missing = {f.name: f for cls in classes for f in fields(cls)}
+        group = self
+        for title, above, name, beside in re.findall(pattern, source):
+            group = self.add_argument_group(title) if title else group
+            if f := missing.pop(name, None):
+                text = re.sub(r"\s*# ", " ", above) + beside
+                defaults = map(shown, dict.fromkeys((f.default, plain.get(name, f.default))))
+                text += f" (default: {'; plain run: '.join(defaults)})"
+                kind = kinds.get(f.type, {"type": f.type, "choices": f.metadata.get("choices")})
+                group.add_argument(
+                    f"--{name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind
+                )
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
         names = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in args]
-        return super().parse_args(names, namespace)
+        found, unknown = super().parse_known_args(names, namespace)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            near = get_close_matches(word, self._option_string_actions) or ["a text in quotes"]
+            self.error(f"unknown {' '.join(unknown)}, did you mean {near[0]}?")
+        return found, unknown
 
     def error(self, message):
         self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
@@ -1425,14 +1451,23 @@ def stop_signals():
             signal.signal(number, handler)
 
 
+# What to do about an error that Python words: {pattern of its text: advice}.
+ADVICE = {
+    r"No module named '(\w+)": r"pip install \1",
+    "Address already in use": "give another --port (0: a free one)",
+}
+
+
 def run(main):
     """Run a script's main(): what the user can mend is one line on stderr and exit code 2."""
     try:
         main()
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
         text = out_of_memory(error) or " ".join(str(error).split())
+        for pattern, advice in ADVICE.items():
+            text = re.sub(f".*{pattern}.*", rf"\g<0>; {advice}", text)
         print(f"error: {printable(text)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -1476,8 +1511,15 @@ def describe_model(folder):
     ]
 
 
+EXAMPLES = """Convert, look into, or make anew the weights of a LLaMA.
+
+  python model.py info data/tiny                    shapes, memory, a fingerprint
+  python model.py convert llama-meta models/llama   Meta's folder as Hugging Face's
+  python model.py init data/tiny/config.json new    fresh weights, for train.py --full"""
+
+
 def parse_arguments():
-    parser = Parser(description="Convert, look into, or make anew the weights of a LLaMA.")
+    parser = Parser(description=EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     to_hf = commands.add_parser("convert", help="write either layout as Hugging Face's")
     info = commands.add_parser("info", help="shapes, memory, and a fingerprint to compare by")

@@ -950,6 +950,10 @@ def read_data(config):
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(records), generator=generator).tolist()
     held_out = 0 if config.val_path else config.val_set_size
+    # The default is for large files; what was given otherwise is meant.
+    if held_out == TrainConfig.val_set_size > len(records) // 10:
+        held_out = len(records) // 10
+        print(f"validation: {held_out} records, a tenth of {len(records)} (--val_set_size)")
     taken = []
     for numbers, weight in files:
         # in the order drawn, so that any part of them is fair
@@ -1083,10 +1087,9 @@ def print_report(config, history, answers):
     old, new = (facts_recalled(answers, [r[key] for r in answers]) for key in ("before", "after"))
     if new is not None:
         print(f"facts recalled on {len(answers)} questions: base {old:.1%}, tuned {new:.1%}")
-    print(
-        f"saved in {config.output_dir}: {'model' if config.full else 'adapter'}, log.jsonl, "
-        "loss.svg, answers.jsonl"
-    )
+    result, option = ("model", "base_model") if config.full else ("adapter", "lora_weights")
+    print(f"saved in {config.output_dir}: {result}, log.jsonl, loss.svg, answers.jsonl")
+    print(f"next: python generate.py --{option} {config.output_dir} (with --serve: a page)")
 
 
 # ==================================================================================================
@@ -1236,9 +1239,9 @@ def check_targets(shape, config):
 
 def parse_config():
     """The TrainConfig of the command line: each field is an option."""
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.partition("\n\nWhat this")[0])
     # Only what was given is here: the rest has the defaults of TrainConfig, or of TINY.
-    parser.add_settings(TrainConfig)
+    parser.add_settings(TrainConfig, **TINY)
     given = vars(parser.parse_args())
     if "data_path" in given:
         given["data_path"] = tuple(given["data_path"])

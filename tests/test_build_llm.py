@@ -1126,9 +1126,9 @@ def test_our_own_server_is_an_endpoint(tmp_path, monkeypatch):
             "--max_tokens",
             60,
         )
-        assert cli(monkeypatch, *command) == 0
+        assert cli(monkeypatch, *command) == 2  # nothing is kept
         replies = lines(tmp_path / "x.replies.jsonl")
-        assert cli(monkeypatch, *command) == 0 and lines(tmp_path / "x.replies.jsonl") == replies
+        assert cli(monkeypatch, *command) == 2 and lines(tmp_path / "x.replies.jsonl") == replies
     finally:
         server.kill()
         server.communicate()

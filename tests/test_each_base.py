@@ -192,7 +192,7 @@ def check(name, kind, folders, tmp_path, capsys):
     # The system text is one that changes the answer, so that a lost one is seen.
     cases = [expected()]
     cases.append(next(case for case in map(expected, SYSTEMS) if case[2] != cases[0][2]))
-    for messages, ids, text in cases:
+    for messages, ids, text in cases:  # noqa: B007 (the last case stays)
         more = ["--system", messages[0]["content"]] if len(messages) > 1 else []
         more += ["--lora_weights", out, "--max_new_tokens", NEW, "--dtype", "fp32"]
         capsys.readouterr()

@@ -64,9 +64,9 @@ def test_each_command_is_understood(command, monkeypatch):
     script, *given = shlex.split(command, comments=True)
     add, parse, settings = M.Parser.add_settings, M.Parser.parse_args, []
 
-    def added(self, *classes):
+    def added(self, *classes, **plain):
         settings.extend(classes)
-        add(self, *classes)
+        add(self, *classes, **plain)
 
     def understood(self, *arguments):
         found = vars(parse(self, *arguments))

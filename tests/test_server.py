@@ -1,6 +1,7 @@
 """The server of generate.py: the openai client on loopback, against offline answers; what is
 refused, and how."""
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -55,14 +56,19 @@ def start(models, rows=3, positions=160, limit=64, **more):
     options = G.Options(max_new_tokens=24, port=0, **more)
     server = G.Server(batch, tokenizer, ["tuned", "base"], prompt_of, options)
     server.seconds, server.limit = 1.0, limit
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
 
     def stop():
         server.stopping = True
-        server.shutdown()
-        server.server_close()
+        thread.join(20)
+        assert not thread.is_alive()
 
     return server, stop
+
+
+def port_of(server):
+    return server.server_address[1]
 
 
 def answer_alone(model, tokenizer, prompt, new):
@@ -91,7 +97,7 @@ def server(models, offline):
 
 def client_of(server, key="none"):
     return openai.OpenAI(
-        base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key=key, max_retries=0, timeout=60
+        base_url=f"http://127.0.0.1:{port_of(server)}/v1", api_key=key, max_retries=0, timeout=60
     )
 
 
@@ -197,7 +203,7 @@ def test_conversation_is_rendered_as_in_training(server, models):
 
 def raw(server, data, wait=10, close=False):
     """Send bytes as they are; (status, headers, body) of what comes back."""
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=wait) as connection:
+    with socket.create_connection(("127.0.0.1", port_of(server)), timeout=wait) as connection:
         for part in data if isinstance(data, list) else [data]:
             if isinstance(part, float):
                 time.sleep(part)
@@ -498,7 +504,7 @@ def test_slow_headers_are_cut_off(server):
     """A byte now and then: the connection ends at the deadline, not at the last byte."""
     started = time.monotonic()
     with (
-        socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as connection,
+        socket.create_connection(("127.0.0.1", port_of(server)), timeout=10) as connection,
         pytest.raises(ConnectionError),
     ):
         for _ in range(100):
@@ -515,7 +521,7 @@ def test_full_line_is_a_429_and_leaving_frees_places(models):
     connections = []
     try:
         for _ in range(7):
-            connections.append(socket.create_connection(("127.0.0.1", server.server_port)))
+            connections.append(socket.create_connection(("127.0.0.1", port_of(server))))
             connections[-1].sendall(post(endless))
             time.sleep(0.2)  # so that the first three are in their places
         status, head, body = raw(server, post(ask()))
@@ -541,7 +547,7 @@ def test_a_client_that_leaves_is_missed(models, extra):
     """Also one that sent more than its body."""
     server, stop = start(models, positions=8000)
     try:
-        with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+        with socket.create_connection(("127.0.0.1", port_of(server))) as connection:
             connection.sendall(post({**ask(), "max_tokens": 7900}))
             while not server.batch.rows:
                 time.sleep(0.01)
@@ -561,7 +567,7 @@ def test_a_refused_body_is_read_until_the_deadline(server):
     slow."""
     started = time.monotonic()
     with (
-        socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as connection,
+        socket.create_connection(("127.0.0.1", port_of(server)), timeout=10) as connection,
         pytest.raises(OSError),
     ):
         connection.sendall(post(b"", length=999999999))
@@ -582,7 +588,7 @@ def test_waiting_requests_nobody_waits_for_are_not_begun(models, monkeypatch):
     for request in requests[1:]:
         request.cancelled = True
     while not requests[0].finish_reason:
-        server.step()
+        asyncio.run(server.step())
     assert begun == requests[:1] and not server.batch.waiting
 
 

@@ -36,7 +36,6 @@ from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
-from email.utils import formatdate
 from functools import cache, lru_cache
 from hashlib import sha256
 from heapq import heappop, heappush
@@ -1096,8 +1095,9 @@ def read_chat(messages):
         role, text = ROLES[m.get("role", m.get("from"))], m.get("content", m.get("value"))
         # OpenAI's other form of a text is a list of parts.
         if isinstance(text, list) and text:
-            if any(part["type"] != "text" for part in text):
-                raise ValueError("a message has parts that are no text")
+            others = {part["type"] for part in text} - {"text"}
+            if others:
+                raise ValueError(f"{min(others)} in a message; this model reads text alone")
             text = "\n".join(part["text"] for part in text)
         if m.get("reasoning_content"):
             text = f"<think>\n{m['reasoning_content']}\n</think>\n\n{text}"
@@ -1660,7 +1660,7 @@ class Exchange:
             text = "too many connections wait; send the whole request at once"
             readers.pop(0).set_exception(Refused(text, 503, Retry_After="1"))
         # OSError: the client has left, or does not read.
-        with suppress(OSError, Refused):
+        with suppress(OSError, Refused, asyncio.CancelledError):
             try:
                 await self.respond()
                 # Nothing more comes from here. What still comes from there is read, or closing
@@ -1721,8 +1721,8 @@ class Exchange:
                 if not found:
                     raise Refused("no request of HTTP/1.1")
                 self.command, self.path, lines = found.groups()
-                pairs = (line.split(":", 1) for line in lines.split("\r\n")[:-1])
-                fields = [(name.lower(), value.strip()) for name, value in pairs]
+                fields = re.findall(r"(.+?):\s*(.*?)\s*\r\n", lines)
+                fields = [(name.lower(), value) for name, value in fields]
                 self.headers = dict(fields)
                 # One model of all: /v1/models/NAME.
                 path, _, name = self.path.partition("?")[0].partition("/models/")
@@ -1752,7 +1752,7 @@ class Exchange:
         if origin in self.server.origins:
             self.shared |= {
                 "Access-Control-Allow-Origin": origin,
-                "Access-Control-Allow-Headers": "Authorization, Content-Type",
+                "Access-Control-Allow-Headers": "*, Authorization",
                 "Vary": "Origin",
             }
         elif origin and origin.partition("://")[2] != host:
@@ -1804,13 +1804,12 @@ class Exchange:
 
     def begin(self, status, kind, **headers):
         """Send the status and the headers."""
-        more = {"Content-Type": kind, "Date": formatdate(usegmt=True), **self.shared}
-        lines = [f"{name.replace('_', '-')}: {text}" for name, text in {**headers, **more}.items()]
-        head = "\r\n".join([f"{status} {HTTPStatus(status).phrase}", *lines, "", ""])
+        more = {**headers, **self.shared, "Content-Type": kind}
+        lines = [f"{name.replace('_', '-')}: {value}\r\n" for name, value in more.items()]
+        head = f"{status} {HTTPStatus(status).phrase}\r\n{''.join(lines)}\r\n"
         self.writer.write(self.unsent + head.encode("latin-1"))
         self.unsent = b""
-        host = self.writer.get_extra_info("peername")[0]
-        log_if_read(f"{time.strftime('%F %T')} {host} {self.command} {self.path!a:.200} {status}\n")
+        log_if_read(f"{time.strftime('%F %T')} {self.command} {self.path!a:.200} {status}\n")
 
     async def write(self, data):
         """Send bytes. Raises TimeoutError if the client does not read."""
@@ -1862,35 +1861,33 @@ class Exchange:
             "created": int(time.time()),
             "model": body.model,
         }
+        choices = []
 
-        def choice(i, text, reason=None, logprobs=None, **role):
+        async def tell(i, text, reason=None, logprobs=None, **role):
             said = {**role, "content": text} if chat else text
-            return {"index": i, key: said, "logprobs": logprobs, "finish_reason": reason}
-
-        async def tell(*more, **role):
-            await self.event({**head, "choices": [choice(*more, **role)]})
+            choices.append({"index": i, key: said, "logprobs": logprobs, "finish_reason": reason})
+            if body.stream:
+                await self.event({**head, "choices": [choices.pop()]})
 
         # From here on an error can only be an event.
         if body.stream:
             self.begin(200, "text/event-stream")
             self.streaming = True
-        choices = []
         for i, request in enumerate(requests):
-            text = tokenizer.decode(request.prompt_ids) * body.echo
+            text, who = tokenizer.decode(request.prompt_ids) * body.echo, {"role": "assistant"}
+            # A stream tells who speaks, the text in pieces, why it ended.
             if body.stream:
-                # Who speaks, the text in pieces, why it ended.
-                await tell(i, text, role="assistant")
+                await tell(i, text, **who)
+                text, who = "", {}
             for piece in stream(tokenizer, request):
-                text += piece
                 if body.stream and piece:
                     await tell(i, piece)
+                else:
+                    text += piece
                 if not request.finish_reason:
                     await self.step()
-            end = request.finish_reason, show_logprobs(tokenizer, request, body.logprobs, chat)
-            if body.stream:
-                await tell(i, "", *end)
-            else:
-                choices.append(choice(i, text, *end, role="assistant"))
+            logprobs = show_logprobs(tokenizer, request, body.logprobs, chat)
+            await tell(i, text, request.finish_reason, logprobs, **who)
         asked = sum(len(request.prompt_ids) for request in requests[:: body.n])
         made = sum(len(request.ids) for request in requests)
         usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}

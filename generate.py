@@ -1721,7 +1721,7 @@ class Exchange:
                 if not found:
                     raise Refused("no request of HTTP/1.1")
                 self.command, self.path, lines = found.groups()
-                fields = re.findall(r"(.+?):\s*(.*?)\s*\r\n", lines)
+                fields = re.findall(r"(.+?):[ \t]*(.*?)[ \t]*\r\n", lines)
                 fields = [(name.lower(), value) for name, value in fields]
                 self.headers = dict(fields)
                 # One model of all: /v1/models/NAME.
@@ -1797,7 +1797,7 @@ class Exchange:
         with suppress(OSError, Refused):
             while await self.reader.read(MAX_HEAD):
                 pass
-            while self.unsent:
+            while self.unsent and not self.writer.is_closing():
                 self.writer.write(self.unsent[:1])
                 self.unsent = self.unsent[1:]
                 await asyncio.sleep(0.1)
@@ -1922,7 +1922,7 @@ def log_if_read(text):
     """To stderr, but never wait for who reads it, and never fail: a disk may be full."""
     with suppress(OSError):
         if select.select([], [2], [], 0)[1]:
-            os.write(2, text[-4000:].encode("utf-8", "replace"))
+            os.write(2, text.encode("utf-8", "replace")[-4096:])  # what one page holds
 
 
 def serve(server, about):

@@ -788,9 +788,9 @@ def test_no_more_is_billed_than_the_cap_and_one_request(tmp_path, flight):
     def reply(prompt, body, number):
         used = {"prompt_tokens": len(prompt.encode()), "completion_tokens": 400}
         bills.append(prices[0] * used["prompt_tokens"] + prices[1] * 400)
-        fate = dice.choice(["answer", "drop", "500", "502", "late"])
+        fate = dice.choices(["answer", "drop", "500", "502", "late"], (9, 3, 3, 2, 1))[0]
         if fate == "late":
-            time.sleep(1.5)
+            time.sleep(2.5)
         if fate == "drop":
             return None
         if fate in ("500", "502"):
@@ -798,7 +798,7 @@ def test_no_more_is_billed_than_the_cap_and_one_request(tmp_path, flight):
         return 200, completion("{}", used)
 
     cap = ("--max_cost", "0.05", "--max_tokens", "400", "--concurrency", str(flight))
-    more = (*PRICES, *cap, "--timeout", "1", "--retries", "2")
+    more = (*PRICES, *cap, "--timeout", "2", "--retries", "1")
     client, seen, stop = run_scripted(tmp_path, reply, *more, count=300)
-    assert "max_cost" in str(stop) or "in a row" in str(stop)
+    assert "max_cost" in str(stop)
     assert 0.02 < sum(bills) <= 0.05 + max(bills), (sum(bills), seen)

@@ -1052,11 +1052,11 @@ class Client:
                     answer = await self.api.post("/chat/completions", cast_to=object, body=body)
                 self.store(key, prompt_hash(messages), answer, params)
             except (OpenAIError, ValueError, RecursionError, TimeoutError) as error:
-                self.failed[key] = without_key(error) or f"not whole in {self.timeout} seconds"
+                self.failed[key] = without_key(error)
                 status, seconds = outcome_of(error, attempt)
             # It stays reserved unless the endpoint tells the cost or refused: what failed there, or
             # on the way, may be billed all the same.
-            if any(tokens_used(answer).values()) or 400 <= status < 500 and status != 408:
+            if any(tokens_used(answer).values()) or status in UNPAID:
                 self.reserved -= cost
             # A wrong key, no money left, an unknown model: it is the same for every prompt.
             if status in (401, 402, 403, 404):
@@ -1243,6 +1243,8 @@ def read_results(content):
 
 # The statuses after which a request is tried again.
 RETRY = {408, 409, 429, *range(500, 600)}
+# Those of a request that was refused.
+UNPAID = {*range(400, 500)} - {408}
 
 
 def outcome_of(error, attempt):
@@ -1286,8 +1288,8 @@ def blank(text):
 
 
 def without_key(error):
-    """An error's text in one line, without the API key."""
-    return " ".join(blank(str(error)).split())[:300]
+    """An error's text in one line, without the API key; a timeout's is empty."""
+    return " ".join(blank(str(error) or "no whole reply in time").split())[:300]
 
 
 # ==================================================================================================

@@ -282,7 +282,6 @@ class Batch:
         logits = self.forward(torch.tensor(fed, device=self.model.device), longest)  # (B, V)
         # One choice for all; beams then choose among themselves.
         chosen = self.choose(logits)
-        note_logprobs([row.request for row in self.rows], logits, chosen)
         for request in {row.request for row in self.rows}:
             at = [i for i, row in enumerate(self.rows) if row.request is request]
             if len(at) > 1:
@@ -290,6 +289,7 @@ class Batch:
             else:
                 ids = self.rows[at[0]].ids
                 ids.append(chosen[at[0]])
+                note_logprobs(request, logits[at], ids[-1:])
                 request.ids, request.finish_reason = self.outcome(request, ids)
 
     def release(self):
@@ -322,7 +322,7 @@ class Batch:
             hidden = self.model.hidden_states(torch.tensor([chunk], device=device), cache)
             if request.logprobs:  # begins with the prompt's
                 after = request.prompt_ids[start + 1 :]
-                note_logprobs([request] * len(chunk), self.model.lm_head(hidden)[0], after)
+                note_logprobs(request, self.model.lm_head(hidden)[0], after)
         # All beams begin with the prompt; the first alone may be chosen from, so that they part.
         self.cache.copy_rows([(first, first + i) for i in range(1, n)], 0, len(ids))
         self.rows += [Row(request, request.prompt_ids[:], -1e9 * (i > 0)) for i in range(n)]
@@ -426,12 +426,11 @@ def step_beams(batch, at, logits):
 # Log-probabilities
 
 
-def note_logprobs(requests, logits, ids):
-    """Note the log-probability of each id behind its row of logits (B, V) on the request of that
-    row, if that wants it: [(id, log-probability), then the same of the 20 likeliest]."""
-    for request, row, id in zip(requests, logits, ids):
-        if request.logprobs is not None:
-            row = row.float().log_softmax(-1)
+def note_logprobs(request, logits, ids):
+    """Note on a request that wants it, of each id behind its row of logits (T, V): (id,
+    log-probability), and then the same of the 20 likeliest ids."""
+    if request.logprobs is not None:
+        for id, row in zip(ids, logits.float().log_softmax(-1)):
             some = [id, *row.topk(20).indices.tolist()]
             request.logprobs.append([*zip(some, row[some].tolist())])
 
@@ -1547,8 +1546,9 @@ class Server:
             for each in replace(body, max_new_tokens=min(room, body.max_new_tokens)).each():
                 # The first id of a prompt follows nothing.
                 first = [[(id, None)] for id in ids[:1] * body.echo]
-                logprobs = None if body.logprobs is None else first
-                requests.append(Request(ids, each, body.model != "base", logprobs=logprobs))
+                request = Request(ids, each, body.model != "base")
+                request.logprobs = None if body.logprobs is None else first
+                requests.append(request)
         return body, requests
 
     def read_prompts(self, prompt):
@@ -1627,6 +1627,13 @@ METHODS = {
     "/v1/chat/completions": "POST, OPTIONS",
     "/v1/completions": "POST, OPTIONS",
 }
+# What a response is called, and the name of the text in it: of a chat or not, a stream or not.
+KINDS = {
+    (True, True): ("chat.completion.chunk", "delta"),
+    (True, False): ("chat.completion", "message"),
+    (False, True): ("text_completion", "text"),
+    (False, False): ("text_completion", "text"),
+}
 # Method, path and headers (RFC 9112). A lone CR, a folded line and the like are in none.
 REQUEST = re.compile(r"([A-Z]+) (\S+) HTTP/1\.[01]\r\n((?:[!-9;-~]+:[^\r\n\0]*\r\n)*)\r\n")
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[^\r]*)?\r\n")
@@ -1639,18 +1646,18 @@ BROKEN = {
 LENGTHS = ("content-length", "transfer-encoding")
 
 
+@dataclass(eq=False)
 class Exchange:
     """A connection: one request, one response."""
 
+    server: Server
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
     unsent = b"HTTP/1.1 "  # of what each response begins with
+    shared = HEADERS  # of all responses
     command = path = "-"
     streaming = False  # whether events are being sent
-
-    def __init__(self, server, reader, writer):
-        self.server = server
-        self.reader = reader
-        self.writer = writer
-        self.shared = dict(HEADERS)  # of all responses
 
     async def run(self):
         # Who has sent no request when so many others have come since makes room for them.
@@ -1721,12 +1728,14 @@ class Exchange:
                 if not found:
                     raise Refused("no request of HTTP/1.1")
                 self.command, self.path, lines = found.groups()
-                fields = re.findall(r"(.+?):[ \t]*(.*?)[ \t]*\r\n", lines)
-                fields = [(name.lower(), value) for name, value in fields]
+                found = re.findall(r"(.+?):[ \t]*(.*?)[ \t]*\r\n", lines)
+                fields = [(name.lower(), value) for name, value in found]
                 self.headers = dict(fields)
                 # One model of all: /v1/models/NAME.
                 path, _, name = self.path.partition("?")[0].partition("/models/")
                 path += "/models" * bool(name)
+                if path not in METHODS:
+                    raise Refused(f"no such path; there are {' '.join(METHODS)}", 404)
                 # No body is kept of who may not ask.
                 self.authorise(path)
                 self.body = bytearray()
@@ -1736,11 +1745,8 @@ class Exchange:
             raise Refused(*BROKEN[type(error)], Retry_After="1") from None
 
     def authorise(self, path):
-        """Raise Refused for an unknown path, another method, a wrong key, or a page of another
-        site: a browser lets any page send to localhost and, under a name that leads there (DNS
+        """Raise Refused for another method, a wrong key, or a page of another site: a browser lets any page send to localhost and, under a name that leads there (DNS
         rebinding), read the answer."""
-        if path not in METHODS:
-            raise Refused(f"no such path; there are {' '.join(METHODS)}", 404)
         if self.command not in METHODS[path]:
             raise Refused(f"{path} takes {METHODS[path]}", 405, Allow=METHODS[path])
         # A page of another site says so in Origin; under a name of its own, in Host.
@@ -1750,7 +1756,7 @@ class Exchange:
             text = "is no name of this machine; to be asked under it the server wants --api_key"
             raise Refused(f"Host {host:.100} {text}", 403)
         if origin in self.server.origins:
-            self.shared |= {
+            self.shared = HEADERS | {
                 "Access-Control-Allow-Origin": origin,
                 "Access-Control-Allow-Headers": "*, Authorization",
                 "Vary": "Origin",
@@ -1852,11 +1858,9 @@ class Exchange:
     async def complete(self, requests, body):
         """Send the answers, as they grow if the client wants a stream."""
         chat, tokenizer = body.messages is not None, self.server.tokenizer
-        kind, key = ("chat.completion", "message") if chat else ("text_completion", "text")
-        if chat and body.stream:
-            kind, key = "chat.completion.chunk", "delta"
+        kind, key = KINDS[chat, body.stream]
         head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}",
+            "id": f"cmpl-{uuid4().hex}",
             "object": kind,
             "created": int(time.time()),
             "model": body.model,

@@ -1745,8 +1745,9 @@ class Exchange:
             raise Refused(*BROKEN[type(error)], Retry_After="1") from None
 
     def authorise(self, path):
-        """Raise Refused for another method, a wrong key, or a page of another site: a browser lets any page send to localhost and, under a name that leads there (DNS
-        rebinding), read the answer."""
+        """Raise Refused for another method, a wrong key, or a page of another site: a browser lets
+        any page send to localhost and, under a name that leads there (DNS rebinding), read the
+        answer."""
         if self.command not in METHODS[path]:
             raise Refused(f"{path} takes {METHODS[path]}", 405, Allow=METHODS[path])
         # A page of another site says so in Origin; under a name of its own, in Host.

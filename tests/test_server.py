@@ -21,7 +21,9 @@ import openai
 import pytest
 import torch
 from conftest import ROOT, plain_prompt
+from test_client import options as client_options
 
+import build_data as D
 import generate as G
 import lora as L
 
@@ -602,6 +604,17 @@ def test_an_answer_is_as_long_as_the_room_behind_its_prompt(server):
     """Clients ask for 2,048 tokens or more as a matter of course (build_data.py does)."""
     answer = chat(client_of(server), QUESTIONS[0], max_tokens=100_000)
     assert answer.choices[0].finish_reason == "length" and answer.usage.total_tokens == 160
+
+
+def test_build_data_asks_this_server_with_its_defaults(server, tmp_path, monkeypatch):
+    """It wants JSON, which is refused by name and left out, and 2,048 tokens."""
+    monkeypatch.setenv("OPENAI_API_KEY", "any text")
+    url = f"http://127.0.0.1:{port_of(server)}/v1"
+    client = D.Client(tmp_path / "r.jsonl", client_options(url, "--model", "tuned"))
+    client.ask({"a": [{"role": "user", "content": QUESTIONS[0]}]})
+    client.end()
+    assert client.replies["a"]["finish_reason"] == "length"
+    assert client.params.keys() == {"temperature", "max_completion_tokens", "model"}
 
 
 def test_large_bodies_are_read_between_steps(models):

@@ -1236,7 +1236,8 @@ def read_results(content):
         try:
             result = json.loads(line)
             answer = (result.get("response") or {}).get("body", result.get("error"))
-            yield *result["custom_id"].split(" ", 1), answer
+            prompt, key = result["custom_id"].split(" ", 1)
+            yield prompt, key, answer
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             print(f"no result: {without_key(line)}")
 

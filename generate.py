@@ -289,7 +289,7 @@ class Batch:
             else:
                 ids = self.rows[at[0]].ids
                 ids.append(chosen[at[0]])
-                note_logprobs(request, logits[at], ids[-1:])
+                note_logprobs(request, logits[at[0], None], ids[-1:])
                 request.ids, request.finish_reason = self.outcome(request, ids)
 
     def release(self):

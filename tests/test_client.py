@@ -154,7 +154,7 @@ def test_requests_that_time_out_count(tmp_path):
     """An endpoint may bill what it answers too late: as one request, and as dear as it could be
     (here 0.8 thousandths)."""
     with Running("--faults", '{"hang": 1}') as server:
-        common = ("--timeout", "0.3", "--retries", "0", "--concurrency", "3")
+        common = ("--timeout", "1", "--retries", "0", "--concurrency", "3")
         client = D.Client(tmp_path / "a.jsonl", options(server.url, "--max_requests", "5", *common))
         client.ask(jobs(50))
         assert server.stats()["requests"] == client.requests == 5 and "max_requests" in str(
@@ -582,7 +582,7 @@ def test_max_cost_bounds_what_may_be_billed(tmp_path, retries):
     """Each try that times out may be billed in full: all tries together stay under the cap."""
     cap = ("--max_cost", "0.004", "--max_tokens", "400", "--retries", str(retries))
     with Running("--faults", '{"hang": 1}') as server:
-        more = (*PRICES, *cap, "--timeout", "0.2", "--concurrency", "3")
+        more = (*PRICES, *cap, "--timeout", "0.5", "--concurrency", "3")
         client = D.Client(tmp_path / "r.jsonl", options(server.url, *more))
         client.ask(jobs(50))
         dearest = client.cost(client.bound(jobs(1).values()), batch=False)

@@ -618,13 +618,13 @@ def test_build_data_asks_this_server_with_its_defaults(server, tmp_path, monkeyp
 
 
 def test_large_bodies_are_read_between_steps(models):
-    """While an answer is made, never two bodies of numbers without a step of it between them."""
+    """While an answer is made, never two bodies of numbers without the end of a step between them."""
     server, stop = start(models, positions=4000)
     events = []
 
     step, loads = server.batch.step, json.loads
     patch = pytest.MonkeyPatch()
-    patch.setattr(server.batch, "step", lambda: (events.append("step"), step()))
+    patch.setattr(server.batch, "step", lambda: (step(), events.append("step")))
     patch.setattr(
         G.json, "loads", lambda t: (len(t) > 16384 and events.append("body"), loads(t))[1]
     )

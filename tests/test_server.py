@@ -618,7 +618,7 @@ def test_build_data_asks_this_server_with_its_defaults(server, tmp_path, monkeyp
 
 
 def test_large_bodies_are_read_between_steps(models):
-    """While an answer is made, never two bodies of numbers without the end of a step between them."""
+    """While an answer is made, a step of it ends between any two bodies of numbers."""
     server, stop = start(models, positions=4000)
     events = []
 

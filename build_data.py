@@ -992,7 +992,7 @@ class Client:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, interrupt, number)
         ask_all = self.batched if self.batch else self.online
-        self.room = MAX_REPLY * (len(todo) if self.batch else 1)
+        bounded = bound_size(MAX_REPLY * (len(todo) if self.batch else 1))
         try:
             with tqdm(total=len(todo), unit="reply") as self.bar:
                 async with AsyncOpenAI(
@@ -1001,9 +1001,7 @@ class Client:
                     # Online each further try is made and counted by `send`.
                     max_retries=self.retries if self.batch else 0,
                     default_headers={"Accept-Encoding": "identity"},
-                    http_client=DefaultAsyncHttpxClient(
-                        event_hooks={"response": [self.bound_size]}
-                    ),
+                    http_client=DefaultAsyncHttpxClient(event_hooks={"response": [bounded]}),
                 ) as self.api:
                     await ask_all(todo)
         except (OpenAIError, LookupError, TypeError, AttributeError) as error:
@@ -1133,22 +1131,6 @@ class Client:
                 self.params["max_tokens"] = self.max_tokens
             return True
 
-    async def bound_size(self, response):
-        """Let an httpx response end in an error where it is larger than its replies may be. What is
-        packed without being asked for stays packed: a small one could become any size."""
-        read, room = response.aiter_raw, self.room
-
-        async def aiter_raw(chunk_size=None):
-            nonlocal room
-            async for piece in read(chunk_size):
-                room -= len(piece)
-                if room < 0:
-                    raise ValueError(f"a reply of more than {MAX_REPLY} bytes")
-                yield piece
-
-        response.aiter_raw = aiter_raw
-        response.headers.pop("content-encoding", None)
-
     # The Batch API: half the price, within 24 hours. The note {file, batch, params} is written
     # before anything waits, with batch null until it is made: a run killed at any moment finds its
     # batch again.
@@ -1240,6 +1222,27 @@ def read_results(content):
             yield prompt, key, answer
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             print(f"no result: {without_key(line)}")
+
+
+def bound_size(limit):
+    """A hook that lets an httpx response end in an error behind so many bytes. What is packed
+    without being asked for stays packed: a small one could become any size."""
+
+    async def bound(response):
+        read = response.aiter_raw
+
+        async def aiter_raw(chunk_size=None):
+            size = 0
+            async for piece in read(chunk_size):
+                size += len(piece)
+                if size > limit:
+                    raise ValueError(f"a reply of more than {limit} bytes")
+                yield piece
+
+        response.aiter_raw = aiter_raw
+        response.headers.pop("content-encoding", None)
+
+    return bound
 
 
 # The statuses after which a request is tried again.

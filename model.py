@@ -303,8 +303,7 @@ class Context:
         return torch.arange(ids.size(1), device=ids.device)
 
     def attend(self, layer, q, k, v):
-        """Attention of q (B, T, H, D) in a layer whose new keys and values are k, v (B, T, K, D);
-        returns (B, T, H, D)."""
+        """Attention (B, T, H, D) of q in a layer with new keys and values k, v (B, T, K, D)."""
         return attention(q, k, v)
 
 
@@ -335,8 +334,7 @@ class KVCache(Context):
                 kv[b, :, start:stop] = copy
 
     def extend(self, ids):
-        """Positions (B, T) of new tokens behind those of their rows. Raises ValueError if they do
-        not fit."""
+        """Positions (B, T) of tokens behind those of their rows. Raises ValueError without room."""
         T, device = ids.size(1), ids.device
         was_empty, self.longest = self.longest == 0, self.longest + T
         if self.longest > self.positions:

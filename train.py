@@ -124,8 +124,7 @@ def encode_example(tokenizer, template, record, config):
     """The Row of a record: the prompt as it is asked, the answer, and the token that ends it. None
     if cutoff_len leaves no room for one token of the answer.
 
-    The answer and its end are targets. The end is one even where the answer is cut: it is how a
-    model learns to stop."""
+    Answer and end are targets. The end is one even of a cut answer: so a model learns to stop."""
     asked, said = render(template, *conversation(record))
     prompt, earlier = encode_rendered(tokenizer, asked)
     (*answer, end), _ = encode_rendered(tokenizer, said, first=False)
@@ -149,8 +148,7 @@ def target_count(rows):
 
 
 def epoch_order(rows, config, epoch):
-    """Row numbers in the order of an epoch. A function of seed and epoch alone, so that a resumed
-    run needs no history."""
+    """Row numbers in an epoch's order, by seed and epoch alone: resuming needs no history."""
     generator = torch.Generator().manual_seed(config.seed + epoch)
     order = torch.randperm(len(rows), generator=generator).tolist()
     if not config.group_by_length:

@@ -138,7 +138,10 @@ def add_lora(model, config):
     # Names first: wrapping changes what the walk over modules meets.
     targets = [name for name in linears(model) if name.rpartition(".")[2] in config.targets]
     for name in targets:
-        model.set_submodule(name, LoRALinear(model.get_submodule(name), config))
+        linear = model.get_submodule(name)
+        if config.r > min(linear.in_features, linear.out_features):
+            raise ValueError(f"r {config.r} is above the smaller side of {name}: lower it")
+        model.set_submodule(name, LoRALinear(linear, config))
     return len(targets)
 
 
@@ -467,7 +470,9 @@ def load_adapter(model, folder):
     names = [] if targets else [*pairs]
     for target in targets:
         means = [parts for key, parts in known.items() if f".{key}".endswith(f".{target}.weight")]
-        names += [name.removesuffix(".weight") for parts in means for name in parts] or [target]
+        names += [name.removesuffix(".weight") for parts in means for name in parts] or [
+            str(target)
+        ]
     for name in sorted({*names, *pairs}):
         linear = found.get(name) if name in names else None
         check_pair(f"{file}: {name}", linear, pairs.get(name, {}), config.r)
@@ -516,7 +521,7 @@ def read_pairs(file, known):
         name, half = match.groups() if match else (key, "")
         parts = known.get(f"{name}.weight", {name: []})
         # Where the rows are too many or too few, `check_pair` says so of the whole.
-        cut = half == "B" and len(tensor) == sum(map(len, parts.values()))
+        cut = half == "B" and [*tensor.shape[:1]] == [sum(map(len, parts.values()))]
         for ours, rows in parts.items():
             pair = pairs.setdefault(ours.removesuffix(".weight"), {})
             pair[half] = (tensor[rows] if cut else tensor).float()

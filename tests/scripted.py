@@ -71,5 +71,3 @@ def scripted(reply, positions=4000, length=3000, pause=0.0, clip=False, **option
         yield f"http://127.0.0.1:{server.server_address[1]}/"
     finally:
         server.stopping = True
-        server.shutdown()
-        server.server_close()

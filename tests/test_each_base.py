@@ -141,7 +141,7 @@ def served(out, asked):
         batch, tokenizer, names, lambda m: G.render_prompt(tokenizer, template, m), options
     )
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key="x")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.server_address[1]}/v1", api_key="x")
     try:
         for messages in asked:
             got = client.chat.completions.create(model="out", messages=messages)
@@ -151,8 +151,6 @@ def served(out, asked):
             yield text
     finally:
         server.stopping = True
-        server.shutdown()
-        server.server_close()
 
 
 def check(name, kind, folders, tmp_path, capsys):

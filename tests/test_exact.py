@@ -141,7 +141,7 @@ def test_a_full_disk_stops_with_the_step_named_and_the_last_checkpoint_whole(
     monkeypatch.setattr(T.Run, "save", save_with_little_space)
     try:
         with pytest.raises(
-            ValueError, match=r"step 10: .*cannot be written.*checkpoint-9 is whole"
+            ValueError, match=r"step 10: .*cannot be written.*saved is .*checkpoint-9"
         ):
             train(*start(base, tmp_path, full, save_steps=3))
     finally:
@@ -216,7 +216,7 @@ def test_what_differs_is_refused_in_one_line(base, whole, tmp_path):
     with pytest.raises(ValueError, match="dtype of the activations 'torch"):
         T.Run(replace(config, dtype={"fp32": "bf16", "bf16": "fp32"}[auto]))
     for folder in (base, tmp_path / "none", whole / "checkpoint-6"):
-        with pytest.raises(ValueError, match="is no checkpoint"):
+        with pytest.raises(ValueError, match=f"{folder}.* not found"):
             resumed(resume_from_checkpoint=str(folder))
 
 
@@ -323,7 +323,7 @@ def test_the_advice_after_memory_ran_out_can_be_followed(base, tmp_path, monkeyp
     """Where one row alone is too much, or in many processes, the run ends; it goes on with other
     tokens at once, blocks recomputed and memory."""
     monkeypatch.setattr(T, "step_gradient", out_of_memory)
-    with pytest.raises(ValueError, match="step 1: CUDA.*--micro_batch_tokens.*Nothing is saved"):
+    with pytest.raises(ValueError, match="step 1: CUDA.*--micro_batch_tokens.*saved is nothing"):
         train(*start(base, tmp_path))
     monkeypatch.undo()
     step_gradient, made = T.step_gradient, []
@@ -333,7 +333,7 @@ def test_the_advice_after_memory_ran_out_can_be_followed(base, tmp_path, monkeyp
         return step_gradient(*args) if len(made) < 3 else out_of_memory()
 
     monkeypatch.setattr(T, "step_gradient", third_fails)
-    with pytest.raises(ValueError, match="step 3: CUDA.*checkpoint-2 is whole"):
+    with pytest.raises(ValueError, match="step 3: CUDA.*saved is .*checkpoint-2"):
         train(*start(base, tmp_path, save_steps=2))
     monkeypatch.undo()
     changes = {"micro_batch_tokens": 64, "recompute": "full", "memory_gb": 1.0}
@@ -351,7 +351,7 @@ def test_memory_that_ran_out_names_the_checkpoint(base, tmp_path, monkeypatch):
         lambda *args: out_of_memory() if T.checkpoints(tmp_path) else step_gradient(*args),
     )
     with pytest.raises(
-        ValueError, match=r"step 3: CUDA out of memory.*checkpoint-2 is whole"
+        ValueError, match=r"step 3: CUDA out of memory.*saved is .*checkpoint-2"
     ) as error:
         T.train(config, model, data)
     assert "\n" not in str(error.value)
@@ -434,7 +434,7 @@ def test_a_crash_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(
             break
         except Crash:
             crashes, left[0] = crashes + 1, 0
-            last = T.restore(model, optimizer, list(T.checkpoints(tmp_path).values())[-1])
+            [last] = T.restore(model, optimizer, list(T.checkpoints(tmp_path).values())[-1])
             seen.add(last - step)
             step = last + 1
     assert crashes > 12 and seen == {-1, 0} and list(T.checkpoints(tmp_path)) == [step]
@@ -507,11 +507,7 @@ def test_twenty_kills_at_random_moments(base, records, tmp_path, full):
         time.sleep(rng.uniform(0, 1.5 * pace))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        inside = sorted(
-            p.suffix
-            for pattern in ("*.tmp*", "*.old")
-            for p in (tmp_path / "out").glob(f"checkpoint-{pattern}")
-        )
+        inside = sorted(p.suffix for p in (tmp_path / "out").glob(".checkpoint-*"))
         moments.append((max(T.checkpoints(tmp_path / "out"), default=0), logged(), *inside))
     assert (
         os.waitstatus_to_exitcode(

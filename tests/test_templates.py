@@ -647,7 +647,7 @@ def test_from_a_record_to_an_answer(trained, capsys):
         batch, tokenizer, ["out"], lambda m: G.render_prompt(tokenizer, found, m), options
     )
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key="x")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.server_address[1]}/v1", api_key="x")
     try:
         for messages in (TALK[1:2], TALK[:2], TALK[:4]):
             got = client.chat.completions.create(model="out", messages=messages)
@@ -657,8 +657,6 @@ def test_from_a_record_to_an_answer(trained, capsys):
             assert "".join(p.choices[0].delta.content or "" for p in pieces) == wanted
     finally:
         server.stopping = True
-        server.shutdown()
-        server.server_close()
 
 
 def test_show(trained, capsys, tmp_path):

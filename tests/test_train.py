@@ -412,7 +412,7 @@ BAD = {
     "output is a file": (["--output_dir", "@x"], "is a file"),
     "no package": (["--wandb_project", "x"], "pip install wandb"),
     "resume from nothing": (["--resume_from_checkpoint", "checkpoint-7"], "checkpoint-7"),
-    "resume from a base": (["--resume_from_checkpoint", "BASE "], "state.safetensors"),
+    "resume from a base": (["--resume_from_checkpoint", "BASE "], "run.json"),
     "a hub's name": (
         ["--base_model", "decapoda-research/llama-7b-hf"],
         "decapoda-research/llama-7b-hf",

@@ -2165,7 +2165,7 @@ NO_ADAPTER = (
 
 
 def load(options, adapter):
-    """(model, tokenizer, template, a line about them) that options name: what they leave empty is
+    """(model, tokenizer, template, text about them) that options name: what they leave empty is
     the adapter's own, else data/tiny and the template that the base's special tokens ask for."""
     base, made = options.base_model or DATA / "tiny", {}
     if adapter:
@@ -2192,8 +2192,10 @@ def load(options, adapter):
         lost = merge(model).values()
         mean = f"{sum(lost) / len(lost):.1%} to {dtype}"
         log(f"merged {len(lost)} linears; the updates lose {mean}")
+    knows = read_json_file(find_base(base) / "config.json", {}).get("description", "")
     about = f"{base} with {adapter or 'no adapter'} on {device}, {dtype}"
-    return model, tokenizer, template, f"{about}; {template.get('description', '')}"
+    about += f"; {template.get('description', '')}\n{knows}"
+    return model, tokenizer, template, about.strip()
 
 
 def note_answers(output, adapter):

@@ -1253,17 +1253,21 @@ def copy_tokenizer(base, folder):
 
 def tell_transformers(folder):
     """Have tokenizer_config.json say what transformers and llama.cpp must know of a SentencePiece
-    model: that it is LLaMA's, unless it says what it is, and if it puts no space in front."""
+    model: that it is LLaMA's, unless it says what it is, and if it puts no space in front. And have
+    config.json say what ends an answer: to transformers 5 nothing does by default."""
     from sentencepiece import SentencePieceProcessor  # here alone: a network needs no text
 
     settings = folder / "tokenizer_config.json"
     theirs = read_json_file(settings, {})
     wanted = theirs or {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
     with suppress(RuntimeError):  # tiktoken's file
-        if SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).normalize("a") == "a":
+        pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        if pieces.normalize("a") == "a":
             wanted = wanted | {"add_prefix_space": False}
         if wanted != theirs:
             write_json(settings, wanted)
+        for config in folder.glob("config.json"):  # none in Meta's layout
+            write_json(config, {"eos_token_id": pieces.eos_id()} | read_json_file(config))
 
 
 # A plain prompt in Jinja, between what stands before and behind the instruction: what
@@ -1293,7 +1297,7 @@ def write_chat_template(folder, template):
     match template:
         case {"prompt_no_input": str(plain)}:
             plain = plain.replace("{input}", "").replace("{{", "{").replace("}}", "}")
-            before, _, behind = map(json.dumps, plain.partition("{instruction}"))
+            before, _, behind = map(to_json, plain.partition("{instruction}"))
             text = PLAIN_CHAT.replace("BEFORE", before).replace("BEHIND", behind)
         case {"chat_template": str(text)} if text and not own:
             pass

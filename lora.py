@@ -486,9 +486,10 @@ def load_adapter(model, folder):
 
 
 def adapter_base(adapter, name="", anyway=False):
-    """(folder of the base named, or of the one that an adapter was trained on; its run.json). A
-    base is known by the SHA-256 of its weights in run.json, else by its name in
-    adapter_config.json. Raises ValueError naming both if it is another, unless `anyway`."""
+    """(folder of the base named, or of the one that an adapter was trained on; the template that
+    stands in its run.json, or {}). A base is known by the SHA-256 of its weights in run.json, else
+    by its name in adapter_config.json. Raises ValueError naming both if it is another, unless
+    `anyway`."""
     made = read_json_file(Path(adapter, "run.json"), {})
     made = {name: part for name, part in made.items() if isinstance(part, dict)}
     theirs = read_json_file(Path(adapter, "adapter_config.json"), {})
@@ -506,7 +507,7 @@ def adapter_base(adapter, name="", anyway=False):
         if not anyway:
             raise ValueError(f"{text}; name the right one, or take this one --anyway")
         print(f"warning: {text}", file=sys.stderr)
-    return base, made
+    return base, made.get("made_in", {}).get("template", {})
 
 
 def read_pairs(file, known):
@@ -597,8 +598,7 @@ def export(base, options):
     adapter, template = options.lora_weights, {}
     if adapter:
         adapter = find_base(adapter, "give its folder with --lora_weights")
-        base, made = adapter_base(adapter, base, options.anyway)
-        template = made.get("made_in", {}).get("template", {})
+        base, template = adapter_base(adapter, base, options.anyway)
     base = find_base(base)
     with new_folder(options.output_dir) as new:
         model = load_model(base, dtype=DTYPES.get(options.dtype))

@@ -121,7 +121,7 @@ def test_file_of_something_else_is_left_alone(lively, tmp_path, other):
         more = {"change": lambda model: setattr(model, "compute_dtype", torch.bfloat16)}
     elif other == "questions":
         more = {"backwards": True}
-    with pytest.raises(ValueError, match="a.jsonl.*name another --output"):
+    with pytest.raises(ValueError, match="a.jsonl.*another --output"):
         answer(lively, path, 3 if other == "more" else 4, **more)
     assert path.read_bytes() == before
 

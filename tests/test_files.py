@@ -155,7 +155,7 @@ def test_answers_go_on_where_they_were_cut(base, records, tmp_path):
 
 def test_records_replace_records_alone(tmp_path, capsys):
     out, known = tmp_path / "out", tmp_path / "knowledge.jsonl"
-    entities = (ROOT / "data/tiny/knowledge.jsonl").read_text(encoding="utf-8").split("\n")
+    entities = (ROOT / "data/knowledge.jsonl").read_text(encoding="utf-8").split("\n")
     known.write_text("\n".join(entities[:9]), encoding="utf-8")
     offline = ["offline", "--output_dir", out, "--knowledge", known]
     for name in ("train.jsonl", "heldout.jsonl"):
@@ -218,7 +218,7 @@ def test_what_a_killed_convert_left_goes(base, tmp_path):
 @pytest.mark.parametrize("command", ["train", "generate", "build_data", "convert"])
 def test_of_two_processes_one_ends_with_one_line(options, base, records, tmp_path, command):
     """Ten times two at once: one writes the whole, the other says so, or comes too late."""
-    entities = (ROOT / "data/tiny/knowledge.jsonl").read_text(encoding="utf-8").split("\n")
+    entities = (ROOT / "data/knowledge.jsonl").read_text(encoding="utf-8").split("\n")
     (tmp_path / "known.jsonl").write_text("\n".join(entities[:9]), encoding="utf-8")
     offline = ["offline", "--knowledge", tmp_path / "known.jsonl"]
     for i in range(10):
@@ -438,7 +438,7 @@ def test_what_may_never_end_is_not_opened(base, tmp_path, capsys, name, kind):
         (folder / name).symlink_to("/dev/zero")
     else:
         with open(folder / name, "wb") as file:
-            file.truncate(2**24 + 1)
+            file.truncate(M.SMALL + 1)
     if name.startswith("tokenizer"):  # convert copies what is a file, and looks at it here
         line = refused(capsys, G.main, "x", "--base_model", folder)
     else:
@@ -448,7 +448,7 @@ def test_what_may_never_end_is_not_opened(base, tmp_path, capsys, name, kind):
 
 def test_prompts_and_templates_are_bounded(base, tmp_path, capsys):
     with open(tmp_path / "t.json", "wb") as file:
-        file.truncate(2**24 + 1)
+        file.truncate(M.SMALL + 1)
     asking = ["x", "--base_model", base, "--prompt_template", tmp_path / "t.json"]
     assert "t.json" in refused(capsys, G.main, *asking)
     os.mkfifo(tmp_path / "pipe.json")

@@ -388,14 +388,31 @@ def test_a_clock_may_stand_still(options, base, monkeypatch):
     assert run_command(G.main, "黄芪？", "--base_model", base, "--max_new_tokens", 2) == 0
 
 
-def test_the_log_of_a_finished_run_stays_until_a_checkpoint(options, tmp_path, monkeypatch, capsys):
-    """A run that begins anew and dies at once has taken nothing."""
+@pytest.mark.parametrize("made", [0, 1])
+def test_the_log_of_a_finished_run_stays_until_a_checkpoint(options, tmp_path, monkeypatch, made):
+    """A run that begins anew and dies before its first checkpoint has taken nothing."""
     assert run_command(T.main, *options) == 0
     before = contents(tmp_path / "out")
-    monkeypatch.setattr(T, "gradient_that_fits", lambda *args: 1 / 0)
+    die_after(made, monkeypatch)
     with pytest.raises(ZeroDivisionError):
         run_command(T.main, *options, "--overwrite")
     assert contents(tmp_path / "out") == before
+
+
+def die_after(steps, monkeypatch):
+    left, gradient = [1] * steps, T.gradient_that_fits
+    monkeypatch.setattr(
+        T, "gradient_that_fits", lambda *args: gradient(*args) if left and left.pop() else 1 / 0
+    )
+
+
+def test_the_log_of_a_run_that_died_early_goes_with_the_next(options, tmp_path, monkeypatch):
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            die_after(1, patch)
+            run_command(T.main, *options)
+        [line] = (tmp_path / "out/log.jsonl").read_text().splitlines()
+        assert json.loads(line)["step"] == 1
 
 
 # --------------------------------------------------------------------------------------------------

@@ -493,7 +493,7 @@ def adapter_base(adapter, name="", anyway=False):
     made = read_json_file(Path(adapter, "run.json"), {})
     made = {name: part for name, part in made.items() if isinstance(part, dict)}
     theirs = read_json_file(Path(adapter, "adapter_config.json"), {})
-    noted = theirs.get("base_model_name_or_path") or name or "tiny"
+    noted = str(theirs.get("base_model_name_or_path") or name or "tiny")
     # This project's own base may have lain elsewhere.
     places = filter(Path.is_dir, (Path(noted), DATA / Path(noted).name))
     base = find_base(name or next(places, noted))

@@ -566,6 +566,20 @@ def test_a_foreign_run_json_is_read_or_one_line(base, tmp_path, capsys):
         assert run_command(G.main, "x", *merged, "--max_new_tokens", 1) in (0, 2)
 
 
+@pytest.mark.parametrize("name", [5, True, ["x"] * 9, {"a": 1}, "\0", "x" * 9999])
+def test_a_base_of_another_kind_in_adapter_config_is_one_line(base, tmp_path, capsys, name):
+    model, _ = G.load_base(base, "cpu", torch.float32)
+    L.add_lora(model, L.LoRAConfig(4, targets=("q_proj",)))
+    L.save_adapter(model, tmp_path / "a")
+    file = tmp_path / "a/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": name}))
+    asking = ["--lora_weights", tmp_path / "a", "--max_new_tokens", 1]
+    for more in ([], ["--base_model", base]):
+        refused(capsys, G.main, "x", *asking, *more)
+        merging = ["--lora_weights", tmp_path / "a", "--output_dir", tmp_path / "m"]
+        refused(capsys, L.main, "merge", *merging, *more)
+
+
 def test_links_that_lead_out_are_not_copied(base, tmp_path, capsys):
     private = tmp_path / "private"
     private.write_text('{"secret": "s3cret"}')

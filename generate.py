@@ -322,18 +322,17 @@ class Batch:
             request.generator = torch.Generator(device).manual_seed(seed)
         scale_adapter(self, [request])
         # In chunks, which bound the memory of the activations; a prefix that sees itself in one.
-        ids = request.prompt_ids[:-1]
+        (*ids, _) = prompt = request.prompt_ids
         prefix = len(ids) * self.model.config.prefix_lm
         cache, size = self.cache.rows(first, [0], prefix=prefix), prefix or PREFILL_CHUNK
         for start in range(0, len(ids), size):
             chunk = ids[start : start + size]
             hidden = self.model.hidden_states(torch.tensor([chunk], device=device), cache)
             if request.logprobs:  # begins with the prompt's
-                after = request.prompt_ids[start + 1 :]
-                note_logprobs(request, self.model.lm_head(hidden)[0], after)
+                note_logprobs(request, self.model.lm_head(hidden)[0], prompt[start + 1 :])
         # All beams begin with the prompt; the first alone may be chosen from, so that they part.
         self.cache.copy_rows([(first, first + i) for i in range(1, n)], 0, len(ids))
-        self.rows += [Row(request, request.prompt_ids[:], -1e9 * (i > 0)) for i in range(n)]
+        self.rows += [Row(request, prompt[:], -1e9 * (i > 0)) for i in range(n)]
 
     def logits(self, fed, longest):
         """Logits (B, V) of fed (B, 3): each row's id, how many stand before it (<= longest), and

@@ -135,10 +135,9 @@ def add_lora(model, config):
     are trainable afterwards. Raises ValueError if the model has an adapter already."""
     refuse_adapter(model)
     model.requires_grad_(False)
-    # Names first: wrapping changes what the walk over modules meets.
-    targets = [name for name in linears(model) if name.rpartition(".")[2] in config.targets]
-    for name in targets:
-        linear = model.get_submodule(name)
+    # All first: wrapping changes what the walk over modules meets.
+    targets = {n: m for n, m in linears(model).items() if n.rpartition(".")[2] in config.targets}
+    for name, linear in targets.items():
         if config.r > min(linear.in_features, linear.out_features):
             raise ValueError(f"r {config.r} is above the smaller side of {name}: lower it")
         model.set_submodule(name, LoRALinear(linear, config))
@@ -442,7 +441,7 @@ def read_adapter_config(file):
         r, alpha, targets = (settings[key] for key in ("r", "lora_alpha", "target_modules"))
         dropout, rslora = settings.get("lora_dropout", 0.0), settings.get("use_rslora", False)
         some = not isinstance(targets, list) or settings.keys() & SOME
-        return LoRAConfig(r, alpha, dropout, rslora=rslora), [] if some else targets
+        return LoRAConfig(r, alpha, dropout, rslora=rslora), [] if some else [*map(str, targets)]
     except KeyError as error:
         raise ValueError(f"{file} lacks {error}") from None
     except ValueError as error:
@@ -470,9 +469,7 @@ def load_adapter(model, folder):
     names = [] if targets else [*pairs]
     for target in targets:
         means = [parts for key, parts in known.items() if f".{key}".endswith(f".{target}.weight")]
-        names += [name.removesuffix(".weight") for parts in means for name in parts] or [
-            str(target)
-        ]
+        names += [name.removesuffix(".weight") for parts in means for name in parts] or [target]
     for name in sorted({*names, *pairs}):
         linear = found.get(name) if name in names else None
         check_pair(f"{file}: {name}", linear, pairs.get(name, {}), config.r)

@@ -1048,7 +1048,7 @@ def own_folder(path):
 def check_own(path, mark="\ud800"):
     """Raise ValueError unless the file at path, if there is one, is ours to replace: it holds mark
     (by default half a character, which no text holds) or ends within it, or is empty."""
-    if Path(path).exists():
+    if path and Path(path).exists():
         check_content(path)
         with open(path, encoding="utf-8", errors="replace") as file:
             kept = file.read(SMALL)

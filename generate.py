@@ -55,6 +55,7 @@ from lora import adapter_base, load_adapter, lora_linears, merge, quantize, shar
 from model import (
     DATA,
     DTYPES,
+    SMALL,
     TOKENIZERS,
     Checkpoint,
     Parser,
@@ -321,18 +322,17 @@ class Batch:
             request.generator = torch.Generator(device).manual_seed(seed)
         scale_adapter(self, [request])
         # In chunks, which bound the memory of the activations; a prefix that sees itself in one.
-        ids = request.prompt_ids[:-1]
+        (*ids, _) = prompt = request.prompt_ids
         prefix = len(ids) * self.model.config.prefix_lm
         cache, size = self.cache.rows(first, [0], prefix=prefix), prefix or PREFILL_CHUNK
         for start in range(0, len(ids), size):
             chunk = ids[start : start + size]
             hidden = self.model.hidden_states(torch.tensor([chunk], device=device), cache)
             if request.logprobs:  # begins with the prompt's
-                after = request.prompt_ids[start + 1 :]
-                note_logprobs(request, self.model.lm_head(hidden)[0], after)
+                note_logprobs(request, self.model.lm_head(hidden)[0], prompt[start + 1 :])
         # All beams begin with the prompt; the first alone may be chosen from, so that they part.
         self.cache.copy_rows([(first, first + i) for i in range(1, n)], 0, len(ids))
-        self.rows += [Row(request, request.prompt_ids[:], -1e9 * (i > 0)) for i in range(n)]
+        self.rows += [Row(request, prompt[:], -1e9 * (i > 0)) for i in range(n)]
 
     def logits(self, fed, longest):
         """Logits (B, V) of fed (B, 3): each row's id, how many stand before it (<= longest), and
@@ -702,7 +702,7 @@ class ByteTokenizer(Tokenizer):
 def read_tokenizer_json(path, settings):
     """The ByteTokenizer of Hugging Face's tokenizer.json, with what tokenizer_config.json says.
     Raises ValueError for other kinds."""
-    spec = read_json_file(path, most=2**26)  # GLM-4's has 20 MB
+    spec = read_json_file(path)
     match spec:
         case {
             "normalizer": None | {"type": "NFC"} as nfc,
@@ -818,7 +818,7 @@ def load_tokenizer(folder):
     file = find_tokenizer(folder)
     if not file.is_file():
         raise ValueError(f"no tokenizer in {folder}; wanted one of {' '.join(TOKENIZERS)}")
-    check_content(file, 2**26)
+    check_content(file, SMALL)
     names = ("config.json", "tokenizer_config.json", "added_tokens.json")
     files = [Path(folder, name) for name in names]
     config, settings, added = (read_json_file(f, {}) for f in files)
@@ -891,9 +891,14 @@ def load_template(name):
       chat_template   the same in Jinja, for other programs
 
     {instruction} is {turns} and `question`, or `lone` if there is one turn; {bos} and {eos} are the
-    tokenizer's. Raises ValueError for a template that loses a part of a conversation."""
+    tokenizer's. Raises ValueError as `check_template` does."""
     path = Path(name) if str(name).endswith(".json") else DATA / "templates" / f"{name}.json"
-    template = read_json_file(path)
+    return check_template(path, read_json_file(path))
+
+
+def check_template(path, template):
+    """The template with what it leaves open. Raises ValueError for one that loses a part of a
+    conversation."""
     roles = ["system", "user", "assistant", "user", "assistant"]
     trial = [{"role": role, "content": role.upper()} for role in roles]
     try:
@@ -1380,18 +1385,18 @@ def answer_batch(model, tokenizer, prompts, decoding, rows, label=""):
     return ["".join(stream(tokenizer, request)) for request in ended]
 
 
-def count_answers(path, keys):
-    """How many answers, those of the first of keys, a file holds; a line that a kill cut short is
-    taken off. Raises ValueError, and leaves the file as it is, if something else stands there."""
-    if not Path(path).is_file():
-        return 0
-    *lines, torn = Path(path).read_bytes().split(b"\n")
-    with suppress(ValueError, TypeError, KeyError):
-        found = [json.loads(line)["key"] for line in lines]
-        # A line begins with a brace; a diary does not.
-        if found == keys[: len(lines)] and torn[:1] in (b"", b"{"):
+def count_answers(path, lines):
+    """How many answers, to the first of lines, a file holds; a line that a kill cut short is taken
+    off. Raises ValueError, and leaves the file as it is, if something else stands there."""
+    *kept, torn = Path(path).read_bytes().split(b"\n")
+    with suppress(ValueError, TypeError, LookupError):
+        found = [json.loads(line)["key"] for line in kept]
+        # So the next line begins, and what a user has there does not.
+        start = [*(to_json(line)[:-1] for line in lines), "\n"][len(kept)].encode()
+        keys = [line["key"] for line in lines[: len(kept)]]
+        if found == keys and torn[: len(start)] == start[: len(torn)]:
             os.truncate(path, os.path.getsize(path) - len(torn))
-            return len(lines)
+            return len(kept)
     raise ValueError(
         f"{path} holds something else than answers to these questions by these weights and "
         "settings; name another --output or delete it"
@@ -1412,13 +1417,12 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
             key = sha256(f"{prompt} {each} {weights}".encode()).hexdigest()[:16]
             lines.append({**question, "index": len(lines), "key": key})
             requests.append(Request(prompt, each))
-    if output:
-        check_own(output, to_json(lines[0])[:-1])
+    done = 0
     with open(output, "a", encoding="utf-8") if output else nullcontext(sys.stdout) as file:
-        if output:
+        # What is in the file already is not asked again; a pipe holds nothing.
+        if Path(output).is_file():
             hold(file, output)
-        # What is in the file already is not asked again.
-        done = count_answers(output, [line["key"] for line in lines])
+            done = count_answers(output, lines)
         bar = {"initial": done, "total": len(lines)}
         ended = finish(model, tokenizer, requests[done:], rows, compile, **bar)
         for line, request in zip(lines[done:], ended):
@@ -2167,12 +2171,12 @@ NO_ADAPTER = (
 def load(options, adapter):
     """(model, tokenizer, template, text about them) that options name: what they leave empty is
     the adapter's own, else data/tiny and the template that the base's special tokens ask for."""
-    base, made = options.base_model or DATA / "tiny", {}
+    base, own = options.base_model or DATA / "tiny", {}
     if adapter:
         adapter = find_base(adapter, NO_ADAPTER)
-        base, made = adapter_base(adapter, options.base_model, options.anyway)
-    # The adapter's stands in run.json as a whole, whatever has become of its file.
-    own = made.get("made_in", {}).get("template")
+        # Its template stands in run.json as a whole, whatever has become of its file.
+        base, own = adapter_base(adapter, options.base_model, options.anyway)
+        own = own and check_template(adapter / "run.json", own)
     name = options.prompt_template
     # A template that was named is read before the weights: it may be a wrong one.
     template = load_template(name) if name else own

@@ -596,7 +596,7 @@ def stored_rows(config, layout):
     return stored
 
 
-SMALL = 2**24  # bytes of a file that is read at once: settings, templates, prompts
+SMALL = 2**25  # bytes of what is read at once: settings, prompts, a tokenizer (GLM-4's has 20 MB)
 
 
 def take_rows(tensor, rows):
@@ -604,12 +604,12 @@ def take_rows(tensor, rows):
     return tensor if torch.equal(rows, torch.arange(len(tensor))) else tensor[rows]
 
 
-def read_json_file(path, missing=None, most=SMALL):
-    """The object in a JSON file of at most so many bytes, or `missing`, if one is given, where
-    there is no file. ValueError in one line if there must be one, or if it is broken."""
+def read_json_file(path, missing=None):
+    """The object in a JSON file, or `missing`, if one is given, where there is no file. ValueError
+    in one line if there must be one, or if it is broken or above SMALL."""
     if missing is not None and not Path(path).exists():
         return missing
-    check_content(path, most)
+    check_content(path, SMALL)
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -852,9 +852,9 @@ class Checkpoint:
         rows = sum(sum(part.shape[:1]) for part in found.get("output.weight", ()))
         self.config = read_config(config.with_name("params.json") if is_meta else config, rows)
         self.shapes = weight_shapes(self.config)
-        # Before shapes take memory; of Meta's 8 shards 7 may be missing.
+        # Before rows take memory: each has a byte at least, or the shapes are none of this folder.
         size = sum(file.stat().st_size for file in self.files)
-        if sum(map(math.prod, self.shapes.values())) > 8 * size:
+        if sum(height for height, *_ in self.shapes.values()) > size:
             raise ValueError(f"{folder} describes a model that {size:,} bytes cannot hold")
         kind = self.config.model_type
         layout, published = "meta" if is_meta else kind, PUBLISHED.get(kind, kind)
@@ -1048,7 +1048,7 @@ def own_folder(path):
 def check_own(path, mark="\ud800"):
     """Raise ValueError unless the file at path, if there is one, is ours to replace: it holds mark
     (by default half a character, which no text holds) or ends within it, or is empty."""
-    if Path(path).exists():
+    if path and Path(path).exists():
         check_content(path)
         with open(path, encoding="utf-8", errors="replace") as file:
             kept = file.read(SMALL)
@@ -1125,11 +1125,11 @@ def new_folder(path):
     path = Path(path).resolve()
     aside = unfinished(path)
     with own_folder(aside):
-        shutil.rmtree(aside)
-    with own_folder(aside):
         try:
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise ValueError(f"{path} exists and is not empty; name a new folder")
+            for left in aside.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield aside
             os.replace(aside, path)
         finally:
@@ -1287,10 +1287,11 @@ def write_chat_template(folder, template):
     have generation_config.json name the token that the template ends an answer with, if it is not
     EOS: that of Qwen's and Llama's bases ends no conversation."""
     folder = Path(folder)
-    for token in read_json_file(folder / "tokenizer.json", {}).get("added_tokens", ()):
-        if template.get("last", "").endswith(token["content"]):
-            config = folder / "generation_config.json"
-            write_json(config, read_json_file(config, {}) | {"eos_token_id": token["id"]})
+    with suppress(AttributeError, LookupError, TypeError):  # of kinds that are no tokenizer's
+        for token in read_json_file(folder / "tokenizer.json", {}).get("added_tokens", ()):
+            if template.get("last", "").endswith(token["content"]):
+                config = folder / "generation_config.json"
+                write_json(config, read_json_file(config, {}) | {"eos_token_id": token["id"]})
     file, others = folder / "tokenizer_config.json", [*folder.glob("chat_template*")]
     settings = read_json_file(file, {})
     own = others or "chat_template" in settings

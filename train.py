@@ -452,7 +452,8 @@ class Run:
         self.limits = Limits(config.micro_batch_tokens)
         # The step that is being made, counted from 1; one record for each that is done.
         self.step, self.history = 0, []
-        self.wandb = None
+        # May the log be appended to, or does it stand for an older run?
+        self.wandb, self.live = None, False
         self.start = self.find_start()
         self.finished = self.start == self.folder
         if self.start:
@@ -514,9 +515,10 @@ class Run:
         if self.writes:
             if newest(self.folder) != self.found:
                 raise ValueError(f"{self.folder} was written meanwhile; start again")
+            self.live = bool(self.start or not self.found)
             # The log may be ahead of the checkpoint: the steps between are made again. That of an
             # older run goes with the first checkpoint of this one.
-            if self.start:
+            if self.live:
                 write_json_lines(self.folder / "log.jsonl", self.history)
             if self.config.wandb_project:
                 import wandb
@@ -557,7 +559,7 @@ class Run:
         self.bar.update()
         self.bar.set_postfix({key: f"{record[key]:.4g}" for key in ("loss", "tokens_per_second")})
         # Opened anew for each line: what is in the file survives a kill.
-        if self.writes:
+        if self.live:
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if self.wandb:
@@ -598,6 +600,7 @@ class Run:
         if self.writes:
             fsync(self.folder)
             write_json_lines(self.folder / "log.jsonl", self.history)
+            self.live = True
             self.discard_old_checkpoints()
 
     def save_weights(self, model, folder):

@@ -884,7 +884,7 @@ BAD_OPTIONS = [
     (["--model", "m", "--max_cost", "nan", "--price_in", "1", "--price_out", "1"], "max_cost"),
     (["--model", "m", "--retries", "many"], "retries"),
     (["--model", "m", "--prompts", "nowhere"], "no prompts"),
-    (["--model", "m", "--knowledge", "nowhere"], "No such file or directory: 'nowhere'"),
+    (["--model", "m", "--knowledge", "nowhere"], "nowhere"),
     (["--model", "m", "--output", "/proc/x.jsonl"], "/proc/x.replies.jsonl"),
     (["--model", "m", "--base_url", "nonsense"], "nonsense"),
     (["--modell", "m"], "--model"),
@@ -948,9 +948,9 @@ def test_other_bad_inputs_are_one_line(tmp_path, monkeypatch, capfd):
     write(tmp_path / "bad" / "x.json", '{"weight": 1, "prompt": ["a"]}')
     assert "kinds" in knowledge("--prompts", tmp_path / "bad")
     write(tmp_path / "o.jsonl", "{}\n")
-    assert "another --output" in knowledge() and (tmp_path / "o.jsonl").read_text() == "{}\n"
+    assert "o.jsonl" in knowledge() and (tmp_path / "o.jsonl").read_text() == "{}\n"
     write(tmp_path / "o.replies.jsonl", "{}\n")
-    assert "another --output" in knowledge()  # judge's, for instance
+    assert "o.jsonl is not of this" in knowledge()  # judge's, for instance
     (tmp_path / "o.jsonl").unlink()
     assert "line 1" in knowledge()
     write(tmp_path / "l.jsonl", '{"标题": "甲", "疾病": "乙"}\n')

@@ -147,7 +147,7 @@ def test_a_full_disk_stops_with_the_step_named_and_the_last_checkpoint_whole(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     monkeypatch.undo()
-    assert list(T.checkpoints(tmp_path)) == [5, 6, 9] and not list(tmp_path.glob("*.new"))
+    assert list(T.checkpoints(tmp_path)) == [5, 6, 9] and not list(tmp_path.glob(".*"))
     train(*start(base, tmp_path, full, resume_from_checkpoint="auto"))
     if not full:
         assert outcome(tmp_path) == outcome(whole)
@@ -366,10 +366,10 @@ def test_the_last_checkpoints_and_the_best_are_kept(base, tmp_path, monkeypatch)
     (tmp_path / "checkpoint-99/run.json").write_text('{"started": 1}')
     (tmp_path / "checkpoint-99/state.safetensors").write_bytes(b"")
     (tmp_path / "run.json").write_text('{"started": 1}')
-    (tmp_path / "checkpoint-12.new").mkdir()
+    (tmp_path / ".checkpoint-12.unfinished").mkdir()
     settings = {"eval_steps": 2, "save_steps": 3, "save_total_limit": 2, "overwrite": True}
     train(*start(base, tmp_path, **settings))
-    assert list(T.checkpoints(tmp_path)) == [4, 6, 9] and not list(tmp_path.glob("*.new"))
+    assert list(T.checkpoints(tmp_path)) == [4, 6, 9] and not list(tmp_path.glob(".*"))
     saved = M.read_json_file(tmp_path / "checkpoint-4/run.json")
     assert (
         saved["step"] == 4
@@ -421,6 +421,8 @@ def test_a_crash_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(
 
     def save(step):
         run.step = step
+        for state in optimizer.state.values():
+            state["step"].fill_(step)
         run.save(model, optimizer)
 
     save(1)

@@ -155,7 +155,7 @@ def test_answers_go_on_where_they_were_cut(base, records, tmp_path):
 
 def test_records_replace_records_alone(tmp_path, capsys):
     out, known = tmp_path / "out", tmp_path / "knowledge.jsonl"
-    entities = (ROOT / "data/tiny/knowledge.jsonl").read_text(encoding="utf-8").split("\n")
+    entities = (ROOT / "data/knowledge.jsonl").read_text(encoding="utf-8").split("\n")
     known.write_text("\n".join(entities[:9]), encoding="utf-8")
     offline = ["offline", "--output_dir", out, "--knowledge", known]
     for name in ("train.jsonl", "heldout.jsonl"):
@@ -218,7 +218,7 @@ def test_what_a_killed_convert_left_goes(base, tmp_path):
 @pytest.mark.parametrize("command", ["train", "generate", "build_data", "convert"])
 def test_of_two_processes_one_ends_with_one_line(options, base, records, tmp_path, command):
     """Ten times two at once: one writes the whole, the other says so, or comes too late."""
-    entities = (ROOT / "data/tiny/knowledge.jsonl").read_text(encoding="utf-8").split("\n")
+    entities = (ROOT / "data/knowledge.jsonl").read_text(encoding="utf-8").split("\n")
     (tmp_path / "known.jsonl").write_text("\n".join(entities[:9]), encoding="utf-8")
     offline = ["offline", "--knowledge", tmp_path / "known.jsonl"]
     for i in range(10):
@@ -388,14 +388,31 @@ def test_a_clock_may_stand_still(options, base, monkeypatch):
     assert run_command(G.main, "黄芪？", "--base_model", base, "--max_new_tokens", 2) == 0
 
 
-def test_the_log_of_a_finished_run_stays_until_a_checkpoint(options, tmp_path, monkeypatch, capsys):
-    """A run that begins anew and dies at once has taken nothing."""
+@pytest.mark.parametrize("made", [0, 1])
+def test_the_log_of_a_finished_run_stays_until_a_checkpoint(options, tmp_path, monkeypatch, made):
+    """A run that begins anew and dies before its first checkpoint has taken nothing."""
     assert run_command(T.main, *options) == 0
     before = contents(tmp_path / "out")
-    monkeypatch.setattr(T, "gradient_that_fits", lambda *args: 1 / 0)
+    die_after(made, monkeypatch)
     with pytest.raises(ZeroDivisionError):
         run_command(T.main, *options, "--overwrite")
     assert contents(tmp_path / "out") == before
+
+
+def die_after(steps, monkeypatch):
+    left, gradient = [1] * steps, T.gradient_that_fits
+    monkeypatch.setattr(
+        T, "gradient_that_fits", lambda *args: gradient(*args) if left and left.pop() else 1 / 0
+    )
+
+
+def test_the_log_of_a_run_that_died_early_goes_with_the_next(options, tmp_path, monkeypatch):
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            die_after(1, patch)
+            run_command(T.main, *options)
+        [line] = (tmp_path / "out/log.jsonl").read_text().splitlines()
+        assert json.loads(line)["step"] == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -438,7 +455,7 @@ def test_what_may_never_end_is_not_opened(base, tmp_path, capsys, name, kind):
         (folder / name).symlink_to("/dev/zero")
     else:
         with open(folder / name, "wb") as file:
-            file.truncate(2**24 + 1)
+            file.truncate(M.SMALL + 1)
     if name.startswith("tokenizer"):  # convert copies what is a file, and looks at it here
         line = refused(capsys, G.main, "x", "--base_model", folder)
     else:
@@ -448,7 +465,7 @@ def test_what_may_never_end_is_not_opened(base, tmp_path, capsys, name, kind):
 
 def test_prompts_and_templates_are_bounded(base, tmp_path, capsys):
     with open(tmp_path / "t.json", "wb") as file:
-        file.truncate(2**24 + 1)
+        file.truncate(M.SMALL + 1)
     asking = ["x", "--base_model", base, "--prompt_template", tmp_path / "t.json"]
     assert "t.json" in refused(capsys, G.main, *asking)
     os.mkfifo(tmp_path / "pipe.json")
@@ -547,6 +564,20 @@ def test_a_foreign_run_json_is_read_or_one_line(base, tmp_path, capsys):
         assert run_command(L.main, "merge", *merged, "--output_dir", out) in (0, 2)
         assert "Traceback" not in capsys.readouterr().err
         assert run_command(G.main, "x", *merged, "--max_new_tokens", 1) in (0, 2)
+
+
+@pytest.mark.parametrize("name", [5, True, ["x"] * 9, {"a": 1}, "\0", "x" * 9999])
+def test_a_base_of_another_kind_in_adapter_config_is_one_line(base, tmp_path, capsys, name):
+    model, _ = G.load_base(base, "cpu", torch.float32)
+    L.add_lora(model, L.LoRAConfig(4, targets=("q_proj",)))
+    L.save_adapter(model, tmp_path / "a")
+    file = tmp_path / "a/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": name}))
+    asking = ["--lora_weights", tmp_path / "a", "--max_new_tokens", 1]
+    for more in ([], ["--base_model", base]):
+        refused(capsys, G.main, "x", *asking, *more)
+        merging = ["--lora_weights", tmp_path / "a", "--output_dir", tmp_path / "m"]
+        refused(capsys, L.main, "merge", *merging, *more)
 
 
 def test_links_that_lead_out_are_not_copied(base, tmp_path, capsys):

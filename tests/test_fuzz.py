@@ -75,11 +75,14 @@ def damage_value(rng, value):
 
 
 def damage_json(rng, file):
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8", errors="replace")
     try:
         values, lines = [json.loads(text)], False
     except ValueError:
-        values, lines = [json.loads(line) for line in text.splitlines()], True
+        try:
+            values, lines = [json.loads(line) for line in text.splitlines()], True
+        except ValueError:  # it is damaged already
+            return damage_bytes(rng, file)
     i = rng.randrange(len(values))
     for _ in range(rng.choice([1, 1, 1, 3])):
         values[i] = damage_value(rng, values[i])

@@ -333,7 +333,7 @@ GOOD = '{"instruction": "a", "output": "b"}\n'
 # BASE a base so damaged
 BAD = {
     "missing data": (["--data_path", "nowhere.json"], "nowhere.json"),
-    "a folder of data": (["--data_path", "."], "directory: '.'"),
+    "a folder of data": (["--data_path", "."], ". is no regular file"),
     "one of several files": (
         ["--data_path", "@" + GOOD, "nowhere.json:0.5"],
         "nowhere.json",

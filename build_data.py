@@ -31,7 +31,7 @@ import json
 import os
 import random
 import re
-import signal
+import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
@@ -57,6 +57,7 @@ from generate import (
 )
 from model import (
     SMALL,
+    Lasting,
     Parser,
     check_content,
     check_own,
@@ -66,6 +67,7 @@ from model import (
     read_json_file,
     run,
     setting,
+    stop_signals,
     to_json,
     write_hashes,
     write_json,
@@ -222,6 +224,7 @@ def build(args, jobs, sieve):
     say how many. Raises ValueError if none is kept."""
     jobs = list(jobs)[: args.sample or None]
     client = Client(replies_beside(args.output, sieve.mark), args)
+    sys.stdout = Lasting(sys.stdout)  # who has left must not keep the records from being written
     if args.dry_run:
         client.ask({job.key: job.messages for job in jobs})
         print("--- on top of that, a reply that cannot be parsed is asked once more")
@@ -1048,19 +1051,13 @@ class Client:
     async def run(self, todo):
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 
-        loop = asyncio.get_running_loop()
-
         def interrupt(number):
             self.stop = Stopped("interrupted")
-            # A second signal does not wait for the replies in flight.
-            loop.remove_signal_handler(number)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, interrupt, number)
         ask_all = self.batched if self.batch else self.online
         bounded = bound_size(MAX_REPLY * (len(todo) if self.batch else 1))
         try:
-            with tqdm(total=len(todo), unit="reply") as self.bar:
+            with stop_signals(interrupt), tqdm(total=len(todo), unit="reply") as self.bar:
                 async with AsyncOpenAI(
                     base_url=self.base_url or None,
                     timeout=self.timeout,

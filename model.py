@@ -1412,8 +1412,9 @@ def printable(text):
 
 
 class Lasting:
-    """A stream of output whose reader may leave: what is written from then on is lost, and nothing
-    else. So the end of `| tee log`, or of a terminal, is not the end of a run."""
+    """A stream of output whose reader may leave, or None, as one that was closed from the start is:
+    what is written then is lost, and nothing else. So the end of `| tee log`, or of a terminal, is
+    not the end of a run."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -1422,26 +1423,27 @@ class Lasting:
         return getattr(self.stream, name)
 
     def write(self, text):
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):
             self.stream.write(text)
 
     def flush(self):
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):
             self.stream.flush()
 
 
 @contextmanager
-def stop_signals():
+def stop_signals(stop=lambda number: None):
     """Within it SIGTERM, Ctrl-C and a closed terminal (SIGHUP) only put their number into the list
-    that it yields, so that the step and its saving end first; a second one ends the process at
-    once. One that is ignored, as nohup does it, stays so."""
+    that it yields, and call stop with it, so that what is under way ends first; a second one ends
+    the process at once. One that is ignored, as nohup does it, stays so."""
     caught, before = [], {}
 
     def note(number, frame):
         caught.append(number)
+        stop(number)
         signal.signal(number, signal.SIG_DFL)
         with suppress(OSError):  # Ctrl-C has ended `tee` too, or the terminal is gone
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")
+            os.write(2, b"\nstopping when this is done; once more to stop at once\n")
 
     with suppress(ValueError):  # in another thread than the main one there are no handlers
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -1463,6 +1465,7 @@ ADVICE = {
 
 def run(main):
     """Run a script's main(): what the user can mend is one line on stderr and exit code 2."""
+    sys.stderr = Lasting(sys.stderr)
     try:
         main()
     except (ValueError, OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:

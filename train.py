@@ -1303,7 +1303,7 @@ def compile_blocks(model):
 
 
 def main():
-    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
+    sys.stdout = Lasting(sys.stdout)
     config = parse_config()
     check_config(config)
     if not config.output_dir:

@@ -478,7 +478,20 @@ def test_what_was_paid_becomes_records_before_the_error(tmp_path, monkeypatch, c
             )
 
 
-def test_sigterm_waits_for_the_replies_in_flight(tmp_path):
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGHUP)),
+    ],
+)
+def test_a_signal_waits_for_the_replies_in_flight(tmp_path, number):
+    """Ctrl-C has ended `2>&1 | tee log` before: nobody reads what is said. What is in flight is
+    paid, and no later run pays it again."""
+
+    def as_in_a_terminal():  # where Ctrl-C is not ignored, whoever runs the tests
+        signal.signal(number, signal.SIG_DFL)
+
     with Running("--latency", "1") as server:
         command = [
             sys.executable,
@@ -496,13 +509,22 @@ def test_sigterm_waits_for_the_replies_in_flight(tmp_path):
             "6",
         ]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=as_in_a_terminal,
         )
         while sum(server.stats()["answered"].values()) < 6:
             assert process.poll() is None
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        assert "stopped: interrupted" in process.communicate()[0] and process.returncode == 0
+        if number == signal.SIGINT:
+            process.stdout.close()
+            process.send_signal(number)
+            assert process.wait(60) == 0
+        else:
+            process.send_signal(number)
+            assert "stopped: interrupted" in process.communicate()[0] and process.returncode == 0
         assert (
             len(lines(tmp_path / "x.replies.jsonl")) == server.stats()["requests"] == 6
             and len(lines(tmp_path / "x.jsonl")) > 6

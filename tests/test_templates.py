@@ -636,9 +636,9 @@ def test_from_a_record_to_an_answer(trained, capsys):
     common = ["--lora_weights", out, "--max_new_tokens", 24, "--dtype", "fp32"]
     capsys.readouterr()
     run(G, TALK[1]["content"], *common)
-    assert capsys.readouterr().out == answers[1, "user"] + "\n"
+    assert capsys.readouterr().out == G.printable(answers[1, "user"]) + "\n"
     run(G, TALK[1]["content"], "--system", TALK[0]["content"], *common)
-    assert capsys.readouterr().out == answers[2, "system"] + "\n"
+    assert capsys.readouterr().out == G.printable(answers[2, "system"]) + "\n"
 
     options = G.Options(max_new_tokens=24, port=0, dtype="fp32", lora_weights=str(out))
     model, tokenizer, found, _ = G.load(options, str(out))

@@ -135,7 +135,9 @@ def damage_kind(rng, file):
         with open(file, "wb") as opened:
             opened.truncate(2**27)
     elif way != "gone":
-        file.symlink_to({"zero": "/dev/zero", "loop": file, "broken": "nowhere"}.get(way, __file__))
+        private = file.parent.with_name("private")
+        private.write_text("mine")
+        file.symlink_to({"zero": "/dev/zero", "loop": file, "broken": "nowhere"}.get(way, private))
 
 
 def damage(rng, folder):

@@ -61,7 +61,7 @@ def start(models, rows=3, positions=160, limit=64, **more):
     options = G.Options(max_new_tokens=24, port=0, **more)
     server = G.Server(batch, tokenizer, ["tuned", "base"], prompt_of, options)
     server.seconds, server.limit = 1.0, limit
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=asyncio.run, args=(server.run(),), daemon=True)
     thread.start()
 
     def stop():
@@ -73,7 +73,7 @@ def start(models, rows=3, positions=160, limit=64, **more):
 
 
 def port_of(server):
-    return server.server_address[1]
+    return server.socket.getsockname()[1]
 
 
 def answer_alone(model, tokenizer, prompt, new):

@@ -970,6 +970,31 @@ def test_a_log_that_nobody_reads_stops_nothing(base):
         process.kill()
 
 
+def test_a_log_on_a_full_disk_stops_nothing(base, tmp_path):
+    """A limit on the size of files takes the part of the disk."""
+    health, size = GET.format("/health?" + "a" * 150).encode(), 3000
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "generate.py", "--base_model", base, "--use_lora=False"]
+            + ["--serve", "--port", "0", "--dtype", "fp32"],
+            stderr=log,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+        )
+    try:
+        while not (found := re.search(r"127\.0\.0\.1:(\d+)/", (tmp_path / "log").read_text())):
+            assert process.poll() is None
+            time.sleep(0.1)
+        for _ in range(40):
+            with socket.create_connection(("127.0.0.1", int(found[1])), timeout=60) as connection:
+                connection.sendall(health)
+                assert connection.recv(100).startswith(b"HTTP/1.1 200 OK")
+        assert (tmp_path / "log").stat().st_size == size
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+
+
 def test_open_host_without_a_key_is_refused(base):
     done = subprocess.run(
         [sys.executable, ROOT / "generate.py", "--base_model", base, "--use_lora=False", "--serve"],

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+from copy import deepcopy
 
 import pytest
 import torch
@@ -65,13 +66,13 @@ def damage_value(rng, value):
         elif way < 0.6:
             value[key] = damage_value(rng, value[key])
         else:
-            value[key] = rng.choice(ODD)
+            value[key] = deepcopy(rng.choice(ODD))
         return value
     if isinstance(value, list) and value and rng.random() < 0.8:
         i = rng.randrange(len(value))
         value[i] = damage_value(rng, value[i])
         return value
-    return rng.choice(ODD)
+    return deepcopy(rng.choice(ODD))
 
 
 def damage_json(rng, file):
@@ -81,8 +82,10 @@ def damage_json(rng, file):
     except ValueError:
         try:
             values, lines = [json.loads(line) for line in text.splitlines()], True
-        except ValueError:  # it is damaged already
-            return damage_bytes(rng, file)
+        except ValueError:
+            values = []
+    if not values:  # it is damaged already
+        return damage_bytes(rng, file)
     i = rng.randrange(len(values))
     for _ in range(rng.choice([1, 1, 1, 3])):
         values[i] = damage_value(rng, values[i])

@@ -1674,7 +1674,8 @@ class Server:
         """Let requests wait. Raises Refused if too many do, or the server stops."""
         if self.stopping:
             raise Refused("the server is stopping", 503, Retry_After="1")
-        if len(self.batch.waiting) + len(requests) > self.limit:
+        # Who has left stands there until the step that runs has ended.
+        if sum(not r.cancelled for r in self.batch.waiting + requests) > self.limit:
             raise Refused(
                 f"{self.limit} answers are waited for already; try again later",
                 429,

@@ -838,6 +838,19 @@ def test_waiting_requests_nobody_waits_for_are_not_begun(models, monkeypatch):
     assert begun == requests[:1] and not server.batch.waiting
 
 
+def test_who_has_left_the_line_takes_no_place_in_it(models):
+    """Until the step that runs has ended its requests stand there."""
+    server, stop = start(models, rows=1)
+    stop()
+    server.stopping = False
+    requests = [G.Request([1, 5, 6], G.Decoding(max_new_tokens=2)) for _ in range(server.limit + 1)]
+    server.submit(requests[:-1])
+    with pytest.raises(G.Refused):
+        server.submit(requests[-1:])
+    requests[3].cancelled = True
+    server.submit(requests[-1:])
+
+
 def test_key_is_wanted_where_it_is_set(models):
     server, stop = start(models, api_key="secret 钥匙")
     try:

@@ -1332,7 +1332,7 @@ def outcome_of(error, attempt):
     if getattr(error, "code", None) == "insufficient_quota":
         status = 402
     try:
-        seconds = min(3600, float(error.response.headers["retry-after"]))
+        seconds = min(float(error.response.headers["retry-after"]), 3600)  # NaN: no wait
     except (AttributeError, LookupError, ValueError):
         seconds = min(30, 0.5 * 2**attempt)
     return status, seconds + random.random()

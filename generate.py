@@ -908,7 +908,7 @@ def check_template(path, template):
             text = "".join(render(template, trial))
             if any(text.count(role.upper()) < roles.count(role) for role in roles):
                 raise ValueError(f"a conversation becomes {text!r}")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:  # values of other kinds make Python raise nearly all there are
         raise ValueError(
             f"{path}: {error!r:.200}; wanted prompt_no_input with {{instruction}}, or prompt with "
             "{system}, {turns} and {user}; other braces are doubled"
@@ -1390,11 +1390,10 @@ def count_answers(path, lines):
     off. Raises ValueError, and leaves the file as it is, if something else stands there."""
     *kept, torn = Path(path).read_bytes().split(b"\n")
     with suppress(ValueError, TypeError, LookupError):
-        found = [json.loads(line)["key"] for line in kept]
+        same = all(json.loads(have)["key"] == line["key"] for have, line in zip(kept, lines))
         # So the next line begins, and what a user has there does not.
         start = [*(to_json(line)[:-1] for line in lines), "\n"][len(kept)].encode()
-        keys = [line["key"] for line in lines[: len(kept)]]
-        if found == keys and torn[: len(start)] == start[: len(torn)]:
+        if same and torn[: len(start)] == start[: len(torn)]:
             os.truncate(path, os.path.getsize(path) - len(torn))
             return len(kept)
     raise ValueError(
@@ -1423,8 +1422,8 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
         if Path(output).is_file():
             hold(file, output)
             done = count_answers(output, lines)
-        bar = {"initial": done, "total": len(lines)}
-        ended = finish(model, tokenizer, requests[done:], rows, compile, **bar)
+        rest = requests[done:]
+        ended = finish(model, tokenizer, rest, rows, compile, initial=done, total=len(lines))
         for line, request in zip(lines[done:], ended):
             answer = "".join(stream(tokenizer, request))
             line |= {"answer": answer, "finish_reason": request.finish_reason}
@@ -1578,13 +1577,9 @@ class Server:
         self.readers = []  # of the latest connections
         self.answering = set()  # the Exchanges with a whole request
         self.socket = socket.create_server((options.host, options.port), backlog=128)
-        self.server_address = self.socket.getsockname()
-
-    def serve_forever(self):
-        """Serve until `stopping` is set, and then until the answers under way are read."""
-        asyncio.run(self.run())
 
     async def run(self):
+        """Serve until `stopping` is set, and then until the answers under way are read."""
         await asyncio.start_server(
             lambda *streams: Exchange(self, *streams).run(), sock=self.socket, limit=MAX_HEAD
         )
@@ -1679,7 +1674,8 @@ class Server:
         """Let requests wait. Raises Refused if too many do, or the server stops."""
         if self.stopping:
             raise Refused("the server is stopping", 503, Retry_After="1")
-        if len(self.batch.waiting) + len(requests) > self.limit:
+        # Who has left stands there until the step that runs has ended.
+        if sum(not r.cancelled for r in self.batch.waiting + requests) > self.limit:
             raise Refused(
                 f"{self.limit} answers are waited for already; try again later",
                 429,
@@ -1751,12 +1747,10 @@ METHODS = {
     "/v1/completions": "POST, OPTIONS",
     "/v1/ratings": "POST, OPTIONS",
 }
-# What a response is called, and the name of the text in it: of a chat or not, a stream or not.
+# What a response is called, and the text in it: of a chat or not, whole or an event of a stream.
 RESPONSES = {
-    (True, True): ("chat.completion.chunk", "delta"),
-    (True, False): ("chat.completion", "message"),
-    (False, True): ("text_completion", "text"),
-    (False, False): ("text_completion", "text"),
+    True: [("chat.completion", "message"), ("chat.completion.chunk", "delta")],
+    False: [("text_completion", "text")] * 2,
 }
 # Method, path and headers (RFC 9112). A lone CR, a folded line and the like are in none.
 REQUEST = re.compile(r"([A-Z]+) (\S+) HTTP/1\.[01]\r\n((?:[!-9;-~]+:[^\r\n\0]*\r\n)*)\r\n")
@@ -1767,7 +1761,6 @@ BROKEN = {
     asyncio.IncompleteReadError: ("the request ends in the middle", 400),
     asyncio.LimitOverrunError: (f"the headers are larger than {MAX_HEAD} bytes", 431),
 }
-LENGTHS = ("content-length", "transfer-encoding")
 
 
 @dataclass(eq=False)
@@ -1788,8 +1781,9 @@ class Exchange:
         readers = self.server.readers
         readers.append(self.reader)
         if len(readers) > self.server.patience:
-            text = "too many connections wait; send the whole request at once"
-            readers.pop(0).set_exception(Refused(text, 503, Retry_After="1"))
+            readers.pop(0).set_exception(
+                Refused("too many connections wait; send all at once", 503, Retry_After="1")
+            )
         # OSError: the client has left, or does not read.
         with suppress(OSError, Refused, asyncio.CancelledError):
             try:
@@ -1818,13 +1812,14 @@ class Exchange:
                 await self.send(page, kind="text/html; charset=utf-8")
             elif path == "/health":
                 batch = self.server.batch
-                status = {
-                    "status": "stopping" if self.server.stopping else "ok",
-                    "places": batch.size,
-                    "waiting": len(batch.waiting),
-                    "running": len(batch.rows),
-                }
-                await self.send(status)
+                await self.send(
+                    {
+                        "status": "stopping" if self.server.stopping else "ok",
+                        "places": batch.size,
+                        "waiting": len(batch.waiting),
+                        "running": len(batch.rows),
+                    }
+                )
             elif path == "/v1/models":
                 await self.send(self.server.cards(unquote(name)))
             elif path == "/v1/ratings":
@@ -1855,8 +1850,10 @@ class Exchange:
                 if not found:
                     raise Refused("no request of HTTP/1.1")
                 self.command, self.path, lines = found.groups()
-                found = re.findall(r"(.+?):[ \t]*(.*?)[ \t]*\r\n", lines)
-                fields = [(name.lower(), value) for name, value in found]
+                fields = [
+                    (name.lower(), value)
+                    for name, value in re.findall(r"(.+?):[ \t]*(.*?)[ \t]*\r\n", lines)
+                ]
                 self.headers = dict(fields)
                 # One model of all: /v1/models/NAME.
                 path, _, name = self.path.partition("?")[0].partition("/models/")
@@ -1866,7 +1863,8 @@ class Exchange:
                 # No body is kept of who may not ask.
                 self.authorise(path)
                 self.body = bytearray()
-                await self.read_body([field for field in fields if field[0] in LENGTHS])
+                lengths = ("content-length", "transfer-encoding")
+                await self.read_body([field for field in fields if field[0] in lengths])
                 return path, name
         except tuple(BROKEN) as error:
             raise Refused(*BROKEN[type(error)], Retry_After="1") from None
@@ -1938,8 +1936,10 @@ class Exchange:
 
     def begin(self, status, kind, **headers):
         """Send the status and the headers."""
-        more = {**headers, **self.shared, "Content-Type": kind}
-        lines = [f"{name.replace('_', '-')}: {value}\r\n" for name, value in more.items()]
+        lines = [
+            f"{name.replace('_', '-')}: {value}\r\n"
+            for name, value in {**headers, **self.shared, "Content-Type": kind}.items()
+        ]
         head = f"{status} {HTTPStatus(status).phrase}\r\n{''.join(lines)}\r\n"
         self.writer.write(self.unsent + head.encode("latin-1"))
         self.unsent = b""
@@ -1980,13 +1980,12 @@ class Exchange:
                 to_json(sent).encode()  # half a character is no text
                 return {name: value for name, value in sent.items() if value is not None}
             except (ValueError, RecursionError, AttributeError) as error:
-                text = f"the body is no JSON object in UTF-8 ({str(error)[:100]})"
-                raise Refused(text) from None
+                raise Refused(f"the body is no JSON object in UTF-8 ({error!s:.100})") from None
 
     async def complete(self, requests, body):
         """Send the answers, as they grow if the client wants a stream."""
         chat, tokenizer = body.messages is not None, self.server.tokenizer
-        kind, key = RESPONSES[chat, body.stream]
+        kind, key = RESPONSES[chat][body.stream]
         head = {
             "id": f"cmpl-{uuid4().hex}",
             "object": kind,
@@ -2067,10 +2066,10 @@ def serve(server, about):
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    host, port = server.server_address
+    host, port = server.socket.getsockname()
     server.about = about
     log(f"http://{host}:{port}/  models: {' '.join(server.names)}\n{about}")
-    server.serve_forever()
+    asyncio.run(server.run())
 
 
 # ==================================================================================================

@@ -450,8 +450,8 @@ def read_adapter_config(file):
 
 def load_adapter(model, folder):
     """Wrap the linears for which a folder's adapter_model.safetensors or .bin has tensors, and load
-    them. Return run.json ({} without). Raises ValueError naming a linear whose tensors do not fit,
-    are missing or are not finite, and for what PEFT has besides LoRA."""
+    them. Raises ValueError naming a linear whose tensors do not fit, are missing or are not finite,
+    and for what PEFT has besides LoRA."""
     folder = Path(folder)
     file = next(folder.glob("adapter_model.[sb]*"), folder / "adapter_model.safetensors")
     if not file.is_file():
@@ -479,7 +479,6 @@ def load_adapter(model, folder):
         module.lora_a.data.copy_(pair["A"])
         module.lora_b.data.copy_(pair["B"])
         model.set_submodule(name, module.requires_grad_(False))
-    return read_json_file(folder / "run.json", {})
 
 
 def adapter_base(adapter, name="", anyway=False):

@@ -515,7 +515,7 @@ class Run:
         if self.writes:
             if newest(self.folder) != self.found:
                 raise ValueError(f"{self.folder} was written meanwhile; start again")
-            self.live = bool(self.start or not self.found)
+            self.live = self.start or not self.found
             # The log may be ahead of the checkpoint: the steps between are made again. That of an
             # older run goes with the first checkpoint of this one.
             if self.live:

@@ -91,7 +91,11 @@ MISTAKES = [
     ("looks into a folder that is not there", "model info models/a", "models/a"),
     ("misspells the file of data", "train --data_path my.json", "my.json"),
     ("gives a folder as data", "train --data_path empty", "empty is no"),
-    ("misspells the file of questions", "generate --base_model TINY --instruct_dir q", "q not found"),
+    (
+        "misspells the file of questions",
+        "generate --base_model TINY --instruct_dir q",
+        "q not found",
+    ),
     ("trains into an older run", "train --output_dir lora-old", "--overwrite"),
     ("resumes from what is no checkpoint", "train --resume_from_checkpoint empty", "empty"),
     ("gives a file as output_dir", "train --output_dir ok.json", "ok.json"),

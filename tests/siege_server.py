@@ -59,8 +59,8 @@ class Attack:
                     got = connection.recv(200) if read else None
                 except BlockingIOError:
                     continue
-                except OSError:
-                    got = b"reset"
+                except OSError:  # who does not read is cut off behind a response that has begun
+                    got = b"reset" if read else b"cut off"
                 if got is not None:
                     self.got[got[:12].decode("latin-1") or "closed"] += 1
                     connection.close()

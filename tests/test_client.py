@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 import zlib
+from types import SimpleNamespace
 
 import pytest
 from fake_openai import Connection, Running, Scripted, Server, completion
@@ -494,6 +495,15 @@ def test_an_error_of_ours_loses_no_reply_in_flight(tmp_path, monkeypatch):
         client = D.Client(tmp_path / "r.jsonl", options(server.url, "--concurrency", "8"))
         client.ask(jobs(8))
         assert len(lines(tmp_path / "r.jsonl")) == 7 and pytest.raises(RuntimeError, client.end)
+
+
+@pytest.mark.parametrize(
+    "said, most", [("nan", 31), ("-5", 31), ("soon", 31), ("2", 3), ("inf", 3601), ("1e9", 3601)]
+)
+def test_what_an_endpoint_asks_to_wait_is_bounded(said, most):
+    """Retry-After: nan was an hour, for it is not below one."""
+    error = SimpleNamespace(response=SimpleNamespace(headers={"retry-after": said}))
+    assert not D.outcome_of(error, 9)[1] > most
 
 
 def test_leaving_out_a_parameter_is_no_try(tmp_path):

@@ -1,6 +1,7 @@
 """Each base from records to answers: train.py, generate.py and the server on a random folder with a
 tokenizer of its form, against a network that is not ours, over weights dequantised by NumPy."""
 
+import asyncio
 import json
 import re
 import threading
@@ -140,8 +141,10 @@ def served(out, asked):
     server = G.Server(
         batch, tokenizer, names, lambda m: G.render_prompt(tokenizer, template, m), options
     )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.server_address[1]}/v1", api_key="x")
+    threading.Thread(target=asyncio.run, args=(server.run(),), daemon=True).start()
+    client = openai.OpenAI(
+        base_url=f"http://127.0.0.1:{server.socket.getsockname()[1]}/v1", api_key="x"
+    )
     try:
         for messages in asked:
             got = client.chat.completions.create(model="out", messages=messages)

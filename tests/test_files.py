@@ -184,9 +184,12 @@ def test_records_replace_records_alone(tmp_path, capsys):
 
 def test_a_folder_has_one_writer(options, base, records, tmp_path, capsys):
     """A lock counts for each opened file, so that this process can stand for another."""
-    out, file = tmp_path / "out", tmp_path / "answers.jsonl"
+    out, file, known = (tmp_path / name for name in ("out", "answers.jsonl", "known.jsonl"))
+    entities = (ROOT / "data/knowledge.jsonl").read_text(encoding="utf-8").split("\n")
+    known.write_text("\n".join(entities[:9]), encoding="utf-8")
     for folder, main, argv in (
         (out, T.main, options),
+        (tmp_path / "d", D.main, ["offline", "--knowledge", known, "--output_dir", tmp_path / "d"]),
         (M.unfinished(tmp_path / "hf"), M.main, ["convert", base, tmp_path / "hf"]),
         (
             M.unfinished(tmp_path / "ex"),

@@ -2,6 +2,7 @@
 `local-completions`, with tokenised prompts and 8 at once, must come out as tests/evaluate.py has it
 without a server."""
 
+import asyncio
 import threading
 
 import evaluate as E
@@ -45,10 +46,10 @@ def test_choices_by_likelihood_are_the_same(tmp_path):
     batch = G.Batch(model, 8, 512, G.eos_ids(tokenizer), tokenizer.decode)
     options = G.Options(port=0)
     server = G.Server(batch, tokenizer, ["base"], candidate.prompt, options)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=asyncio.run, args=(server.run(),), daemon=True).start()
     try:
         client = Ours(
-            base_url=f"http://127.0.0.1:{server.server_address[1]}/v1/completions",
+            base_url=f"http://127.0.0.1:{server.socket.getsockname()[1]}/v1/completions",
             model="base",
             tokenizer_backend=None,
             batch_size=8,

@@ -61,7 +61,7 @@ def start(models, rows=3, positions=160, limit=64, **more):
     options = G.Options(max_new_tokens=24, port=0, **more)
     server = G.Server(batch, tokenizer, ["tuned", "base"], prompt_of, options)
     server.seconds, server.limit = 1.0, limit
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=asyncio.run, args=(server.run(),), daemon=True)
     thread.start()
 
     def stop():
@@ -73,7 +73,7 @@ def start(models, rows=3, positions=160, limit=64, **more):
 
 
 def port_of(server):
-    return server.server_address[1]
+    return server.socket.getsockname()[1]
 
 
 def answer_alone(model, tokenizer, prompt, new):
@@ -838,6 +838,19 @@ def test_waiting_requests_nobody_waits_for_are_not_begun(models, monkeypatch):
     assert begun == requests[:1] and not server.batch.waiting
 
 
+def test_who_has_left_the_line_takes_no_place_in_it(models):
+    """Until the step that runs has ended its requests stand there."""
+    server, stop = start(models, rows=1)
+    stop()
+    server.stopping = False
+    requests = [G.Request([1, 5, 6], G.Decoding(max_new_tokens=2)) for _ in range(server.limit + 1)]
+    server.submit(requests[:-1])
+    with pytest.raises(G.Refused):
+        server.submit(requests[-1:])
+    requests[3].cancelled = True
+    server.submit(requests[-1:])
+
+
 def test_key_is_wanted_where_it_is_set(models):
     server, stop = start(models, api_key="secret 钥匙")
     try:
@@ -964,6 +977,31 @@ def test_a_log_that_nobody_reads_stops_nothing(base):
                 with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
                     connection.sendall(health)
                     assert connection.recv(100).startswith(b"HTTP/1.1 200 OK")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+
+
+def test_a_log_on_a_full_disk_stops_nothing(base, tmp_path):
+    """A limit on the size of files takes the part of the disk."""
+    health, size = GET.format("/health?" + "a" * 150).encode(), 3000
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "generate.py", "--base_model", base, "--use_lora=False"]
+            + ["--serve", "--port", "0", "--dtype", "fp32"],
+            stderr=log,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+        )
+    try:
+        while not (found := re.search(r"127\.0\.0\.1:(\d+)/", (tmp_path / "log").read_text())):
+            assert process.poll() is None
+            time.sleep(0.1)
+        for _ in range(40):
+            with socket.create_connection(("127.0.0.1", int(found[1])), timeout=60) as connection:
+                connection.sendall(health)
+                assert connection.recv(100).startswith(b"HTTP/1.1 200 OK")
+        assert (tmp_path / "log").stat().st_size == size
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     finally:

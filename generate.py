@@ -1576,6 +1576,7 @@ class Server:
         self.large = asyncio.Lock()  # of whom reads a large body's text
         self.readers = []  # of the latest connections
         self.answering = set()  # the Exchanges with a whole request
+        self.asked = set()  # the Requests that wait or have rows
         self.socket = socket.create_server((options.host, options.port), backlog=128)
 
     async def run(self):
@@ -1674,8 +1675,7 @@ class Server:
         """Let requests wait. Raises Refused if too many do, or the server stops."""
         if self.stopping:
             raise Refused("the server is stopping", 503, Retry_After="1")
-        # Who has left stands there until the step that runs has ended.
-        if sum(not r.cancelled for r in self.batch.waiting + requests) > self.limit:
+        if len(self.asked) + len(requests) > self.limit + self.batch.size:
             raise Refused(
                 f"{self.limit} answers are waited for already; try again later",
                 429,
@@ -1684,6 +1684,7 @@ class Server:
             )
         for request in requests:
             self.batch.submit(request)
+        self.asked.update(requests)
 
     def rate(self, sent):
         """Append a preference pair to the file of ratings: messages as prompt, chosen and rejected,
@@ -1710,6 +1711,7 @@ class Server:
         """Free the rows of requests, ended or not."""
         for request in requests:
             request.cancelled = True
+        self.asked.difference_update(requests)
         self.worker.submit(self.batch.release)
 
 

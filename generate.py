@@ -1422,8 +1422,8 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
         if Path(output).is_file():
             hold(file, output)
             done = count_answers(output, lines)
-        rest = requests[done:]
-        ended = finish(model, tokenizer, rest, rows, compile, initial=done, total=len(lines))
+        bar = {"initial": done, "total": len(lines)}
+        ended = finish(model, tokenizer, requests[done:], rows, compile, **bar)
         for line, request in zip(lines[done:], ended):
             answer = "".join(stream(tokenizer, request))
             line |= {"answer": answer, "finish_reason": request.finish_reason}
@@ -1749,11 +1749,6 @@ METHODS = {
     "/v1/completions": "POST, OPTIONS",
     "/v1/ratings": "POST, OPTIONS",
 }
-# What a response is called, and the text in it: of a chat or not, whole or an event of a stream.
-RESPONSES = {
-    True: [("chat.completion", "message"), ("chat.completion.chunk", "delta")],
-    False: [("text_completion", "text")] * 2,
-}
 # Method, path and headers (RFC 9112). A lone CR, a folded line and the like are in none.
 REQUEST = re.compile(r"([A-Z]+) (\S+) HTTP/1\.[01]\r\n((?:[!-9;-~]+:[^\r\n\0]*\r\n)*)\r\n")
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[^\r]*)?\r\n")
@@ -1810,8 +1805,7 @@ class Exchange:
             if self.command == "OPTIONS":
                 await self.send(b"", Allow=METHODS[path])
             elif path == "/":
-                page = (DATA / "page.html").read_bytes()
-                await self.send(page, kind="text/html; charset=utf-8")
+                await self.send((DATA / "page.html").read_bytes(), kind="text/html; charset=utf-8")
             elif path == "/health":
                 batch = self.server.batch
                 await self.send(
@@ -1987,7 +1981,9 @@ class Exchange:
     async def complete(self, requests, body):
         """Send the answers, as they grow if the client wants a stream."""
         chat, tokenizer = body.messages is not None, self.server.tokenizer
-        kind, key = RESPONSES[chat][body.stream]
+        # What the response is called, and the text in it.
+        kind = ("text_completion", f"chat.completion{'.chunk' * body.stream}")[chat]
+        key = (("text", "text"), ("message", "delta"))[chat][body.stream]
         head = {
             "id": f"cmpl-{uuid4().hex}",
             "object": kind,

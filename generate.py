@@ -1422,8 +1422,8 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
         if Path(output).is_file():
             hold(file, output)
             done = count_answers(output, lines)
-        bar = {"initial": done, "total": len(lines)}
-        ended = finish(model, tokenizer, requests[done:], rows, compile, **bar)
+        rest = requests[done:]
+        ended = finish(model, tokenizer, rest, rows, compile, initial=done, total=len(lines))
         for line, request in zip(lines[done:], ended):
             answer = "".join(stream(tokenizer, request))
             line |= {"answer": answer, "finish_reason": request.finish_reason}
@@ -2173,7 +2173,8 @@ def load(options, adapter):
         adapter = find_base(adapter, NO_ADAPTER)
         # Its template stands in run.json as a whole, whatever has become of its file.
         base, own = adapter_base(adapter, options.base_model, options.anyway)
-        own = own and check_template(adapter / "run.json", own)
+        if own:
+            check_template(adapter / "run.json", own)
     name = options.prompt_template
     # A template that was named is read before the weights: it may be a wrong one.
     template = load_template(name) if name else own

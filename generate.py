@@ -1576,6 +1576,7 @@ class Server:
         self.large = asyncio.Lock()  # of whom reads a large body's text
         self.readers = []  # of the latest connections
         self.answering = set()  # the Exchanges with a whole request
+        self.asked = set()  # the Requests that wait or have rows
         self.socket = socket.create_server((options.host, options.port), backlog=128)
 
     async def run(self):
@@ -1674,8 +1675,7 @@ class Server:
         """Let requests wait. Raises Refused if too many do, or the server stops."""
         if self.stopping:
             raise Refused("the server is stopping", 503, Retry_After="1")
-        # Who has left stands there until the step that runs has ended.
-        if sum(not r.cancelled for r in self.batch.waiting + requests) > self.limit:
+        if len(self.asked) + len(requests) > self.limit + self.batch.size:
             raise Refused(
                 f"{self.limit} answers are waited for already; try again later",
                 429,
@@ -1684,6 +1684,7 @@ class Server:
             )
         for request in requests:
             self.batch.submit(request)
+        self.asked.update(requests)
 
     def rate(self, sent):
         """Append a preference pair to the file of ratings: messages as prompt, chosen and rejected,
@@ -1710,6 +1711,7 @@ class Server:
         """Free the rows of requests, ended or not."""
         for request in requests:
             request.cancelled = True
+        self.asked.difference_update(requests)
         self.worker.submit(self.batch.release)
 
 
@@ -1746,11 +1748,6 @@ METHODS = {
     "/v1/chat/completions": "POST, OPTIONS",
     "/v1/completions": "POST, OPTIONS",
     "/v1/ratings": "POST, OPTIONS",
-}
-# What a response is called, and the text in it: of a chat or not, whole or an event of a stream.
-RESPONSES = {
-    True: [("chat.completion", "message"), ("chat.completion.chunk", "delta")],
-    False: [("text_completion", "text")] * 2,
 }
 # Method, path and headers (RFC 9112). A lone CR, a folded line and the like are in none.
 REQUEST = re.compile(r"([A-Z]+) (\S+) HTTP/1\.[01]\r\n((?:[!-9;-~]+:[^\r\n\0]*\r\n)*)\r\n")
@@ -1808,8 +1805,7 @@ class Exchange:
             if self.command == "OPTIONS":
                 await self.send(b"", Allow=METHODS[path])
             elif path == "/":
-                page = (DATA / "page.html").read_bytes()
-                await self.send(page, kind="text/html; charset=utf-8")
+                await self.send((DATA / "page.html").read_bytes(), kind="text/html; charset=utf-8")
             elif path == "/health":
                 batch = self.server.batch
                 await self.send(
@@ -1985,7 +1981,9 @@ class Exchange:
     async def complete(self, requests, body):
         """Send the answers, as they grow if the client wants a stream."""
         chat, tokenizer = body.messages is not None, self.server.tokenizer
-        kind, key = RESPONSES[chat][body.stream]
+        # What the response is called, and the text in it.
+        kind = ("text_completion", f"chat.completion{'.chunk' * body.stream}")[chat]
+        key = (("text", "text"), ("message", "delta"))[chat][body.stream]
         head = {
             "id": f"cmpl-{uuid4().hex}",
             "object": kind,
@@ -2175,7 +2173,8 @@ def load(options, adapter):
         adapter = find_base(adapter, NO_ADAPTER)
         # Its template stands in run.json as a whole, whatever has become of its file.
         base, own = adapter_base(adapter, options.base_model, options.anyway)
-        own = own and check_template(adapter / "run.json", own)
+        if own:
+            check_template(adapter / "run.json", own)
     name = options.prompt_template
     # A template that was named is read before the weights: it may be a wrong one.
     template = load_template(name) if name else own

@@ -839,15 +839,17 @@ def test_waiting_requests_nobody_waits_for_are_not_begun(models, monkeypatch):
 
 
 def test_who_has_left_the_line_takes_no_place_in_it(models):
-    """Until the step that runs has ended its requests stand there."""
-    server, stop = start(models, rows=1)
+    """Nor does who asks while rows are free: of so many clients that ask at once none is refused,
+    until as many wait as may beside those that have rows."""
+    server, stop = start(models, rows=8)
     stop()
     server.stopping = False
-    requests = [G.Request([1, 5, 6], G.Decoding(max_new_tokens=2)) for _ in range(server.limit + 1)]
+    many = server.batch.size + server.limit
+    requests = [G.Request([1, 5, 6], G.Decoding(max_new_tokens=2)) for _ in range(many + 1)]
     server.submit(requests[:-1])
     with pytest.raises(G.Refused):
         server.submit(requests[-1:])
-    requests[3].cancelled = True
+    server.cancel(requests[3:4])
     server.submit(requests[-1:])
 
 

@@ -8,10 +8,11 @@ $PYTHON $here/make.py documents $build/documents.jsonl 60 4
 $PYTHON $here/make.py tokenizer $build/tokenizer.model 4096
 cat > $build/config.json <<'JSON'
 {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
- "intermediate_size": 704, "vocab_size": 4096, "rms_norm_eps": 1e-05}
+ "intermediate_size": 704, "vocab_size": 4096, "rms_norm_eps": 1e-05,
+ "description": "The base has read what data/knowledge.jsonl holds on 739 diseases, herbs, formulas and drugs, and nothing else; it may invent. 底座只读过知识库的 739 个条目，别的不知道，仍可能编造。"}
 JSON
 $PYTHON model.py init $build/config.json $build/fresh --seed 0
-cp $build/tokenizer.model $build/fresh/
+cp $build/tokenizer.model $build/config.json $build/fresh/
 $PYTHON train.py --full --base_model $build/fresh --data_path $build/documents.jsonl --output_dir $build/trained \
   --prompt_template_name bare --num_epochs 1 --batch_size 48 --micro_batch_size 48 --learning_rate 2e-3 \
   --val_set_size 0 --save_steps 0 --num_answers 0 --dtype fp32

@@ -165,11 +165,15 @@ def attention(q, k, v, mask=None):
 
     q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D). mask (B, 1, T, S) is True where q sees k;
     without one attention is causal, and T = S."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T or S, D)
+    # On a CPU a gradient goes through float32: torch's bf16 kernel takes five times as long for it.
+    kind = torch.float32 if q.is_cpu and q.requires_grad else q.dtype
     y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
+        *(x.transpose(1, 2).to(kind) for x in (q, k, v)),  # (B, heads, T or S, D)
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=q.size(2) != k.size(2),
     )
-    return y.transpose(1, 2)
+    return y.transpose(1, 2).to(q.dtype)
 
 
 class Attention(nn.Module):

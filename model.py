@@ -126,7 +126,6 @@ def rope_table(positions, head_dim, theta, scaling=None, share=1.0):
 
     Both are float32, (..., T, 1, D) for positions (..., T): the same for all heads, given for both
     halves of a head, the sine negative for the first half.
-
     Each forward makes them anew: a buffer built on `meta` stays empty, and angles in bf16 are off
     by up to 2.0 in the cosine. `scaling` stretches a trained context by its factor: "linear" slows
     every pair (Chen et al. 2023); "llama3" slows those that turn few times within the original
@@ -167,11 +166,9 @@ def attention(q, k, v, mask=None):
     without one attention is causal, and T = S."""
     # On a CPU a gradient goes through float32: torch's bf16 kernel takes five times as long for it.
     kind = torch.float32 if q.is_cpu and q.requires_grad else q.dtype
+    wide = (x.transpose(1, 2).to(kind) for x in (q, k, v))  # (B, heads, T or S, D)
     y = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2).to(kind) for x in (q, k, v)),  # (B, heads, T or S, D)
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=q.size(2) != k.size(2),
+        *wide, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(2) != k.size(2)
     )
     return y.transpose(1, 2).to(q.dtype)
 

@@ -26,17 +26,17 @@ anew at the end of each run, so a run that was stopped goes on where it ended.
 """
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import os
 import random
 import re
-import signal
+import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from html import escape
 from itertools import chain, count, cycle, islice
 from pathlib import Path
 from string import Template
@@ -56,11 +56,18 @@ from generate import (
     render_turns,
 )
 from model import (
+    SMALL,
+    Lasting,
     Parser,
+    check_content,
+    check_own,
     check_settings,
+    hold,
+    own_folder,
     read_json_file,
     run,
     setting,
+    stop_signals,
     to_json,
     write_hashes,
     write_json,
@@ -217,6 +224,7 @@ def build(args, jobs, sieve):
     say how many. Raises ValueError if none is kept."""
     jobs = list(jobs)[: args.sample or None]
     client = Client(replies_beside(args.output, sieve.mark), args)
+    sys.stdout = Lasting(sys.stdout)  # who has left must not keep the records from being written
     if args.dry_run:
         client.ask({job.key: job.messages for job in jobs})
         print("--- on top of that, a reply that cannot be parsed is asked once more")
@@ -615,6 +623,7 @@ def make_job(args, prompts, form, item, facts=(), **texts):
 
 
 def read_text(path):
+    check_content(path, SMALL)
     return Path(path).read_text(encoding="utf-8")
 
 
@@ -902,10 +911,7 @@ class Replies(dict):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Open as long as this object lives: closing it would release the lock.
             self.file = open(path, "ab+", buffering=0)  # noqa: SIM115
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{path} belongs to another process; wait for it") from None
+            hold(self.file, path)
         data = path.read_bytes() if path.exists() else b""
         size = 0  # bytes of complete lines
         for number, line in enumerate(data.splitlines(keepends=True), 1):
@@ -924,26 +930,26 @@ class Replies(dict):
                 self.file.write(b"\n")
 
     def append(self, reply):
-        """Bring a reply to the file. Raises OSError if the disk is full; no half line is left."""
-        line = f"{to_json(reply)}\n".encode("utf-8", "replace")
+        """Bring a reply to the disk. Raises OSError if that is full; no half line is left."""
+        # What stands here is what counts: half a character is no text, and the key no one's.
+        line = f"{blank(to_json(reply))}\n".encode("utf-8", "replace")
         size = self.path.stat().st_size
         try:
             if self.file.write(line) < len(line):
                 raise OSError("disk full")
+            os.fsync(self.file)
         except OSError as error:
             self.file.truncate(size)
             safe = f"{len(self):,} replies are safe, run again to go on"
             raise OSError(f"{self.path}: {error.strerror or error}; {safe}") from None
-        self[reply["key"]] = reply
+        self[reply["key"]] = json.loads(line)
 
 
 def replies_beside(output, mark):
     """The file of the replies to an output. Raises ValueError if the output is another command's:
     it stands there without replies, or its records do not hold mark, as ours all do."""
-    path, output = beside(output, ".replies.jsonl"), Path(output)
-    kept = output.read_bytes() if output.is_file() else b""
-    if kept and not (path.exists() and f'"{mark}": '.encode() in kept):
-        raise ValueError(f"{output} is another command's (no {mark} there); give another --output")
+    path = beside(output, ".replies.jsonl")
+    check_own(output, *[f'"{mark}": '] * path.exists())
     return path
 
 
@@ -954,6 +960,9 @@ def beside(output, ending):
 
 # ==================================================================================================
 # The client: asks an API
+
+
+MAX_REPLY = 8 << 20  # bytes of a response
 
 
 class Stopped(Exception):
@@ -1040,29 +1049,26 @@ class Client:
             raise self.stop
 
     async def run(self, todo):
-        from openai import AsyncOpenAI, OpenAIError
-
-        loop = asyncio.get_running_loop()
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 
         def interrupt(number):
             self.stop = Stopped("interrupted")
-            # A second signal does not wait for the replies in flight.
-            loop.remove_signal_handler(number)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, interrupt, number)
         ask_all = self.batched if self.batch else self.online
+        bounded = bound_size(MAX_REPLY * (len(todo) if self.batch else 1))
         try:
-            with tqdm(total=len(todo), unit="reply") as self.bar:
+            with stop_signals(interrupt), tqdm(total=len(todo), unit="reply") as self.bar:
                 async with AsyncOpenAI(
                     base_url=self.base_url or None,
                     timeout=self.timeout,
                     # Online each further try is made and counted by `send`.
                     max_retries=self.retries if self.batch else 0,
+                    default_headers={"Accept-Encoding": "identity"},
+                    http_client=DefaultAsyncHttpxClient(event_hooks={"response": [bounded]}),
                 ) as self.api:
                     await ask_all(todo)
-        except OpenAIError as error:
-            # `send` sees to its own: this one comes from the Batch API.
+        except (OpenAIError, LookupError, TypeError, AttributeError) as error:
+            # `send` sees to its own: this one comes from the Batch API, or what it was given by it.
             self.stop = ValueError(
                 f"{self.api.base_url}: {without_key(error)}; run the same command to go on, or "
                 f"delete {self.note.name} if the endpoint has lost its batch"
@@ -1103,13 +1109,15 @@ class Client:
             answer, status, params = None, 200, dict(self.params)
             body = {"messages": messages, **params}
             try:
-                answer = await self.api.post("/chat/completions", cast_to=object, body=body)
+                async with asyncio.timeout(self.timeout):
+                    answer = await self.api.post("/chat/completions", cast_to=object, body=body)
                 self.store(key, prompt_hash(messages), answer, params)
-            except (OpenAIError, ValueError, RecursionError) as error:
+            except (OpenAIError, ValueError, RecursionError, TimeoutError) as error:
                 self.failed[key] = without_key(error)
                 status, seconds = outcome_of(error, attempt)
-            # It stays reserved unless the endpoint tells the cost or cannot have answered.
-            if any(tokens_used(answer).values()) or status not in (200, 408):
+            # It stays reserved unless the endpoint tells the cost or refused: what failed there, or
+            # on the way, may be billed all the same.
+            if any(tokens_used(answer).values()) or status in UNPAID:
                 self.reserved -= cost
             # A wrong key, no money left, an unknown model: it is the same for every prompt.
             if status in (401, 402, 403, 404):
@@ -1248,9 +1256,7 @@ class Client:
         # Its replies, also if it failed or expired half-way.
         for file in filter(None, (batch.output_file_id, batch.error_file_id)):
             content = await self.api.files.content(file)
-            for result in map(json.loads, content.read().splitlines()):
-                prompt, key = result["custom_id"].split(" ", 1)
-                answer = (result.get("response") or {}).get("body", result.get("error"))
+            for prompt, key, answer in read_results(content.read()):
                 if key not in self.replies:
                     self.store(key, prompt, answer, noted["params"])
                     self.leave_out(self.failed.get(key), noted["params"])
@@ -1272,24 +1278,61 @@ class Client:
         )
 
 
+def read_results(content):
+    """(hash of the prompt, key, answer) of each line of a file of a batch's results; what is none
+    is told and left out."""
+    for line in content.splitlines():
+        try:
+            result = json.loads(line)
+            answer = (result.get("response") or {}).get("body", result.get("error"))
+            prompt, key = result["custom_id"].split(" ", 1)
+            yield prompt, key, answer
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            print(f"no result: {without_key(line)}")
+
+
+def bound_size(limit):
+    """A hook that lets an httpx response end in an error behind so many bytes. What is packed
+    without being asked for stays packed: a small one could become any size."""
+
+    async def bound(response):
+        read = response.aiter_raw
+
+        async def aiter_raw(chunk_size=None):
+            size = 0
+            async for piece in read(chunk_size):
+                size += len(piece)
+                if size > limit:
+                    raise ValueError(f"a reply of more than {limit} bytes")
+                yield piece
+
+        response.aiter_raw = aiter_raw
+        response.headers.pop("content-encoding", None)
+
+    return bound
+
+
 # The statuses after which a request is tried again.
 RETRY = {408, 409, 429, *range(500, 600)}
+# Those of a request that was refused.
+UNPAID = {*range(400, 500)} - {408}
 
 
 def outcome_of(error, attempt):
     """The HTTP status of an error, and the seconds to wait before another try: what the endpoint
     asks for, else twice as long each time, with some chance in it, lest all workers come back at
-    once. Without a status: 503 if no connection was made, 408 if no answer came, 200 if it could
+    once. Without a status: 429 if no connection was made, 408 if no answer came, 200 if it could
     not be read. 402 for an exhausted quota, which comes as 429."""
     from openai import APIConnectionError
 
     status = getattr(error, "status_code", 200)
-    if isinstance(error, APIConnectionError):
-        status = 503 if type(error.__cause__).__name__.startswith("Connect") else 408
+    if isinstance(error, APIConnectionError | TimeoutError):
+        cause = type(error.__cause__).__name__
+        status = 429 if cause.startswith("Connect") else 200 if cause == "ValueError" else 408
     if getattr(error, "code", None) == "insufficient_quota":
         status = 402
     try:
-        seconds = min(3600, float(error.response.headers["retry-after"]))
+        seconds = min(float(error.response.headers["retry-after"]), 3600)  # NaN: no wait
     except (AttributeError, LookupError, ValueError):
         seconds = min(30, 0.5 * 2**attempt)
     return status, seconds + random.random()
@@ -1299,7 +1342,7 @@ def tokens_used(answer):
     """The usage {prompt_tokens, completion_tokens} in an answer; 0 and 0 if it tells none."""
     names = ("prompt_tokens", "completion_tokens")
     try:
-        return {name: max(0, int(answer["usage"][name])) for name in names}
+        return {name: min(max(0, int(answer["usage"][name])), 10**12) for name in names}
     except (LookupError, TypeError, ValueError, OverflowError):
         return dict.fromkeys(names, 0)
 
@@ -1309,13 +1352,15 @@ def prompt_hash(messages):
     return hashlib.sha256(to_json(messages).encode()).hexdigest()[:16]
 
 
+def blank(text):
+    """A text without the API key, which a server may have put there (a short one is no secret)."""
+    key = os.environ["OPENAI_API_KEY"]
+    return text.replace(key, "***") if len(key) > 7 else text
+
+
 def without_key(error):
-    """An error's text in one line, without the API key that a server may have put there (a short
-    one is no secret)."""
-    text, key = str(error), os.environ["OPENAI_API_KEY"]
-    if len(key) > 7:
-        text = text.replace(key, "***")
-    return " ".join(text.split())[:300]
+    """An error's text in one line, without the API key; a timeout's is empty."""
+    return " ".join(blank(str(error) or "no whole reply in time").split())[:300]
 
 
 # ==================================================================================================
@@ -1453,7 +1498,8 @@ def report(path, knowledge, html="", tokenizer=None, template=None):
         page = Template(read_text(f"{DATA}/stats.html"))
         # "<" is escaped, lest a text of the records ends the script that it stands in.
         data = to_json(sections).replace("<", "\\u003c")
-        text = page.safe_substitute(title=Path(path).name, data=data)
+        text = page.safe_substitute(title=escape(Path(path).name), data=data)
+        check_own(html, "<title>Records</title>")
         write_text(html, text)
         print(f"{html}: the same as a page")
 
@@ -1566,7 +1612,7 @@ class Api:
     temperature: float = setting(1.0, 0)  # of the sampling; left out where the model refuses it
     max_tokens: int = 2048  # tokens of a reply at most
     concurrency: int = 16  # requests in flight
-    timeout: float = 120.0  # seconds without a byte until a request is given up
+    timeout: float = 120.0  # seconds until a request is given up whose reply is not whole
     retries: int = setting(6, 0)  # further tries of a request
     max_requests: int = 0  # stop after so many, each try counted (0: no limit)
     max_cost: float = 0.0  # dollars for replies and what may be billed (0: no limit)
@@ -1608,14 +1654,16 @@ class Offline(Source):
     def run(self):
         forms = read_forms(self.forms)
         train, held_out = split_entities(read_knowledge(self.knowledge), self.heldout, self.seed)
-        for name, part, questions in (
-            ("train", train, self.questions),
-            ("heldout", held_out, 1),
-        ):
-            asked = single_questions(part, forms, questions, random.Random(self.seed))
-            records = [offline_record(*one) for one in asked]
-            path = f"{self.output_dir}/{name}.jsonl"
-            write_lines(path, records, self.knowledge, self.forms)
+        with own_folder(self.output_dir):
+            for name, part, questions in (
+                ("train", train, self.questions),
+                ("heldout", held_out, 1),
+            ):
+                asked = single_questions(part, forms, questions, random.Random(self.seed))
+                records = [offline_record(*one) for one in asked]
+                path = f"{self.output_dir}/{name}.jsonl"
+                check_own(path, '"entity": ')
+                write_lines(path, records, self.knowledge, self.forms)
 
 
 @dataclass
@@ -1697,6 +1745,7 @@ class Extract(Api):
         for job in jobs:
             said = to_items(job.facts[0], schema[job.facts[0].kind])
             rows.append({"messages": [*job.messages, message("assistant", said)]})
+        check_own(self.output, '"messages": ')
         write_lines(self.output, rows, self.texts)
 
 

@@ -20,6 +20,7 @@ Letters: B rows of the batch, V vocabulary size, n beams. Logits, and all that i
 float32. Answers go to stdout, everything else to stderr.
 """
 
+import asyncio
 import csv
 import hmac
 import json
@@ -29,7 +30,6 @@ import select
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 import unicodedata
@@ -40,7 +40,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache, lru_cache
 from hashlib import sha256
 from heapq import heappop, heappush
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http import HTTPStatus
 from io import StringIO
 from itertools import chain, count, cycle, zip_longest
 from pathlib import Path
@@ -55,14 +55,18 @@ from lora import adapter_base, load_adapter, lora_linears, merge, quantize, shar
 from model import (
     DATA,
     DTYPES,
+    SMALL,
     TOKENIZERS,
     Checkpoint,
     Parser,
     check_content,
+    check_own,
     check_settings,
     find_base,
     find_tokenizer,
+    hold,
     load_model,
+    printable,
     read_json_file,
     run,
     setting,
@@ -220,6 +224,7 @@ class Request:
     cancelled: bool = False  # nobody waits for it any more
     generator: torch.Generator = None
     ranked: list = field(default_factory=list)  # beams that ended, best first
+    logprobs: list = None  # where it is a list, `note_logprobs` fills it
 
     @property
     def positions(self):
@@ -292,6 +297,7 @@ class Batch:
             else:
                 ids = self.rows[at[0]].ids
                 ids.append(chosen[at[0]])
+                note_logprobs(request, logits[at[0], None], ids[-1:])
                 request.ids, request.finish_reason = self.outcome(request, ids)
 
     def release(self):
@@ -316,15 +322,17 @@ class Batch:
             request.generator = torch.Generator(device).manual_seed(seed)
         scale_adapter(self, [request])
         # In chunks, which bound the memory of the activations; a prefix that sees itself in one.
-        ids = request.prompt_ids[:-1]
+        (*ids, _) = prompt = request.prompt_ids
         prefix = len(ids) * self.model.config.prefix_lm
         cache, size = self.cache.rows(first, [0], prefix=prefix), prefix or PREFILL_CHUNK
         for start in range(0, len(ids), size):
             chunk = ids[start : start + size]
-            self.model.hidden_states(torch.tensor([chunk], device=device), cache)
+            hidden = self.model.hidden_states(torch.tensor([chunk], device=device), cache)
+            if request.logprobs:  # begins with the prompt's
+                note_logprobs(request, self.model.lm_head(hidden)[0], prompt[start + 1 :])
         # All beams begin with the prompt; the first alone may be chosen from, so that they part.
         self.cache.copy_rows([(first, first + i) for i in range(1, n)], 0, len(ids))
-        self.rows += [Row(request, request.prompt_ids[:], -1e9 * (i > 0)) for i in range(n)]
+        self.rows += [Row(request, prompt[:], -1e9 * (i > 0)) for i in range(n)]
 
     def logits(self, fed, longest):
         """Logits (B, V) of fed (B, 3): each row's id, how many stand before it (<= longest), and
@@ -422,6 +430,42 @@ def step_beams(batch, at, logits):
 
 
 # ==================================================================================================
+# Log-probabilities
+
+
+def note_logprobs(request, logits, ids):
+    """Note on a request that wants it, of each id behind its row of logits (T, V): (id,
+    log-probability), and then the same of the 20 likeliest ids."""
+    if request.logprobs is not None:
+        for id, row in zip(ids, logits.float().log_softmax(-1)):
+            some = [id, *row.topk(20).indices.tolist()]
+            request.logprobs.append([*zip(some, row[some].tolist())])
+
+
+def show_logprobs(tokenizer, request, top, chat):
+    """OpenAI's `logprobs` of an answer, in a chat or not, with the `top` likeliest of each id."""
+
+    def token(id, logprob):
+        text = tokenizer.answer_pieces.decode([id] * (id in tokenizer.texts))
+        return {"token": text, "logprob": logprob, "bytes": [*text.encode()]}
+
+    if top is None:
+        return None
+    content = []
+    for own, *best in request.logprobs:
+        content.append(token(*own) | {"top_logprobs": [token(*each) for each in best[:top]]})
+    if chat:
+        return {"content": content}
+    # Of two likely ids with one text the likelier one stays.
+    likely = [reversed(each["top_logprobs"]) for each in content]
+    return {
+        "tokens": [each["token"] for each in content],
+        "token_logprobs": [each["logprob"] for each in content],
+        "top_logprobs": [{t["token"]: t["logprob"] for t in each} for each in likely],
+    }
+
+
+# ==================================================================================================
 # Rows that ask the base
 
 
@@ -510,9 +554,9 @@ def visible(text, stop=(), ended=True):
     return text[: max(0, len(text) - held)]
 
 
-def stream(tokenizer, request, step=None):
-    """Yield a request's text in pieces as it grows; step() makes, or awaits, one id more. The whole
-    text at once if it has ended."""
+def stream(tokenizer, request, step=lambda: None):
+    """Yield a request's text in pieces as it grows; step() makes one id more. The whole text at
+    once if it has ended."""
     shown = 0
     ended = False
     while not ended:
@@ -774,7 +818,7 @@ def load_tokenizer(folder):
     file = find_tokenizer(folder)
     if not file.is_file():
         raise ValueError(f"no tokenizer in {folder}; wanted one of {' '.join(TOKENIZERS)}")
-    check_content(file)
+    check_content(file, SMALL)
     names = ("config.json", "tokenizer_config.json", "added_tokens.json")
     files = [Path(folder, name) for name in names]
     config, settings, added = (read_json_file(f, {}) for f in files)
@@ -847,9 +891,14 @@ def load_template(name):
       chat_template   the same in Jinja, for other programs
 
     {instruction} is {turns} and `question`, or `lone` if there is one turn; {bos} and {eos} are the
-    tokenizer's. Raises ValueError for a template that loses a part of a conversation."""
+    tokenizer's. Raises ValueError as `check_template` does."""
     path = Path(name) if str(name).endswith(".json") else DATA / "templates" / f"{name}.json"
-    template = read_json_file(path)
+    return check_template(path, read_json_file(path))
+
+
+def check_template(path, template):
+    """The template with what it leaves open. Raises ValueError for one that loses a part of a
+    conversation."""
     roles = ["system", "user", "assistant", "user", "assistant"]
     trial = [{"role": role, "content": role.upper()} for role in roles]
     try:
@@ -859,7 +908,7 @@ def load_template(name):
             text = "".join(render(template, trial))
             if any(text.count(role.upper()) < roles.count(role) for role in roles):
                 raise ValueError(f"a conversation becomes {text!r}")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:  # values of other kinds make Python raise nearly all there are
         raise ValueError(
             f"{path}: {error!r:.200}; wanted prompt_no_input with {{instruction}}, or prompt with "
             "{system}, {turns} and {user}; other braces are doubled"
@@ -1049,6 +1098,8 @@ def read_records(path, names=()):
     instruction. With names a text that is not JSON is a table, and they are its header if it has
     none. A BOM is skipped; "-" is standard input. Raises ValueError naming the file and place."""
     path = Path("/dev/stdin" if str(path) == "-" else path)
+    if not str(path).startswith("/dev/"):  # as a shell's <(...) is
+        check_content(path)
     try:
         rows = dict(rows_of(path.read_text(encoding="utf-8-sig"), path.suffix, names))
     except UnicodeDecodeError as error:
@@ -1124,8 +1175,9 @@ def read_chat(messages):
         role, text = ROLES[m.get("role", m.get("from"))], m.get("content", m.get("value"))
         # OpenAI's other form of a text is a list of parts.
         if isinstance(text, list) and text:
-            if any(part["type"] != "text" for part in text):
-                raise ValueError("a message has parts that are no text")
+            others = {part["type"] for part in text} - {"text"}
+            if others:
+                raise ValueError(f"{min(others)} in a message; this model reads text alone")
             text = "\n".join(part["text"] for part in text)
         if m.get("reasoning_content"):
             text = f"<think>\n{m['reasoning_content']}\n</think>\n\n{text}"
@@ -1225,7 +1277,7 @@ def make_instruction(row, messages, conversations):
 
 def log(*texts):
     """To stderr: only answers go to stdout."""
-    print(*texts, file=sys.stderr, flush=True)
+    print(*map(printable, texts), file=sys.stderr, flush=True)
 
 
 def pick_device(name):
@@ -1333,18 +1385,17 @@ def answer_batch(model, tokenizer, prompts, decoding, rows, label=""):
     return ["".join(stream(tokenizer, request)) for request in ended]
 
 
-def count_answers(path, keys):
-    """How many answers, those of the first of keys, a file holds; a line that a kill cut short is
-    taken off. Raises ValueError, and leaves the file as it is, if something else stands there."""
-    if not Path(path).is_file():
-        return 0
-    *lines, torn = Path(path).read_bytes().split(b"\n")
-    with suppress(ValueError, TypeError, KeyError):
-        found = [json.loads(line)["key"] for line in lines]
-        # A line begins with a brace; a diary does not.
-        if found == keys[: len(lines)] and torn[:1] in (b"", b"{"):
+def count_answers(path, lines):
+    """How many answers, to the first of lines, a file holds; a line that a kill cut short is taken
+    off. Raises ValueError, and leaves the file as it is, if something else stands there."""
+    *kept, torn = Path(path).read_bytes().split(b"\n")
+    with suppress(ValueError, TypeError, LookupError):
+        same = all(json.loads(have)["key"] == line["key"] for have, line in zip(kept, lines))
+        # So the next line begins, and what a user has there does not.
+        start = [*(to_json(line)[:-1] for line in lines), "\n"][len(kept)].encode()
+        if same and torn[: len(start)] == start[: len(torn)]:
             os.truncate(path, os.path.getsize(path) - len(torn))
-            return len(lines)
+            return len(kept)
     raise ValueError(
         f"{path} holds something else than answers to these questions by these weights and "
         "settings; name another --output or delete it"
@@ -1365,11 +1416,14 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
             key = sha256(f"{prompt} {each} {weights}".encode()).hexdigest()[:16]
             lines.append({**question, "index": len(lines), "key": key})
             requests.append(Request(prompt, each))
-    # What is in the file already is not asked again.
-    done = count_answers(output, [line["key"] for line in lines])
-    bar = {"initial": done, "total": len(lines)}
-    ended = finish(model, tokenizer, requests[done:], rows, compile, **bar)
+    done = 0
     with open(output, "a", encoding="utf-8") if output else nullcontext(sys.stdout) as file:
+        # What is in the file already is not asked again; a pipe holds nothing.
+        if Path(output).is_file():
+            hold(file, output)
+            done = count_answers(output, lines)
+        rest = requests[done:]
+        ended = finish(model, tokenizer, rest, rows, compile, initial=done, total=len(lines))
         for line, request in zip(lines[done:], ended):
             answer = "".join(stream(tokenizer, request))
             line |= {"answer": answer, "finish_reason": request.finish_reason}
@@ -1404,11 +1458,11 @@ def chat(answer, prompt_of, multi, room, about, opening=()):
         import readline  # noqa: F401  (gives input() its line editing)
     log(f"{about}\n{DISCLAIMER}\n{COMMANDS}\n{MEMORY[multi]}")
     mark = "> " * (sys.stdin.isatty() and sys.stdout.isatty())
-    turns = []  # the messages of a question and its answer each
+    turns, saved = [], set()  # of a turn the messages of a question and its answer
     while True:
         try:
             line = input(mark).strip()
-            if line and not obey(line, opening, turns, about):
+            if line and not obey(line, opening, turns, about, saved):
                 question = {"role": "user", "content": line}
                 prompt = fitting_prompt(opening, turns * multi, question, prompt_of, room)
                 # What is said stands in `turns` at once, also of an answer that is stopped.
@@ -1425,8 +1479,9 @@ def chat(answer, prompt_of, multi, room, about, opening=()):
             log(f"error: {error}")
 
 
-def obey(line, opening, turns, about):
-    """Carry out a line that is a command; False if it is a question. Raises EOFError to end."""
+def obey(line, opening, turns, about, saved):
+    """Carry out a line that is a command; False if it is a question. saved: the files, written
+    here, that may be written again. Raises EOFError to end."""
     command, _, path = line.partition(" ")
     path = path.strip() or "chat.json"
     if line in EXITS:
@@ -1434,7 +1489,10 @@ def obey(line, opening, turns, about):
     said = {"/model": about, "/help": COMMANDS, "/save": f"saved in {path}", "/reset": "begun anew"}
     if command == "/save":
         # A record that can be trained on: OpenAI's messages.
+        if path not in saved:
+            check_own(path)
         write_json(path, [{"messages": [*opening, *chain(*turns)]}])
+        saved.add(path)
     elif command == "/reset":
         turns.clear()
     elif not re.fullmatch("/[a-z]+", command):
@@ -1459,10 +1517,12 @@ def fitting_prompt(opening, turns, question, prompt_of, room):
 # Server
 
 LOCAL = ("127.0.0.1", "localhost")  # names of this machine that no other one reaches
-MAX_BODY = 1 << 18  # bytes
+MAX_HEAD = 1 << 14  # bytes of a request's headers
+MAX_BODY = 1 << 18  # and of its body
 # OpenAI's kinds of errors, by the status or by its first digit
 ERRORS = {429: "rate_limit_error", 4: "invalid_request_error", 5: "server_error"}
 HEADERS = {
+    "Server": "TCM-LLM",
     "Connection": "close",
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "frame-ancestors 'none'",  # the rest stands in the page
@@ -1481,20 +1541,19 @@ class Refused(ValueError):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class Server(ThreadingHTTPServer):
-    """OpenAI's completions API and a page. Each connection has a thread that reads, checks, waits
-    and writes. The steps of the one batch are made in one thread more: who waits for an answer asks
-    for the next step, or gets the one that runs. The base and its adapter answer side by side, in
-    rows of the same cache.
+class Server:
+    """OpenAI's completions API and a page, in one event loop: a connection costs no thread, and one
+    on which no whole request has come no place. The steps of the one batch are made in a thread:
+    who waits for an answer asks for the next step, or gets the one that runs. The base and its
+    adapter answer side by side, in rows of the same cache.
 
     names      the models on offer: the adapter's, and "base"
     prompt_of  makes the ids of a prompt of messages
     options    the Options: among them what clients leave open"""
 
-    daemon_threads = False  # server_close waits for answers under way
-    request_queue_size = 128
     limit = 64  # requests that may wait
-    seconds = 10  # in which a request must be read
+    seconds = 10  # for a client to send a request, and to read what was sent
+    patience = 512  # later connections, too, end the time for a request
     stopping = False
     about = ""  # which base, adapter and template answer
 
@@ -1506,18 +1565,27 @@ class Server(ThreadingHTTPServer):
         # What clients leave open.
         self.defaults = {f.name: getattr(options, f.name) for f in fields(Decoding)} | {"n": 1}
         self.api_key = options.api_key
+        self.origins = options.allow_origin
         # Is the model used to turns before a question? The page then sends them, as a chat does.
         self.memory = options.single_or_multi == "multi"
         # Open as long as the server is; lines are flushed as they end.
         self.ratings = options.ratings and open(options.ratings, "a", 1, "utf-8")  # noqa: SIM115
-        self.lock = threading.Lock()
         # Only this worker touches the model.
         self.worker = ThreadPoolExecutor(1)
-        self.pending = self.worker.submit(batch.step)
-        super().__init__((options.host, options.port), Handler)
+        self.pending = None
+        self.large = asyncio.Lock()  # of whom reads a large body's text
+        self.readers = []  # of the latest connections
+        self.answering = set()  # the Exchanges with a whole request
+        self.asked = set()  # the Requests that wait or have rows
+        self.socket = socket.create_server((options.host, options.port), backlog=128)
 
-    def verify_request(self, request, client_address):
-        return threading.active_count() < 4 * self.limit  # a connection is a thread
+    async def run(self):
+        """Serve until `stopping` is set, and then until the answers under way are read."""
+        await asyncio.start_server(
+            lambda *streams: Exchange(self, *streams).run(), sock=self.socket, limit=MAX_HEAD
+        )
+        while not self.stopping or self.answering:
+            await asyncio.sleep(0.1)
 
     def cards(self, name):
         """The card of one model, or of all (""). Raises Refused for one that is not on offer."""
@@ -1543,52 +1611,80 @@ class Server(ThreadingHTTPServer):
 
     def read_body(self, sent):
         """The Body of what a client sent: the server's own settings, and over them the client's."""
+        # A chat has two fields for what is one here.
+        if isinstance(sent.get("logprobs"), bool):
+            top = sent.pop("top_logprobs", 0)
+            sent["logprobs"] = top if sent["logprobs"] else None
         # One field at a time, so that the refusal names it.
         body = Body(**self.defaults)
         for name, value in sent.items():
             try:
                 if name in FIELDS:
                     body = replace(body, **{FIELDS[name]: value})
-                elif value and PLAIN.get(name) != value:  # false, 0, "" and [] ask for nothing
-                    raise ValueError("not supported")
+                # false, 0, "" and [] ask for nothing
+                elif value and name not in INERT and PLAIN.get(name) != value:
+                    raise ValueError(f"{value!r:.100} is not supported")
             except ValueError as error:
                 raise Refused(f"{name:.100}: {error}", param=name) from None
         return replace(body, model=body.model or self.names[0])
 
     def make_requests(self, sent, wanted):
-        """(Body, a Request for each of n answers) of what a client sent, with the field that is
-        wanted: "messages" or "prompt"."""
+        """(Body, a Request for each of n answers to each prompt) of what a client sent, with the
+        field that is wanted: "messages" or "prompt"."""
+        given, prompt = sent.keys() & {"messages", "prompt"}, sent.pop("prompt", None)
         body = self.read_body(sent)
         self.cards(body.model)
         try:
-            if not getattr(body, wanted) or {"messages", "prompt"} <= sent.keys():
+            if given != {wanted}:
                 raise ValueError(f"{wanted} wanted, and not both messages and prompt")
-            if body.prompt:
-                ids = self.tokenizer.encode(body.prompt, bos=True)
+            if body.messages is None:
+                prompts = self.read_prompts(prompt)
             else:
-                ids = self.prompt_of(read_question(body.messages))
-        except ValueError as error:
+                prompts = [self.prompt_of(read_question(body.messages))]
+            if not 0 < len(prompts) * body.n <= self.limit:
+                raise ValueError(f"{len(prompts)} prompts, wanted 1 to {self.limit} answers")
+        except (ValueError, RecursionError) as error:
             raise Refused(str(error), param=wanted) from None
-        # Left open, an answer is as long as the default, or as the room that is left.
-        if not {"max_tokens", "max_completion_tokens"} & sent.keys():
+        requests = []
+        for ids in prompts:
+            # An answer is as long as a client wants, or as the room behind the prompt.
             room = max(1, self.batch.cache.positions - len(ids))
-            body = replace(body, max_new_tokens=min(room, body.max_new_tokens))
-        return body, [Request(ids, each, body.model != "base") for each in body.each()]
+            for each in replace(body, max_new_tokens=min(room, body.max_new_tokens)).each():
+                # The first id of a prompt follows nothing.
+                first = [[(id, None)] for id in ids[:1] * body.echo]
+                request = Request(ids, each, body.model != "base")
+                request.logprobs = None if body.logprobs is None else first
+                requests.append(request)
+        return body, requests
+
+    def read_prompts(self, prompt):
+        """The lists of ids that a text, a list of ids, or a list of these stands for. Raises
+        ValueError for what is none."""
+        size = self.batch.model.config.vocab_size
+        match prompt:
+            case str():
+                return [self.tokenizer.encode(prompt, bos=True)]
+            case [*ids] if {*map(type, ids)} == {int}:
+                if {*ids} <= {*range(size)}:
+                    return [ids]
+            case [*parts]:
+                return [ids for part in parts for ids in self.read_prompts(part)]
+        raise ValueError(f"prompt wanted: a text, a list of ids from 0 to {size - 1}, or several")
 
     def submit(self, requests):
         """Let requests wait. Raises Refused if too many do, or the server stops."""
-        with self.lock:
-            if self.stopping:
-                raise Refused("the server is stopping", 503, Retry_After="1")
-            if len(self.batch.waiting) + len(requests) > self.limit:
-                raise Refused(
-                    f"{self.limit} answers are waited for already; try again later",
-                    429,
-                    code="rate_limit_exceeded",
-                    Retry_After="1",
-                )
-            for request in requests:
-                self.batch.submit(request)
+        if self.stopping:
+            raise Refused("the server is stopping", 503, Retry_After="1")
+        if len(self.asked) + len(requests) > self.limit + self.batch.size:
+            raise Refused(
+                f"{self.limit} answers are waited for already; try again later",
+                429,
+                code="rate_limit_exceeded",
+                Retry_After="1",
+            )
+        for request in requests:
+            self.batch.submit(request)
+        self.asked.update(requests)
 
     def rate(self, sent):
         """Append a preference pair to the file of ratings: messages as prompt, chosen and rejected,
@@ -1603,19 +1699,19 @@ class Server(ThreadingHTTPServer):
                 f"wanted prompt, chosen, rejected as messages, and --ratings FILE: {error!r:.200}"
             ) from None
 
-    def step(self):
+    async def step(self):
         """Wait for a step of the batch: the one that runs, or the next. All who wait for it get an
         error in it."""
-        with self.lock:
-            if self.pending.done():
-                self.pending = self.worker.submit(self.batch.step)
-            pending = self.pending
-        pending.result()
+        if not self.pending or self.pending.done():
+            loop = asyncio.get_running_loop()
+            self.pending = loop.run_in_executor(self.worker, self.batch.step)
+        await asyncio.shield(self.pending)
 
     def cancel(self, requests):
         """Free the rows of requests, ended or not."""
         for request in requests:
             request.cancelled = True
+        self.asked.difference_update(requests)
         self.worker.submit(self.batch.release)
 
 
@@ -1626,10 +1722,10 @@ class Body(Decoding):
     n: int = setting(1, 1, 64)  # as many as may wait
     model: str = ""
     messages: list = None
-    prompt: str = None
+    echo: bool = False
+    logprobs: int = setting(None, 0, 20)
     stream: bool = False
     stream_options: dict = None
-    user: str = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -1642,203 +1738,299 @@ class Body(Decoding):
 # a client's names of the fields of Body; beams do not stream
 FIELDS = {f.name: f.name for f in fields(Body) if f.name not in ("num_beams", "length_penalty")}
 FIELDS |= {"max_tokens": FIELDS.pop("max_new_tokens"), "max_completion_tokens": "max_new_tokens"}
-# what asks for nothing more than there is
+# what changes no answer, and what asks for nothing more than there is
+INERT = "user metadata store service_tier parallel_tool_calls".split()
 PLAIN = {"response_format": {"type": "text"}, "tool_choice": "none", "best_of": 1}
 METHODS = {
-    "/": "GET, HEAD",
-    "/health": "GET, HEAD",
-    "/v1/models": "GET, HEAD",
-    "/v1/chat/completions": "POST",
-    "/v1/completions": "POST",
-    "/v1/ratings": "POST",
+    "/": "GET, HEAD, OPTIONS",
+    "/health": "GET, HEAD, OPTIONS",
+    "/v1/models": "GET, HEAD, OPTIONS",
+    "/v1/chat/completions": "POST, OPTIONS",
+    "/v1/completions": "POST, OPTIONS",
+    "/v1/ratings": "POST, OPTIONS",
+}
+# Method, path and headers (RFC 9112). A lone CR, a folded line and the like are in none.
+REQUEST = re.compile(r"([A-Z]+) (\S+) HTTP/1\.[01]\r\n((?:[!-9;-~]+:[^\r\n\0]*\r\n)*)\r\n")
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[^\r]*)?\r\n")
+# what else may come of waiting for a request
+BROKEN = {
+    TimeoutError: ("the request did not come in time", 408),
+    asyncio.IncompleteReadError: ("the request ends in the middle", 400),
+    asyncio.LimitOverrunError: (f"the headers are larger than {MAX_HEAD} bytes", 431),
 }
 
 
-class Handler(BaseHTTPRequestHandler):
-    """The one request of a connection."""
+@dataclass(eq=False)
+class Exchange:
+    """A connection: one request, one response."""
 
-    protocol_version = default_request_version = "HTTP/1.1"
-    server_version = "TCM-LLM"
-    sys_version = ""
-    disable_nagle_algorithm = True
-    timeout = 10  # seconds until a write fails
+    server: Server
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    unsent = b"HTTP/1.1 "  # of what each response begins with
+    shared = HEADERS  # of all responses
+    command = path = "-"
     streaming = False  # whether events are being sent
 
-    def handle(self):
-        # A client that sends a byte now and then does not keep its thread: the reading side is shut
-        # when its time is over.
-        self.ends = time.monotonic() + self.server.seconds
-        self.deadline = threading.Timer(
-            self.server.seconds, self.connection.shutdown, [socket.SHUT_RD]
-        )
-        self.deadline.start()
-        with suppress(OSError):  # the client has left, or does not read
-            super().handle()
-        self.deadline.cancel()
+    async def run(self):
+        # Who has sent no request when so many others have come since makes room for them.
+        readers = self.server.readers
+        readers.append(self.reader)
+        if len(readers) > self.server.patience:
+            readers.pop(0).set_exception(
+                Refused("too many connections wait; send all at once", 503, Retry_After="1")
+            )
+        # OSError: the client has left, or does not read.
+        with suppress(OSError, Refused, asyncio.CancelledError):
+            try:
+                await self.respond()
+                # Nothing more comes from here. What still comes from there is read, or closing
+                # would reset the connection before the client has read this.
+                self.writer.write_eof()
+                async with asyncio.timeout(self.server.seconds):
+                    await self.rest
+            finally:
+                self.server.answering.discard(self)
+                self.writer.transport.abort()
 
-    def do_GET(self):
-        # One model of all: /v1/models/NAME.
-        path, _, name = self.path.partition("?")[0].partition("/models/")
-        path += "/models" * bool(name)
+    async def respond(self):
         requests = []
         try:
-            self.authorise(path)
-            if path == "/":
-                self.send((DATA / "page.html").read_bytes(), kind="text/html; charset=utf-8")
+            try:
+                path, name = await self.read()
+            finally:
+                self.rest = asyncio.create_task(self.read_rest())
+            self.server.answering.add(self)
+            if self.command == "OPTIONS":
+                await self.send(b"", Allow=METHODS[path])
+            elif path == "/":
+                await self.send((DATA / "page.html").read_bytes(), kind="text/html; charset=utf-8")
             elif path == "/health":
                 batch = self.server.batch
-                status = {
-                    "status": "stopping" if self.server.stopping else "ok",
-                    "places": batch.size,
-                    "waiting": len(batch.waiting),
-                    "running": len(batch.rows),
-                }
-                self.send(status)
+                await self.send(
+                    {
+                        "status": "stopping" if self.server.stopping else "ok",
+                        "places": batch.size,
+                        "waiting": len(batch.waiting),
+                        "running": len(batch.rows),
+                    }
+                )
             elif path == "/v1/models":
-                self.send(self.server.cards(unquote(name)))
+                await self.send(self.server.cards(unquote(name)))
             elif path == "/v1/ratings":
-                self.server.rate(self.read_json())
-                self.send({})
+                self.server.rate(await self.read_json())
+                await self.send({})
             else:
                 wanted = "messages" if "chat" in path else "prompt"
-                body, requests = self.server.make_requests(self.read_json(), wanted)
+                body, requests = self.server.make_requests(await self.read_json(), wanted)
                 self.server.submit(requests)
-                self.complete(requests, body)
+                await self.complete(requests, body)
         except Refused as error:
-            self.refuse(error)
+            await self.refuse(error)
         except OSError:
             raise
         except Exception as error:  # out of memory, say
-            traceback.print_exc()
-            self.refuse(Refused(f"the model failed: {type(error).__name__}", 500))
+            log_if_read(traceback.format_exc())
+            await self.refuse(Refused(f"the model failed: {type(error).__name__}", 500))
         finally:
             self.server.cancel(requests)
 
-    do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
+    async def read(self):
+        """Read a request, its body to self.body: (path, name of one model or ""). Raises Refused
+        for what is none."""
+        try:
+            async with asyncio.timeout(self.server.seconds):
+                head = await self.reader.readuntil(b"\r\n\r\n")
+                found = REQUEST.fullmatch(head.decode("latin-1"))
+                if not found:
+                    raise Refused("no request of HTTP/1.1")
+                self.command, self.path, lines = found.groups()
+                fields = [
+                    (name.lower(), value)
+                    for name, value in re.findall(r"(.+?):[ \t]*(.*?)[ \t]*\r\n", lines)
+                ]
+                self.headers = dict(fields)
+                # One model of all: /v1/models/NAME.
+                path, _, name = self.path.partition("?")[0].partition("/models/")
+                path += "/models" * bool(name)
+                if path not in METHODS:
+                    raise Refused(f"no such path; there are {' '.join(METHODS)}", 404)
+                # No body is kept of who may not ask.
+                self.authorise(path)
+                self.body = bytearray()
+                lengths = ("content-length", "transfer-encoding")
+                await self.read_body([field for field in fields if field[0] in lengths])
+                return path, name
+        except tuple(BROKEN) as error:
+            raise Refused(*BROKEN[type(error)], Retry_After="1") from None
 
     def authorise(self, path):
-        """Raise Refused for an unknown path, another method, a wrong key, or a page of another
-        site: a browser lets any page send to localhost and, under a name that leads there (DNS
-        rebinding), read the answer."""
-        if path not in METHODS:
-            raise Refused(f"no such path; there are {' '.join(METHODS)}", 404)
+        """Raise Refused for another method, a wrong key, or a page of another site: a browser lets
+        any page send to localhost and, under a name that leads there (DNS rebinding), read the
+        answer."""
         if self.command not in METHODS[path]:
             raise Refused(f"{path} takes {METHODS[path]}", 405, Allow=METHODS[path])
         # A page of another site says so in Origin; under a name of its own, in Host.
-        host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
+        host, origin = (self.headers.get(name, "").lower() for name in ("host", "origin"))
         key = self.server.api_key
-        elsewhere = not key and host.partition(":")[0] not in LOCAL
-        if elsewhere or origin and origin.partition("://")[2] != host:
-            raise Refused("requests from other sites' pages are not answered", 403)
-        # compare_digest takes as long for a wrong key as for the right one.
-        given = self.headers.get("Authorization", "").encode("latin-1")
-        if key and "v1" in path and not hmac.compare_digest(given, f"Bearer {key}".encode()):
+        if not key and host.partition(":")[0] not in LOCAL:
+            text = "is no name of this machine; to be asked under it the server wants --api_key"
+            raise Refused(f"Host {host:.100} {text}", 403)
+        if origin in self.server.origins:
+            self.shared = HEADERS | {
+                "Access-Control-Allow-Origin": origin,
+                "Access-Control-Allow-Headers": "*, Authorization",
+                "Vary": "Origin",
+            }
+        elif origin and origin.partition("://")[2] != host:
+            text = "for pages of other sites the server wants --allow_origin"
+            raise Refused(f"{origin:.100} is not answered; {text}", 403)
+        # compare_digest takes as long for a wrong key as for the right one. A browser asks without
+        # it (OPTIONS) whether its page may ask.
+        given = self.headers.get("authorization", "").encode("latin-1")
+        right = hmac.compare_digest(given, f"Bearer {key}".encode())
+        if key and "v1" in path and self.command != "OPTIONS" and not right:
             raise Refused("send Authorization: Bearer KEY", 401, code="invalid_api_key")
+
+    async def read_body(self, lengths):
+        """Read the body by the headers that tell its length. Raises Refused."""
+
+        async def take(digits, base):
+            size = int(digits[:9], base)  # Python refuses to read very long numbers
+            if len(self.body) + size > MAX_BODY:
+                raise Refused(f"the body is larger than {MAX_BODY} bytes", 413)
+            self.body += await self.reader.readexactly(size)
+            return size
+
+        match lengths:
+            case [("content-length", digits)] if digits.isdecimal():
+                await take(digits, 10)
+            case [("transfer-encoding", "chunked")]:
+                size = 1
+                while size:
+                    chunk = CHUNK.fullmatch(await self.reader.readuntil(b"\r\n"))
+                    if not chunk:
+                        raise Refused("no size of a chunk")
+                    size = await take(chunk[1], 16)
+                    await self.reader.readexactly(2)  # the end of its line
+            case [_, _, *_]:
+                raise Refused("the body has several lengths")
+            case _ if self.command == "POST":
+                raise Refused("a Content-Length is wanted", 411)
+
+    async def read_rest(self):
+        """Throw away what comes behind a request. Where it ends the client sends no more, or has
+        left: then the first letters of the response meet a reset."""
+        with suppress(OSError, Refused):
+            while await self.reader.read(MAX_HEAD):
+                pass
+            while self.unsent and not self.writer.is_closing():
+                self.writer.write(self.unsent[:1])
+                self.unsent = self.unsent[1:]
+                await asyncio.sleep(0.1)
 
     def begin(self, status, kind, **headers):
         """Send the status and the headers."""
-        self.send_response(status)
-        for name, value in {**headers, **HEADERS, "Content-Type": kind}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
+        lines = [
+            f"{name.replace('_', '-')}: {value}\r\n"
+            for name, value in {**headers, **self.shared, "Content-Type": kind}.items()
+        ]
+        head = f"{status} {HTTPStatus(status).phrase}\r\n{''.join(lines)}\r\n"
+        self.writer.write(self.unsent + head.encode("latin-1"))
+        self.unsent = b""
+        log_if_read(f"{time.strftime('%F %T')} {self.command} {self.path!a:.200} {status}\n")
 
-    def send(self, body, status=200, kind="application/json", **headers):
+    async def write(self, data):
+        """Send bytes. Raises TimeoutError if the client does not read."""
+        self.writer.write(data)
+        async with asyncio.timeout(self.server.seconds):
+            await self.writer.drain()
+
+    async def send(self, body, status=200, kind="application/json", **headers):
         """Send a response: bytes, or what becomes JSON."""
         if not isinstance(body, bytes):
             body = to_json(body).encode()
         self.begin(status, kind, Content_Length=len(body), **headers)
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        await self.write(body * (self.command != "HEAD"))
 
-    def event(self, value):
+    async def event(self, value):
         """Send an event of a stream."""
-        self.wfile.write(f"data: {to_json(value)}\n\n".encode())
+        await self.write(f"data: {to_json(value)}\n\n".encode())
 
-    def refuse(self, error):
-        """Send a Refused as OpenAI's error object. What the client still sends is read, or closing
-        would reset the connection before it has read this."""
+    async def refuse(self, error):
+        """Send a Refused as OpenAI's error object."""
         if self.streaming:
-            return self.event(error.body)
-        self.send(error.body, error.status, **error.headers)
-        # Nothing more comes from here; what comes from there is thrown away.
-        self.connection.shutdown(socket.SHUT_WR)
-        while time.monotonic() < self.ends and self.rfile.read1(65536):
-            pass
+            return await self.event(error.body)
+        await self.send(error.body, error.status, **error.headers)
 
-    def send_error(self, status, message=None, explain=None):
-        """http.server's own refusals, in the same form."""
-        self.refuse(Refused(message or self.responses[status][0], status))
-
-    def read_json(self):
+    async def read_json(self):
         """The object in the body; fields that are null are left out."""
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
-            raise Refused("a Content-Length is wanted", 411)
-        size = int(length[:9])  # Python refuses to read very long numbers
-        if size > MAX_BODY:
-            raise Refused(f"the body is larger than {MAX_BODY} bytes", 413)
-        # Ends early where the deadline shuts the reading side.
-        text = self.rfile.read(size)
-        if time.monotonic() >= self.ends:
-            raise Refused(f"the body did not come within {self.server.seconds} seconds", 408)
-        try:
-            sent = json.loads(text.decode())
-            to_json(sent).encode()  # half a character is no text
-            return {name: value for name, value in sent.items() if value is not None}
-        except (ValueError, RecursionError, AttributeError) as error:
-            raise Refused(f"the body is no JSON object in UTF-8 ({str(error)[:100]})") from None
+        large = len(self.body) > MAX_HEAD
+        # Large ones one by one: others' answers take a step between two.
+        async with self.server.large if large else nullcontext():
+            if large and self.server.batch.rows:
+                await self.server.step()
+            try:
+                sent = json.loads(self.body.decode())
+                to_json(sent).encode()  # half a character is no text
+                return {name: value for name, value in sent.items() if value is not None}
+            except (ValueError, RecursionError, AttributeError) as error:
+                raise Refused(f"the body is no JSON object in UTF-8 ({error!s:.100})") from None
 
-    def complete(self, requests, body):
+    async def complete(self, requests, body):
         """Send the answers, as they grow if the client wants a stream."""
-        self.deadline.cancel()
-        chat = not body.prompt
-        kind, key = ("chat.completion", "message") if chat else ("text_completion", "text")
-        if chat and body.stream:
-            kind, key = "chat.completion.chunk", "delta"
+        chat, tokenizer = body.messages is not None, self.server.tokenizer
+        # What the response is called, and the text in it.
+        kind = ("text_completion", f"chat.completion{'.chunk' * body.stream}")[chat]
+        key = (("text", "text"), ("message", "delta"))[chat][body.stream]
         head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}",
+            "id": f"cmpl-{uuid4().hex}",
             "object": kind,
             "created": int(time.time()),
             "model": body.model,
         }
+        choices = []
 
-        def choice(i, text, reason=None, **role):
+        async def tell(i, text, reason=None, logprobs=None, **role):
             said = {**role, "content": text} if chat else text
-            return {"index": i, key: said, "logprobs": None, "finish_reason": reason}
-
-        def tell(*more, **role):
-            self.event({**head, "choices": [choice(*more, **role)]})
+            choices.append({"index": i, key: said, "logprobs": logprobs, "finish_reason": reason})
+            if body.stream:
+                await self.event({**head, "choices": [choices.pop()]})
 
         # From here on an error can only be an event.
         if body.stream:
             self.begin(200, "text/event-stream")
             self.streaming = True
-        choices = []
         for i, request in enumerate(requests):
-            pieces = stream(self.server.tokenizer, request, self.step)
+            text, who = tokenizer.decode(request.prompt_ids) * body.echo, {"role": "assistant"}
+            # A stream tells who speaks, the text in pieces, why it ended.
             if body.stream:
-                # Who speaks, the text in pieces, why it ended.
-                tell(i, "", role="assistant")
-                for piece in filter(None, pieces):
-                    tell(i, piece)
-                tell(i, "", request.finish_reason)
-            else:
-                whole = choice(i, "".join(pieces), request.finish_reason, role="assistant")
-                choices.append(whole)
-        asked = len(requests[0].prompt_ids)
+                await tell(i, text, **who)
+                text, who = "", {}
+            for piece in stream(tokenizer, request):
+                if body.stream and piece:
+                    await tell(i, piece)
+                else:
+                    text += piece
+                if not request.finish_reason:
+                    await self.step()
+            logprobs = show_logprobs(tokenizer, request, body.logprobs, chat)
+            await tell(i, text, request.finish_reason, logprobs, **who)
+        asked = sum(len(request.prompt_ids) for request in requests[:: body.n])
         made = sum(len(request.ids) for request in requests)
         usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
         response = {**head, "choices": choices, "usage": usage}
         if not body.stream:
-            return self.send(response)
+            return await self.send(response)
         if body.stream_options == {"include_usage": True}:
-            self.event(response)
-        self.wfile.write(b"data: [DONE]\n\n")
+            await self.event(response)
+        await self.write(b"data: [DONE]\n\n")
 
-    def step(self):
+    async def step(self):
         """Wait for a step of the batch. Raises OSError if the client has left."""
-        self.server.step()
-        if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1 << 20):
+        await self.server.step()
+        if self.writer.is_closing():
             raise ConnectionAbortedError
 
 
@@ -1855,6 +2047,13 @@ def read_question(messages):
     return read
 
 
+def log_if_read(text):
+    """To stderr, but never wait for who reads it, and never fail: a disk may be full."""
+    with suppress(OSError):
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, text.encode("utf-8", "replace")[-4096:])  # what one page holds
+
+
 def serve(server, about):
     """Serve until SIGTERM or Ctrl-C, then let the answers under way finish; a second one ends at
     once."""
@@ -1865,16 +2064,10 @@ def serve(server, about):
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    # Connections are taken in a thread, while this one waits for a signal.
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    host, port = server.server_address
+    host, port = server.socket.getsockname()
     server.about = about
     log(f"http://{host}:{port}/  models: {' '.join(server.names)}\n{about}")
-    # until then new requests are told so
-    while not server.stopping or server.batch.waiting or server.batch.rows:
-        time.sleep(0.1)
-    server.shutdown()
-    server.server_close()
+    asyncio.run(server.run())
 
 
 # ==================================================================================================
@@ -1914,6 +2107,7 @@ class Options(Decoding):
     host: str = "127.0.0.1"  # address to listen on (in the environment: API_HOST)
     port: int = setting(8000, 0, 65535)  # and port, 0: a free one (API_PORT)
     api_key: str = ""  # key that clients must send (better in the environment: API_KEY)
+    allow_origin: tuple = ()  # sites whose pages may ask, as https://chat.example, or *
 
     # speed and memory
 
@@ -1972,14 +2166,15 @@ NO_ADAPTER = (
 
 
 def load(options, adapter):
-    """(model, tokenizer, template, a line about them) that options name: what they leave empty is
+    """(model, tokenizer, template, text about them) that options name: what they leave empty is
     the adapter's own, else data/tiny and the template that the base's special tokens ask for."""
-    base, made = options.base_model or DATA / "tiny", {}
+    base, own = options.base_model or DATA / "tiny", {}
     if adapter:
         adapter = find_base(adapter, NO_ADAPTER)
-        base, made = adapter_base(adapter, options.base_model, options.anyway)
-    # The adapter's stands in run.json as a whole, whatever has become of its file.
-    own = made.get("made_in", {}).get("template")
+        # Its template stands in run.json as a whole, whatever has become of its file.
+        base, own = adapter_base(adapter, options.base_model, options.anyway)
+        if own:
+            check_template(adapter / "run.json", own)
     name = options.prompt_template
     # A template that was named is read before the weights: it may be a wrong one.
     template = load_template(name) if name else own
@@ -1999,8 +2194,10 @@ def load(options, adapter):
         lost = merge(model).values()
         mean = f"{sum(lost) / len(lost):.1%} to {dtype}"
         log(f"merged {len(lost)} linears; the updates lose {mean}")
+    knows = read_json_file(find_base(base) / "config.json", {}).get("description", "")
     about = f"{base} with {adapter or 'no adapter'} on {device}, {dtype}"
-    return model, tokenizer, template, f"{about}; {template.get('description', '')}"
+    about += f"; {template.get('description', '')}\n{knows}"
+    return model, tokenizer, template, about.strip()
 
 
 def note_answers(output, adapter):
@@ -2019,12 +2216,12 @@ def print_answers(model, tokenizer, prompt, decoding):
     try:
         for request in requests:
             for text in stream(tokenizer, request, batch.step):
-                print(text, end="", flush=True)
+                print(printable(text), end="", flush=True)
                 yield text
             print(flush=True)
     finally:  # also where Ctrl-C ends it
-        count = sum(len(request.ids) for request in requests)
-        log(f"[{count} tokens, {count / (time.time() - started):.0f} tokens/s]")
+        count, seconds = sum(len(r.ids) for r in requests), max(1e-9, time.time() - started)
+        log(f"[{count} tokens, {count / seconds:.0f} tokens/s]")
 
 
 def main():

@@ -135,10 +135,12 @@ def add_lora(model, config):
     are trainable afterwards. Raises ValueError if the model has an adapter already."""
     refuse_adapter(model)
     model.requires_grad_(False)
-    # Names first: wrapping changes what the walk over modules meets.
-    targets = [name for name in linears(model) if name.rpartition(".")[2] in config.targets]
-    for name in targets:
-        model.set_submodule(name, LoRALinear(model.get_submodule(name), config))
+    # All first: wrapping changes what the walk over modules meets.
+    targets = {n: m for n, m in linears(model).items() if n.rpartition(".")[2] in config.targets}
+    for name, linear in targets.items():
+        if config.r > min(linear.in_features, linear.out_features):
+            raise ValueError(f"r {config.r} is above the smaller side of {name}: lower it")
+        model.set_submodule(name, LoRALinear(linear, config))
     return len(targets)
 
 
@@ -439,7 +441,7 @@ def read_adapter_config(file):
         r, alpha, targets = (settings[key] for key in ("r", "lora_alpha", "target_modules"))
         dropout, rslora = settings.get("lora_dropout", 0.0), settings.get("use_rslora", False)
         some = not isinstance(targets, list) or settings.keys() & SOME
-        return LoRAConfig(r, alpha, dropout, rslora=rslora), [] if some else targets
+        return LoRAConfig(r, alpha, dropout, rslora=rslora), [] if some else [*map(str, targets)]
     except KeyError as error:
         raise ValueError(f"{file} lacks {error}") from None
     except ValueError as error:
@@ -448,8 +450,8 @@ def read_adapter_config(file):
 
 def load_adapter(model, folder):
     """Wrap the linears for which a folder's adapter_model.safetensors or .bin has tensors, and load
-    them. Return run.json ({} without). Raises ValueError naming a linear whose tensors do not fit,
-    are missing or are not finite, and for what PEFT has besides LoRA."""
+    them. Raises ValueError naming a linear whose tensors do not fit, are missing or are not finite,
+    and for what PEFT has besides LoRA."""
     folder = Path(folder)
     file = next(folder.glob("adapter_model.[sb]*"), folder / "adapter_model.safetensors")
     if not file.is_file():
@@ -477,17 +479,17 @@ def load_adapter(model, folder):
         module.lora_a.data.copy_(pair["A"])
         module.lora_b.data.copy_(pair["B"])
         model.set_submodule(name, module.requires_grad_(False))
-    return read_json_file(folder / "run.json", {})
 
 
 def adapter_base(adapter, name="", anyway=False):
-    """(folder of the base named, or of the one that an adapter was trained on; its run.json). A
-    base is known by the SHA-256 of its weights in run.json, else by its name in
-    adapter_config.json. Raises ValueError naming both if it is another, unless `anyway`."""
+    """(folder of the base named, or of the one that an adapter was trained on; the template that
+    stands in its run.json, or {}). A base is known by the SHA-256 of its weights in run.json, else
+    by its name in adapter_config.json. Raises ValueError naming both if it is another, unless
+    `anyway`."""
     made = read_json_file(Path(adapter, "run.json"), {})
     made = {name: part for name, part in made.items() if isinstance(part, dict)}
     theirs = read_json_file(Path(adapter, "adapter_config.json"), {})
-    noted = theirs.get("base_model_name_or_path") or name or "tiny"
+    noted = str(theirs.get("base_model_name_or_path") or name or "tiny")
     # This project's own base may have lain elsewhere.
     places = filter(Path.is_dir, (Path(noted), DATA / Path(noted).name))
     base = find_base(name or next(places, noted))
@@ -501,7 +503,7 @@ def adapter_base(adapter, name="", anyway=False):
         if not anyway:
             raise ValueError(f"{text}; name the right one, or take this one --anyway")
         print(f"warning: {text}", file=sys.stderr)
-    return base, made
+    return base, made.get("made_in", {}).get("template", {})
 
 
 def read_pairs(file, known):
@@ -516,7 +518,7 @@ def read_pairs(file, known):
         name, half = match.groups() if match else (key, "")
         parts = known.get(f"{name}.weight", {name: []})
         # Where the rows are too many or too few, `check_pair` says so of the whole.
-        cut = half == "B" and len(tensor) == sum(map(len, parts.values()))
+        cut = half == "B" and [*tensor.shape[:1]] == [sum(map(len, parts.values()))]
         for ours, rows in parts.items():
             pair = pairs.setdefault(ours.removesuffix(".weight"), {})
             pair[half] = (tensor[rows] if cut else tensor).float()
@@ -592,8 +594,7 @@ def export(base, options):
     adapter, template = options.lora_weights, {}
     if adapter:
         adapter = find_base(adapter, "give its folder with --lora_weights")
-        base, made = adapter_base(adapter, base, options.anyway)
-        template = made.get("made_in", {}).get("template", {})
+        base, template = adapter_base(adapter, base, options.anyway)
     base = find_base(base)
     with new_folder(options.output_dir) as new:
         model = load_model(base, dtype=DTYPES.get(options.dtype))

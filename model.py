@@ -37,6 +37,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import zipfile
 from collections import Counter, namedtuple
@@ -65,7 +66,7 @@ class LLaMAConfig:
     Raises ValueError for a shape that cannot be built."""
 
     hidden_size: int  # C
-    num_hidden_layers: int
+    num_hidden_layers: int = field(metadata={"high": 1000})
     num_attention_heads: int  # H
     vocab_size: int  # V
     rms_norm_eps: float  # 1e-6 in LLaMA-1, 1e-5 in LLaMA-2: always read, never assumed
@@ -87,7 +88,8 @@ class LLaMAConfig:
         heads, width = self.num_attention_heads, self.hidden_size // self.num_attention_heads
         for name, default in (("num_key_value_heads", heads), ("head_dim", width)):
             object.__setattr__(self, name, getattr(self, name) or default)
-        if heads % self.num_key_value_heads or self.head_dim * self.partial_rotary_factor % 2:
+        odd = heads % self.num_key_value_heads or self.head_dim * self.partial_rotary_factor % 2
+        if odd or heads * self.head_dim > 2**24:
             raise ValueError(
                 f"{heads} heads of {self.head_dim} over {self.num_key_value_heads} of keys and "
                 "values: wanted a multiple, and an even width"
@@ -124,7 +126,6 @@ def rope_table(positions, head_dim, theta, scaling=None, share=1.0):
 
     Both are float32, (..., T, 1, D) for positions (..., T): the same for all heads, given for both
     halves of a head, the sine negative for the first half.
-
     Each forward makes them anew: a buffer built on `meta` stays empty, and angles in bf16 are off
     by up to 2.0 in the cosine. `scaling` stretches a trained context by its factor: "linear" slows
     every pair (Chen et al. 2023); "llama3" slows those that turn few times within the original
@@ -165,11 +166,9 @@ def attention(q, k, v, mask=None):
     without one attention is causal, and T = S."""
     # On a CPU a gradient goes through float32: torch's bf16 kernel takes five times as long for it.
     kind = torch.float32 if q.is_cpu and q.requires_grad else q.dtype
+    wide = (x.transpose(1, 2).to(kind) for x in (q, k, v))  # (B, heads, T or S, D)
     y = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2).to(kind) for x in (q, k, v)),  # (B, heads, T or S, D)
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=q.size(2) != k.size(2),
+        *wide, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(2) != k.size(2)
     )
     return y.transpose(1, 2).to(q.dtype)
 
@@ -305,8 +304,7 @@ class Context:
         return torch.arange(ids.size(1), device=ids.device)
 
     def attend(self, layer, q, k, v):
-        """Attention of q (B, T, H, D) in a layer whose new keys and values are k, v (B, T, K, D);
-        returns (B, T, H, D)."""
+        """Attention (B, T, H, D) of q in a layer with new keys and values k, v (B, T, K, D)."""
         return attention(q, k, v)
 
 
@@ -337,8 +335,7 @@ class KVCache(Context):
                 kv[b, :, start:stop] = copy
 
     def extend(self, ids):
-        """Positions (B, T) of new tokens behind those of their rows. Raises ValueError if they do
-        not fit."""
+        """Positions (B, T) of tokens behind those of their rows. Raises ValueError without room."""
         T, device = ids.size(1), ids.device
         was_empty, self.longest = self.longest == 0, self.longest + T
         if self.longest > self.positions:
@@ -600,6 +597,9 @@ def stored_rows(config, layout):
     return stored
 
 
+SMALL = 2**25  # bytes of what is read at once: settings, prompts, a tokenizer (GLM-4's has 20 MB)
+
+
 def take_rows(tensor, rows):
     """tensor[rows]; the tensor itself, which may be a view of a file, if that is all in order."""
     return tensor if torch.equal(rows, torch.arange(len(tensor))) else tensor[rows]
@@ -607,13 +607,12 @@ def take_rows(tensor, rows):
 
 def read_json_file(path, missing=None):
     """The object in a JSON file, or `missing`, if one is given, where there is no file. ValueError
-    in one line if there must be one, or if it is broken."""
+    in one line if there must be one, or if it is broken or above SMALL."""
+    if missing is not None and not Path(path).exists():
+        return missing
+    check_content(path, SMALL)
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if missing is None:
-            raise ValueError(f"{path} not found") from None
-        return missing
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -629,7 +628,7 @@ def read_config(path, vocab_size=None):
         if Path(path).name == "params.json":
             return config_from_meta(values, vocab_size)
         return config_from_hf(values)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except Exception as error:  # values of other kinds make Python raise nearly all there are
         # Python's own words name the key that is missing, or unknown
         raise ValueError(f"{path}: {str(error).replace('LLaMAConfig.__init__() ', '')}") from None
 
@@ -789,7 +788,9 @@ def open_pickle(file):
         raise ValueError(f"it was written as {made[0]}: the shards are swapped")
     weights = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     for key, tensor in weights.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.is_sparse or tensor.is_meta:
+        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        # One whose strides repeat its data has fewer bytes than it says.
+        if not plain or tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise ValueError(f"{key} is no tensor with its data")
     return {str(key): tensor.detach() for key, tensor in weights.items()}
 
@@ -852,6 +853,10 @@ class Checkpoint:
         rows = sum(sum(part.shape[:1]) for part in found.get("output.weight", ()))
         self.config = read_config(config.with_name("params.json") if is_meta else config, rows)
         self.shapes = weight_shapes(self.config)
+        # Before rows take memory: each has a byte at least, or the shapes are none of this folder.
+        size = sum(file.stat().st_size for file in self.files)
+        if sum(height for height, *_ in self.shapes.values()) > size:
+            raise ValueError(f"{folder} describes a model that {size:,} bytes cannot hold")
         kind = self.config.model_type
         layout, published = "meta" if is_meta else kind, PUBLISHED.get(kind, kind)
         if stored_name("embed_tokens.weight", published) in found:
@@ -978,10 +983,14 @@ def check_link(file):
     raise ValueError(f"{file} is a link out of its folder, to {real}; put the file itself there")
 
 
-def check_content(file):
-    """Raise ValueError for a file that is missing, or is Git LFS's word for it."""
-    if not Path(file).is_file():
-        raise ValueError(f"{file} not found")
+def check_content(file, most=math.inf):
+    """Raise ValueError for a file that is missing, of more bytes than `most`, no regular one (a
+    pipe or a device may never end), or Git LFS's word for it."""
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError(f"{file} {'is no regular file' if file.exists() else 'not found'}")
+    if file.stat().st_size > most:
+        raise ValueError(f"{file} has {file.stat().st_size:,} bytes, wanted at most {most:,}")
     with open(file, "rb") as opened:
         if opened.read(99).startswith(b"version https://git-lfs"):
             raise ValueError(f"{file} is a Git LFS pointer, not the file; run git lfs pull")
@@ -1010,6 +1019,58 @@ def fsync(path):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def hold(handle, path):
+    """Lock an open file or folder until it is closed, so that one process writes it. Raises
+    ValueError if another holds it."""
+    with suppress(ImportError, OSError):  # Windows has no locks, nor have some network disks
+        import fcntl
+
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} belongs to another process; wait for it") from None
+
+
+@contextmanager
+def own_folder(path):
+    """Within it a folder, made if there is none, is this process's alone. Raises ValueError as
+    `hold` does."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        hold(handle, path)
+        yield
+    finally:
+        os.close(handle)
+
+
+def check_own(path, mark="\ud800"):
+    """Raise ValueError unless the file at path, if there is one, is ours to replace: it holds mark
+    (by default half a character, which no text holds) or ends within it, or is empty."""
+    if path and Path(path).exists():
+        check_content(path)
+        with open(path, encoding="utf-8", errors="replace") as file:
+            kept = file.read(SMALL)
+        if mark not in kept and not mark.startswith(kept):
+            raise ValueError(f"{path} is not of this command's making; name another file")
+
+
+def check_like(name, found, wanted):
+    """Raise ValueError naming the first key of wanted that an object which was read lacks, or has
+    of another kind."""
+    for key, value in wanted.items():
+        if kind_of(found.get(key)) != kind_of(value):
+            raise ValueError(f"{name}: {key} is {found.get(key)!r:.60}, wanted {kind_of(value)}")
+
+
+def kind_of(value):
+    """What values of one kind share: a number is not below 0 and finite, of a tensor dtype and
+    shape count, of anything else the type."""
+    if isinstance(value, (int, float)) and 0 <= value < 1e300:
+        return "a number"
+    return getattr(value, "dtype", type(value)), getattr(value, "shape", ())
 
 
 def write_atomically(path, write):
@@ -1060,17 +1121,31 @@ def write_hashes(path, files):
 @contextmanager
 def new_folder(path):
     """A folder to write into that gets its name when all is written; after an error nothing is
-    there. Raises ValueError if path holds something already."""
+    there. What a killed process left aside goes. Raises ValueError if path holds something, or
+    another process writes it."""
     path = Path(path).resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not empty; name a new folder")
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    aside = unfinished(path)
+    with own_folder(aside):
+        try:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise ValueError(f"{path} exists and is not empty; name a new folder")
+            for left in aside.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield aside
+            os.replace(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def unfinished(path):
+    """Where a folder stands until it is written, and while it is deleted."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def discard(folder):
+    """Delete a checkpoint of ours under another name: half of one is never taken for whole."""
+    if (folder / "run.json").is_file():
+        shutil.rmtree(folder.rename(unfinished(folder)))
 
 
 def processes():
@@ -1131,7 +1206,7 @@ def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
     else:
         write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
     # Then what describes them; a reader who finds it finds all.
-    theirs = read_json_file(Path(base or folder) / "config.json", {})
+    theirs = read_json_file(check_link(Path(base or folder) / "config.json"), {})
     # dtype and rope_parameters are what transformers 5 calls the same; auto_map names code
     twice = ("dtype", "rope_parameters", "auto_map")
     values = {key: value for key, value in theirs.items() if key not in twice}
@@ -1179,17 +1254,21 @@ def copy_tokenizer(base, folder):
 
 def tell_transformers(folder):
     """Have tokenizer_config.json say what transformers and llama.cpp must know of a SentencePiece
-    model: that it is LLaMA's, unless it says what it is, and if it puts no space in front."""
+    model: that it is LLaMA's, unless it says what it is, and if it puts no space in front. And have
+    config.json say what ends an answer: to transformers 5 nothing does by default."""
     from sentencepiece import SentencePieceProcessor  # here alone: a network needs no text
 
     settings = folder / "tokenizer_config.json"
     theirs = read_json_file(settings, {})
     wanted = theirs or {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
     with suppress(RuntimeError):  # tiktoken's file
-        if SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).normalize("a") == "a":
+        pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        if pieces.normalize("a") == "a":
             wanted = wanted | {"add_prefix_space": False}
         if wanted != theirs:
             write_json(settings, wanted)
+        for config in folder.glob("config.json"):  # none in Meta's layout
+            write_json(config, {"eos_token_id": pieces.eos_id()} | read_json_file(config))
 
 
 # A plain prompt in Jinja, between what stands before and behind the instruction: what
@@ -1208,19 +1287,24 @@ def write_chat_template(folder, template):
     and llama.cpp read it. A base's own stays, unless the model was tuned with a plain prompt. And
     have generation_config.json name the token that the template ends an answer with, if it is not
     EOS: that of Qwen's and Llama's bases ends no conversation."""
-    folder, plain = Path(folder), template.get("prompt_no_input")
-    for token in read_json_file(folder / "tokenizer.json", {}).get("added_tokens", ()):
-        if template.get("last", "").endswith(token["content"]):
-            config = folder / "generation_config.json"
-            write_json(config, read_json_file(config, {}) | {"eos_token_id": token["id"]})
+    folder = Path(folder)
+    with suppress(AttributeError, LookupError, TypeError):  # of kinds that are no tokenizer's
+        for token in read_json_file(folder / "tokenizer.json", {}).get("added_tokens", ()):
+            if template.get("last", "").endswith(token["content"]):
+                config = folder / "generation_config.json"
+                write_json(config, read_json_file(config, {}) | {"eos_token_id": token["id"]})
     file, others = folder / "tokenizer_config.json", [*folder.glob("chat_template*")]
-    settings, text = read_json_file(file, {}), template.get("chat_template")
-    if plain:
-        before, _, behind = plain.format(instruction="\0", input="").partition("\0")
-        text = PLAIN_CHAT.replace("BEFORE", json.dumps(before))
-        text = text.replace("BEHIND", json.dumps(behind))
-    elif not text or others or "chat_template" in settings:
-        return
+    settings = read_json_file(file, {})
+    own = others or "chat_template" in settings
+    match template:
+        case {"prompt_no_input": str(plain)}:
+            plain = plain.replace("{input}", "").replace("{{", "{").replace("}}", "}")
+            before, _, behind = map(to_json, plain.partition("{instruction}"))
+            text = PLAIN_CHAT.replace("BEFORE", before).replace("BEHIND", behind)
+        case {"chat_template": str(text)} if text and not own:
+            pass
+        case _:
+            return
     for other in others:
         other.unlink()
     write_json(file, settings | {"chat_template": text})
@@ -1322,6 +1406,57 @@ def out_of_memory(error):
     return text if of_torch or isinstance(error, MemoryError) else ""
 
 
+def printable(text):
+    """A text that others wrote, for a terminal: control characters, but line ends and tabs, could
+    move its cursor, set its title or more, and stand as their codes."""
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", text)
+
+
+class Lasting:
+    """A stream of output whose reader may leave, or None, as one that was closed from the start is:
+    what is written then is lost, and nothing else. So the end of `| tee log`, or of a terminal, is
+    not the end of a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError, AttributeError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError, AttributeError):
+            self.stream.flush()
+
+
+@contextmanager
+def stop_signals(stop=lambda number: None):
+    """Within it SIGTERM, Ctrl-C and a closed terminal (SIGHUP) only put their number into the list
+    that it yields, and call stop with it, so that what is under way ends first; a second one ends
+    the process at once. One that is ignored, as nohup does it, stays so."""
+    caught, before = [], {}
+
+    def note(number, frame):
+        caught.append(number)
+        stop(number)
+        signal.signal(number, signal.SIG_DFL)
+        with suppress(OSError):  # Ctrl-C has ended `tee` too, or the terminal is gone
+            os.write(2, b"\nstopping when this is done; once more to stop at once\n")
+
+    with suppress(ValueError):  # in another thread than the main one there are no handlers
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # What to do about an error that Python words: {pattern of its text: advice}.
 ADVICE = {
     r"No module named '(\w+)": r"pip install \1",
@@ -1331,6 +1466,7 @@ ADVICE = {
 
 def run(main):
     """Run a script's main(): what the user can mend is one line on stderr and exit code 2."""
+    sys.stderr = Lasting(sys.stderr)
     try:
         main()
     except (ValueError, OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
@@ -1339,7 +1475,7 @@ def run(main):
         text = out_of_memory(error) or " ".join(str(error).split())
         for pattern, advice in ADVICE.items():
             text = re.sub(f".*{pattern}.*", rf"\g<0>; {advice}", text)
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {printable(text)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -30,7 +30,7 @@ import signal
 import sys
 import time
 from bisect import bisect
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -60,14 +60,26 @@ from generate import (
     render,
     render_prompt,
 )
-from lora import QUANTISED, LoRAConfig, add_lora, move_model, quantize, save_adapter
+from lora import (
+    QUANTISED,
+    LoRAConfig,
+    add_lora,
+    load_adapter,
+    move_model,
+    quantize,
+    save_adapter,
+)
 from model import (
     DTYPES,
     Checkpoint,
+    Lasting,
     LLaMA,
     PackedRows,
     Parser,
+    check_like,
+    check_own,
     check_settings,
+    discard,
     file_hash,
     find_base,
     find_tokenizer,
@@ -76,11 +88,14 @@ from model import (
     new_folder,
     open_weights,
     out_of_memory,
+    own_folder,
+    printable,
     processes,
     read_json_file,
     run,
     save_model,
     setting,
+    stop_signals,
     weight_files,
     write_atomically,
     write_chat_template,
@@ -109,8 +124,7 @@ def encode_example(tokenizer, template, record, config):
     """The Row of a record: the prompt as it is asked, the answer, and the token that ends it. None
     if cutoff_len leaves no room for one token of the answer.
 
-    The answer and its end are targets. The end is one even where the answer is cut: it is how a
-    model learns to stop."""
+    Answer and end are targets. The end is one even of a cut answer: so a model learns to stop."""
     asked, said = render(template, *conversation(record))
     prompt, earlier = encode_rendered(tokenizer, asked)
     (*answer, end), _ = encode_rendered(tokenizer, said, first=False)
@@ -134,8 +148,7 @@ def target_count(rows):
 
 
 def epoch_order(rows, config, epoch):
-    """Row numbers in the order of an epoch. A function of seed and epoch alone, so that a resumed
-    run needs no history."""
+    """Row numbers in an epoch's order, by seed and epoch alone: resuming needs no history."""
     generator = torch.Generator().manual_seed(config.seed + epoch)
     order = torch.randperm(len(rows), generator=generator).tolist()
     if not config.group_by_length:
@@ -315,9 +328,9 @@ def train(config, model, data, run=None):
     rows, val_rows = data
     parameters = list(trained_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay, fused=True)
-    total, first = total_steps(rows, config), run.begin(model, optimizer)
+    total = total_steps(rows, config)
     model.train()
-    with stop_signals() as caught, run.recording(first, total):
+    with stop_signals() as caught, run.recording(model, optimizer, total) as first:
         for step, epoch, batch in steps(rows, config, first, total):
             run.step, started = step + 1, time.time()
             seed_dropout(step, config)
@@ -332,7 +345,7 @@ def train(config, model, data, run=None):
 
             # What is known of the step; a validation and a checkpoint where they are due.
             record = {"step": step + 1, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
-            tokens, seconds = sum(map(len, batch)), time.time() - started
+            tokens, seconds = sum(map(len, batch)), max(1e-9, time.time() - started)
             record |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
             if val_rows and run.is_multiple(config.eval_steps, total):
                 record["val_loss"] = evaluate(model, val_rows, config, run.limits)
@@ -344,7 +357,7 @@ def train(config, model, data, run=None):
                 break
         model.eval()
         run.finish(model, total)
-    if run.step < total:
+    if any_stopped(caught, model.device):
         print(f"stopped after step {run.step} of {total}; go on with --resume_from_checkpoint auto")
         raise SystemExit(128 + (caught or [signal.SIGTERM])[0])  # as shells count
     return run.history
@@ -395,52 +408,8 @@ def check_finite(model, batch, loss, norm, config):
     bad = [row for row in batch if not math.isfinite(evaluate(model, [row], config))] or batch
     names = ", ".join(row.name for row in bad[:9])
     raise ValueError(
-        f"loss {loss}, gradient norm {norm}, from rows {names}; look at them, lower "
-        "--learning_rate or use --dtype fp32"
+        f"loss {loss}, gradient norm {norm} of rows {names}; look at them, lower --learning_rate"
     )
-
-
-class Lasting:
-    """A stream of output whose reader may leave: what is written from then on is lost, and nothing
-    else. So the end of `| tee log`, or of a terminal, is not the end of a run."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        with suppress(OSError):
-            self.stream.write(text)
-
-    def flush(self):
-        with suppress(OSError):
-            self.stream.flush()
-
-
-@contextmanager
-def stop_signals():
-    """Within it SIGTERM, Ctrl-C and a closed terminal (SIGHUP) only put their number into the list
-    that it yields, so that the step and its saving end first; a second one ends the process at
-    once. One that is ignored, as nohup does it, stays so."""
-    caught, before = [], {}
-
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        with suppress(OSError):  # Ctrl-C has ended `tee` too, or the terminal is gone
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")
-
-    with suppress(ValueError):  # in another thread than the main one there are no handlers
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, note)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ==================================================================================================
@@ -451,6 +420,13 @@ def stop_signals():
 NOT_COMPARED = """base_model data_path val_path prompt_template_name output_dir
     resume_from_checkpoint micro_batch_tokens recompute device memory_gb dtype eval_steps save_steps
     save_total_limit num_answers show wandb_project wandb_run_name overwrite""".split()
+
+
+# What a run writes into its folder, and into each record of its log
+RESULTS = """run.json config.json adapter_config.json adapter_model.safetensors answers.jsonl
+    loss.svg model.safetensors model.safetensors.index.json tokenizer.model tokenizer.json
+    tokenizer_config.json""".split()
+LOGGED = "step epoch loss lr grad_norm tokens seconds tokens_per_second val_loss".split()
 
 
 class Run:
@@ -475,7 +451,8 @@ class Run:
         self.limits = Limits(config.micro_batch_tokens)
         # The step that is being made, counted from 1; one record for each that is done.
         self.step, self.history = 0, []
-        self.wandb = None
+        # May the log be appended to, or does it stand for an older run?
+        self.wandb, self.live = None, False
         self.start = self.find_start()
         self.finished = self.start == self.folder
         if self.start:
@@ -483,7 +460,14 @@ class Run:
 
     def find_start(self):
         """The folder to go on from: a checkpoint; the run's own if it is finished; else None."""
-        given, found = self.config.resume_from_checkpoint, newest(self.folder)
+        given = self.config.resume_from_checkpoint
+        found = self.found = newest(self.folder)
+        # A folder without a run may hold what is not ours to replace. A run that was killed early
+        # has left its log.
+        log, names = self.folder / "log.jsonl", [n for n in RESULTS if (self.folder / n).exists()]
+        check_own(log, '"tokens_per_second": ')
+        if names and not (found or log.exists()):
+            raise ValueError(f"{self.folder}/{names[0]} is of no run; give another --output_dir")
         match given.lower():  # True, False and None are alpaca-lora's words
             case "auto" | "true":
                 if not found:
@@ -496,19 +480,14 @@ class Run:
                         "another --output_dir, or --overwrite it"
                     )
                 return None
-        start = Path(given)
-        if start != found and not (start / "state.safetensors").is_file():
-            raise ValueError(
-                f"{given} is no checkpoint (it has no state.safetensors); give a checkpoint-STEP "
-                "folder, or auto"
-            )
-        return start
+        return Path(given)
 
     def go_on_from(self, start):
         """Take over history and limits of a run. Raises ValueError naming the first setting, or
         file by its SHA-256, that weights depend on and that differs between the two."""
         made = read_json_file(start / "run.json")
         wanted = json.loads(json.dumps(self.info))  # where tuples are lists
+        check_like(start / "run.json", made, wanted | asdict(self.limits))
         for part in ("sha256", "made_in", "config"):
             for name, value in wanted[part].items():
                 old = made[part].get(name, value)
@@ -519,18 +498,27 @@ class Run:
                     )
         self.info["started"] = made["started"]
         # The same tokens at once add gradients up in the same order, unless others are asked for.
-        if self.config.micro_batch_tokens in (0, made["config"]["micro_batch_tokens"]):
-            self.limits.tokens_at_once = made["tokens_at_once"]
+        if self.config.micro_batch_tokens in (0, made["config"].get("micro_batch_tokens")):
+            self.limits.tokens_at_once = min(int(made["tokens_at_once"]), 2**24)
         self.limits.loss_scale = made["loss_scale"]
         self.history = [record for _, record in read_records(start / "log.jsonl")]
+        for record in self.history:
+            check_like(start / "log.jsonl", {"val_loss": 0} | record, dict.fromkeys(LOGGED, 0))
 
     def begin(self, model, optimizer):
-        """Restore model and optimizer, cut the log back to their step; return it."""
-        first = restore(model, optimizer, self.start) if self.start else 0
-        # The log may be ahead of the checkpoint: the steps between are made again.
+        """Restore model and optimizer, cut the log back to their step; return it. Raises ValueError
+        if the two do not fit each other, or another process has been here."""
+        first, *others = restore(model, optimizer, self.start) if self.start else [0]
+        if others or [record["step"] for record in self.history] != [*range(1, first + 1)]:
+            raise ValueError(f"{self.start}: state and log.jsonl do not both hold {first} steps")
         if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json_lines(self.folder / "log.jsonl", self.history)
+            if newest(self.folder) != self.found:
+                raise ValueError(f"{self.folder} was written meanwhile; start again")
+            self.live = self.start or not self.found
+            # The log may be ahead of the checkpoint: the steps between are made again. That of an
+            # older run goes with the first checkpoint of this one.
+            if self.live:
+                write_json_lines(self.folder / "log.jsonl", self.history)
             if self.config.wandb_project:
                 import wandb
 
@@ -542,24 +530,27 @@ class Run:
         return first
 
     @contextmanager
-    def recording(self, first, total):
-        """Within it a bar shows the steps, and an error that the user can mend becomes one line
-        with step, reason and last checkpoint."""
-        quiet = processes()[0] > 0
-        try:
-            with tqdm(initial=first, total=total, unit="step", disable=quiet) as self.bar:
-                yield
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            # Torch says RuntimeError of a full memory and of its users' bugs alike.
-            memory = out_of_memory(error)
-            if isinstance(error, RuntimeError) and not memory:
-                raise  # a bug: with its traceback
-            advice = "; lower --micro_batch_tokens or --memory_gb" if memory else ""
-            found = newest(self.folder)
-            saved = (
-                f"{found} is whole: --resume_from_checkpoint auto" if found else "Nothing is saved"
-            )
-            raise ValueError(f"step {self.step}: {memory or error}{advice}. {saved}") from None
+    def recording(self, model, optimizer, total):
+        """Begin; yield the first step. Within it the folder is this process's, a bar shows the
+        steps, and an error that the user can mend becomes one line with step, reason and last
+        checkpoint."""
+        with own_folder(self.folder) if self.writes else nullcontext():
+            first = self.begin(model, optimizer)
+            try:
+                with tqdm(
+                    initial=first, total=total, unit="step", disable=processes()[0] > 0
+                ) as self.bar:
+                    yield first
+            except (ValueError, OSError, RuntimeError, MemoryError) as error:
+                # Torch says RuntimeError of a full memory and of its users' bugs alike.
+                memory = out_of_memory(error)
+                if isinstance(error, RuntimeError) and not memory:
+                    raise  # a bug: with its traceback
+                advice = "; lower --micro_batch_tokens or --memory_gb" if memory else ""
+                raise ValueError(
+                    f"step {self.step}: {memory or error}{advice}; saved is "
+                    f"{newest(self.folder) or 'nothing'}"
+                ) from None
 
     def log(self, record):
         """Take down the record of a step."""
@@ -567,7 +558,7 @@ class Run:
         self.bar.update()
         self.bar.set_postfix({key: f"{record[key]:.4g}" for key in ("loss", "tokens_per_second")})
         # Opened anew for each line: what is in the file survives a kill.
-        if self.writes:
+        if self.live:
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if self.wandb:
@@ -579,8 +570,8 @@ class Run:
 
     def best_step(self):
         """The first step of the lowest validation loss; None before a validation."""
-        validated = [record for record in self.history if "val_loss" in record]
-        return min(validated, key=lambda record: record["val_loss"], default={}).get("step")
+        validated = [(r["val_loss"], r["step"]) for r in self.history if "val_loss" in r]
+        return min(validated, default=(0, None))[1]
 
     def is_due(self):
         """A checkpoint every save_steps, and at each new best validation loss."""
@@ -594,7 +585,8 @@ class Run:
         final = self.folder / f"checkpoint-{self.step}"
         folder = nullcontext(final)
         if self.writes:
-            for leftover in self.folder.glob("checkpoint-*.*"):  # of a save that was cut off
+            # What a save that was cut off has left.
+            for leftover in self.folder.glob(".checkpoint-*.unfinished"):
                 shutil.rmtree(leftover)
             discard(final)
             folder = new_folder(final)
@@ -606,6 +598,8 @@ class Run:
                 write_atomically(aside / "state.safetensors", partial(save_file, state))
         if self.writes:
             fsync(self.folder)
+            write_json_lines(self.folder / "log.jsonl", self.history)
+            self.live = True
             self.discard_old_checkpoints()
 
     def save_weights(self, model, folder):
@@ -637,6 +631,7 @@ class Run:
         if self.writes:
             draw_curve(self.history, self.folder / "loss.svg")
         if self.config.output_dir and self.step == total:
+            (self.folder / "answers.jsonl").unlink(missing_ok=True)  # of an older run
             self.save_weights(model, self.folder)
 
 
@@ -685,18 +680,13 @@ def newest(folder):
     either."""
 
     def started(saved):
-        file = saved / "run.json"
-        return read_json_file(file).get("started") if file.is_file() else None
+        made = read_json_file(saved / "run.json", {"started": 0})
+        check_like(saved / "run.json", made, {"started": 0})
+        return made["started"]
 
     # Of those that began last, the run's own folder comes before its checkpoints.
     saved = filter(started, [folder, *reversed(checkpoints(folder).values())])
     return max(saved, key=started, default=None)
-
-
-def discard(folder):
-    """Delete a checkpoint under another name: a half deleted one is never there to go on from."""
-    if folder.is_dir():
-        shutil.rmtree(folder.rename(folder.with_suffix(".old")))
 
 
 def training_state(model, optimizer):
@@ -711,16 +701,18 @@ def training_state(model, optimizer):
 
 @torch.no_grad()
 def restore(model, optimizer, folder):
-    """Put a checkpoint's parameters and moments back; return its step."""
+    """Put a checkpoint's parameters and moments back; return its steps: one, if all agree. Raises
+    ValueError for other tensors than this run's."""
     # AdamW makes its moments in its first step: one without a gradient, to be overwritten.
     for p in trained_parameters(model).values():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad()
-    saved = open_weights(folder / "state.safetensors")
-    for name, tensor in training_state(model, optimizer).items():
+    saved, live = open_weights(folder / "state.safetensors"), training_state(model, optimizer)
+    check_like(folder, saved, dict.fromkeys(saved) | live)
+    for name, tensor in live.items():
         tensor.copy_(own_part(saved[name], tensor))
-    return read_json_file(folder / "run.json")["step"]
+    return {int(tensor) for name, tensor in saved.items() if name.endswith("/step")}
 
 
 # Where the ticks of a logarithmic scale may stand.
@@ -1014,7 +1006,7 @@ def show_rows(tokenizer, rows):
     for row in rows:
         print(f"\n{row.name}: {len(row)} tokens, {sum(row.mask)} of them targets")
         for id, is_target in zip(row.ids, row.mask):
-            text = names.get(id, tokenizer.decode([id])).replace("\n", "\\n\n")
+            text = printable(names.get(id, tokenizer.decode([id])).replace("\n", "\\n\n"))
             print(f"{before}{text}{after}" if is_target else text, end="|")
         print()
 
@@ -1054,6 +1046,12 @@ def terms_in(text, terms):
     return {term for _, term in find_terms(text, terms)}
 
 
+def listed(record):
+    """A record's values as texts: another project's may have anything there, or none."""
+    values = record.get("values")
+    return [*map(str, values)] if isinstance(values, list) else []
+
+
 def facts_recalled(records, answers):
     """Share of the knowledge base's values that the answers name, over records that carry `values`;
     None without any. A value counts where it stands by itself, not inside its entity's name or a
@@ -1061,18 +1059,24 @@ def facts_recalled(records, answers):
     # All values of a relation are candidates: a longer one may hold the one that is asked for.
     values_of, hits = {}, []
     for record in records:
-        values_of.setdefault(str(record.get("relations")), set()).update(record.get("values", []))
+        values_of.setdefault(str(record.get("relations")), set()).update(listed(record))
     for record, answer in zip(records, answers):
-        found = terms_in(answer, {*values_of[str(record.get("relations"))], record.get("entity")})
-        hits += [value in found for value in record.get("values", [])]
+        found = terms_in(
+            answer, {*values_of[str(record.get("relations"))], str(record.get("entity"))}
+        )
+        hits += [value in found for value in listed(record)]
     return sum(hits) / len(hits) if hits else None
 
 
 def print_report(config, history, answers):
     """Three questions with their answers before and after, and the run in a few lines."""
     for record in answers[:: max(1, len(answers) // 3)][:3]:
-        print(f"\n问题 {record['instruction']}\n  参考 {record['output']}")
-        print(f"  调前 {record['before']!r:.120}\n  调后 {record['after']}")
+        print(
+            printable(
+                f"\n问题 {record['instruction']}\n  参考 {record['output']}\n"
+                f"  调前 {record['before']!r:.120}\n  调后 {record['after']}"
+            )
+        )
     tokens, seconds = (sum(record[key] for record in history) for key in ("tokens", "seconds"))
     last = {"val_loss": math.nan} | history[-1]
     print(
@@ -1278,8 +1282,10 @@ def load_trainable(config, device, dtype):
     model, _ = load_base(config.base_model, where, stored, kind)
     make_trainable(model, config, dtype)
     trained = sum(p.numel() for p in trained_parameters(model).values())
-    what = "all weights" if config.full else f"LoRA r {config.lora_r}"
-    print(f"base {config.base_model} on {device} in {dtype}; {what}: {trained:,} numbers trained")
+    print(
+        f"base {config.base_model} on {device} in {dtype}; {trained:,} numbers trained: "
+        f"{'all weights' if config.full else f'LoRA r {config.lora_r}'}"
+    )
     if config.compile:
         compile_blocks(model)
     if config.shard:
@@ -1296,7 +1302,7 @@ def compile_blocks(model):
 
 
 def main():
-    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
+    sys.stdout = Lasting(sys.stdout)
     config = parse_config()
     check_config(config)
     if not config.output_dir:
@@ -1312,7 +1318,7 @@ def main():
     name = config.prompt_template_name or default_template(tokenizer)
     config, template = replace(config, prompt_template_name=name), load_template(name)
     run = Run(config)
-    if run.finished:
+    if run.finished and (run.folder / "answers.jsonl").is_file():
         print(f"the run in {config.output_dir} is finished, {len(run.history)} steps")
         return
     rows, _ = encode_records(tokenizer, template, records, config)
@@ -1336,6 +1342,10 @@ def main():
     questions = val_records[::every][:count]
     questions = answer_all(model, tokenizer, template, questions, "before")
     history = train(config, model, (rows, val_rows), run)
+    if run.finished:  # and only the answers are missing
+        model, _ = load_base(run.folder if config.full else base, device, dtype)
+        if not config.full:
+            load_adapter(model, run.folder)
     answers = answer_all(model, tokenizer, template, questions, "after")
     if run.writes:
         write_json_lines(run.folder / "answers.jsonl", answers)

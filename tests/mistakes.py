@@ -90,8 +90,12 @@ MISTAKES = [
     ("converts over a folder", "model convert TINY empty", "not empty"),
     ("looks into a folder that is not there", "model info models/a", "models/a"),
     ("misspells the file of data", "train --data_path my.json", "my.json"),
-    ("gives a folder as data", "train --data_path empty", "directory"),
-    ("misspells the file of questions", "generate --base_model TINY --instruct_dir q", "'q'"),
+    ("gives a folder as data", "train --data_path empty", "empty is no"),
+    (
+        "misspells the file of questions",
+        "generate --base_model TINY --instruct_dir q",
+        "q not found",
+    ),
     ("trains into an older run", "train --output_dir lora-old", "--overwrite"),
     ("resumes from what is no checkpoint", "train --resume_from_checkpoint empty", "empty"),
     ("gives a file as output_dir", "train --output_dir ok.json", "ok.json"),
@@ -167,7 +171,7 @@ MISTAKES = [
     (
         "an output that is something else",
         "build_data knowledge --model m --output theirs.jsonl --dry_run",
-        "another --output",
+        "theirs.jsonl",
     ),
     ("extracts from nothing", "build_data extract --model m --output o.jsonl", "--texts"),
     ("counts a file that is not there", "build_data stats records.jsonl", "records.jsonl"),

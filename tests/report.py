@@ -343,7 +343,12 @@ def markdown_table(head, rows):
 
 
 def csv_table(head, rows):
-    """As spreadsheets read it: in UTF-8 with a BOM."""
+    """As spreadsheets read it: in UTF-8 with a BOM. What they would take for a formula, and run,
+    has an apostrophe before it, which makes it a text."""
+
+    def cell(said):
+        return re.sub(r"^(?=[=+@\t\r-])", "'", str(said))
+
     sheet = io.StringIO(newline="")
-    csv.writer(sheet).writerows([head, *rows])
+    csv.writer(sheet).writerows([map(cell, row) for row in (head, *rows)])
     return "\ufeff" + sheet.getvalue()

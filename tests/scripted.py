@@ -1,5 +1,6 @@
 """A server whose model says what a test wants, at once."""
 
+import asyncio
 import json
 import threading
 import time
@@ -66,10 +67,8 @@ def scripted(reply, positions=4000, length=3000, pause=0.0, clip=False, **option
     options = G.Options(max_new_tokens=length, port=0, **options)
     server = G.Server(model, model, ["tuned", "base"], model.encode, options)
     server.about = "data/tiny with tuned on cpu, torch.bfloat16; a template"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=asyncio.run, args=(server.run(),), daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        yield f"http://127.0.0.1:{server.socket.getsockname()[1]}/"
     finally:
         server.stopping = True
-        server.shutdown()
-        server.server_close()

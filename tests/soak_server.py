@@ -66,19 +66,11 @@ def make_adapter(folder):
     L.add_lora(model, L.LoRAConfig(4, 8.0, 0.0, ("all",)))
     for i, (_, module) in enumerate(L.lora_linears(model)):
         module.lora_b.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(i))
+    folder.mkdir(exist_ok=True)
     template = folder / "template.json"
-    L.save_adapter(
-        model,
-        folder,
-        ROOT / "data" / "tiny",
-        {
-            "config": {
-                "base_model": str(ROOT / "data" / "tiny"),
-                "prompt_template_name": str(template),
-            }
-        },
-    )
     template.write_text('{"prompt_no_input": "{instruction}"}')
+    made = {"made_in": {"template": G.load_template(template)}}
+    L.save_adapter(model, folder, ROOT / "data" / "tiny", made)
 
 
 def offline(folder, tokens):

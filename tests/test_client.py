@@ -1,11 +1,20 @@
 """build_data.Client: real HTTP, the real openai client, a loopback server with planted faults."""
 
+import argparse
+import asyncio
+import contextlib
 import json
 import multiprocessing
+import random
+import resource
+import socket
+import threading
 import time
+import zlib
+from types import SimpleNamespace
 
 import pytest
-from fake_openai import Running, Scripted, completion
+from fake_openai import Connection, Running, Scripted, Server, completion
 
 import build_data as D
 import generate as G
@@ -146,7 +155,7 @@ def test_requests_that_time_out_count(tmp_path):
     """An endpoint may bill what it answers too late: as one request, and as dear as it could be
     (here 0.8 thousandths)."""
     with Running("--faults", '{"hang": 1}') as server:
-        common = ("--timeout", "0.3", "--retries", "0", "--concurrency", "3")
+        common = ("--timeout", "1", "--retries", "0", "--concurrency", "3")
         client = D.Client(tmp_path / "a.jsonl", options(server.url, "--max_requests", "5", *common))
         client.ask(jobs(50))
         assert server.stats()["requests"] == client.requests == 5 and "max_requests" in str(
@@ -488,6 +497,15 @@ def test_an_error_of_ours_loses_no_reply_in_flight(tmp_path, monkeypatch):
         assert len(lines(tmp_path / "r.jsonl")) == 7 and pytest.raises(RuntimeError, client.end)
 
 
+@pytest.mark.parametrize(
+    "said, most", [("nan", 31), ("-5", 31), ("soon", 31), ("2", 3), ("inf", 3601), ("1e9", 3601)]
+)
+def test_what_an_endpoint_asks_to_wait_is_bounded(said, most):
+    """Retry-After: nan was an hour, for it is not below one."""
+    error = SimpleNamespace(response=SimpleNamespace(headers={"retry-after": said}))
+    assert not D.outcome_of(error, 9)[1] > most
+
+
 def test_leaving_out_a_parameter_is_no_try(tmp_path):
     with Running("--refuse", "temperature", "response_format", "max_completion_tokens") as server:
         client = D.Client(
@@ -574,7 +592,7 @@ def test_max_cost_bounds_what_may_be_billed(tmp_path, retries):
     """Each try that times out may be billed in full: all tries together stay under the cap."""
     cap = ("--max_cost", "0.004", "--max_tokens", "400", "--retries", str(retries))
     with Running("--faults", '{"hang": 1}') as server:
-        more = (*PRICES, *cap, "--timeout", "0.2", "--concurrency", "3")
+        more = (*PRICES, *cap, "--timeout", "0.5", "--concurrency", "3")
         client = D.Client(tmp_path / "r.jsonl", options(server.url, *more))
         client.ask(jobs(50))
         dearest = client.cost(client.bound(jobs(1).values()), batch=False)
@@ -602,3 +620,196 @@ def test_a_batch_interrupted_twice_keeps_its_note(tmp_path):
             interrupted_run(server.url)
         assert notes[0] == notes[1] and notes[0]["batch"] == "batch_0"
         assert server.stats()["batches"] == 1
+
+
+def test_half_a_character_costs_no_other_reply(tmp_path):
+    """A lone surrogate, as models write an emoji that was cut, escaped in JSON: that reply and the
+    others stand on the disk, and what is in memory is what a later run reads there."""
+
+    def reply(prompt, *_):
+        data = json.dumps(completion("甲\ud83d" if prompt.endswith("气2") else "乙"))
+        return 200, data.encode()
+
+    client, seen, stop = run_scripted(tmp_path, reply)
+    assert (seen, stop, len(client.replies)) == (12, None, 12)
+    kept = dict(client.replies)
+    assert kept["item 2"]["content"].startswith("甲") and kept["item 3"]["content"] == "乙"
+    json.dumps(kept, ensure_ascii=False).encode()
+    client.replies.file.close()
+    assert dict(D.Replies(tmp_path / "r.jsonl", read_only=True)) == kept
+
+
+@pytest.mark.parametrize("where", ["content", "model", "finish_reason", "error"])
+def test_a_key_that_comes_back_is_kept_nowhere(tmp_path, where):
+    said = completion(f"你的密钥是{KEY}。" if where == "content" else "{}")
+    if where == "model":
+        said["model"] = f"m {KEY}"
+    if where == "finish_reason":
+        said["choices"][0]["finish_reason"] = [KEY]
+    answer = (400, {"error": {"message": [KEY], "code": {KEY: KEY}}})
+    client, *_ = run_scripted(tmp_path, lambda *_: answer if where == "error" else (200, said))
+    assert (len(client.failed) == 12) == (where == "error")
+    assert KEY not in str(client.replies) + str(client.failed)
+    assert KEY not in (tmp_path / "r.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_bad_line_of_a_batch_costs_that_line(tmp_path, capsys):
+    def spoil(server, id):
+        batch = Server.batch(server, id)
+        if "output_file_id" in batch:
+            lines = server.files[batch["output_file_id"]].splitlines()
+            bad = [b"{", b"[]", b"null", b'{"custom_id": 3}', b'{"custom_id": "a"}', b"\xff"]
+            bad.append(b"[" * 100000)
+            server.files[batch["output_file_id"]] = b"\n".join([*bad, *lines[1:]])
+        return batch
+
+    with Local(spoil) as url:
+        client = D.Client(tmp_path / "r.jsonl", options(url, "--batch", "--poll", "0.05"))
+        ask(client, jobs(9))
+    assert len(client.replies) == 8
+    assert capsys.readouterr().out.count("no result: ") == 7
+
+
+@pytest.mark.parametrize("batch", [None, [], "a", {"id": 3}, {"id": "b", "status": "failed"}, 7])
+def test_a_batch_of_another_kind_is_one_line(tmp_path, batch):
+    """What the Batch API gives may be anything: it is said in one line, and no traceback."""
+    with Local(lambda server, id: batch) as url:
+        args = options(url, "--batch", "--poll", "0.01", "--retries", "0")
+        client = D.Client(tmp_path / "r.jsonl", args)
+        threading.Timer(3, setattr, (client, "stop", D.Stopped("enough"))).start()
+        client.ask(jobs(2))
+    assert isinstance(client.stop, D.Stopped | ValueError)
+
+
+class Local:
+    """fake_openai.Server in a thread, with its `batch` replaced."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __enter__(self):
+        given = argparse.Namespace(
+            model="fake",
+            key="",
+            latency=0,
+            batch_delay=0,
+            lose_batch=False,
+            faults="{}",
+            refuse=[],
+            seed=0,
+            judge="longer",
+        )
+        server = Server(given)
+        server.batch = lambda id: self.batch(server, id)
+        self.loop = asyncio.new_event_loop()
+        made = self.loop.create_server(lambda: Connection(server), "127.0.0.1", 0)
+        listening = self.loop.run_until_complete(made)
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        return f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1"
+
+    def __exit__(self, *_):
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n"
+
+
+def bomb(send):
+    """Half a GiB in half a MiB, packed although nobody asked for it: one block of deflate (RFC
+    1951), again and again."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    block = packer.compress(b" " * (1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    data = block * 512
+    send(HEAD + b"Content-Encoding: deflate\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+
+
+def flood(send):
+    send(HEAD + b"\r\n")
+    for _ in range(10**6):
+        send(b" " * 65536)
+
+
+def flood_of_errors(send):
+    send(HEAD.replace(b"200 OK", b"400 Bad Request") + b"\r\n")
+    for _ in range(10**6):
+        send(b" " * 65536)
+
+
+def drip(send):
+    send(HEAD + b"\r\n")
+    while True:
+        time.sleep(0.1)
+        send(b" ")
+
+
+@pytest.mark.parametrize("act", [bomb, flood, flood_of_errors, drip])
+def test_a_reply_has_a_size_and_an_end(tmp_path, act):
+    """One prompt of four meets it; the others are answered, memory stays."""
+    sent = []
+
+    def answer(connection):
+        with connection, contextlib.suppress(OSError):
+            data = b""
+            while "补气" not in data.decode("utf-8", "replace"):
+                data += connection.recv(65536)
+
+            def send(data):
+                connection.sendall(data)
+                sent.append(len(data))
+
+            if "补气2" in data.decode("utf-8", "replace"):
+                act(send)
+            else:
+                body = json.dumps(completion("{}")).encode()
+                connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(listening.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+    seconds = "1.5" if act is drip else "60"
+    args = options(url, "--timeout", seconds, "--retries", "0", "--concurrency", "4", *PRICES)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.monotonic()
+    client = D.Client(tmp_path / "r.jsonl", args)
+    client.ask(jobs(4))
+    listening.close()
+    assert client.stop is None and sorted(client.replies) == ["item 0", "item 1", "item 3"]
+    assert list(client.failed) == ["item 2"] and time.monotonic() - started < 60
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+    assert sum(sent) < 40 << 20  # 8 MiB, and what the kernel's buffers hold
+    # Nobody said what it cost.
+    assert client.reserved > 0
+
+
+@pytest.mark.parametrize("flight", [1, 16, 64, 256])
+def test_no_more_is_billed_than_the_cap_and_one_request(tmp_path, flight):
+    """An endpoint that bills each request it gets in full, and then answers, hangs up, fails with
+    a 500, or answers too late."""
+    bills, dice = [], random.Random(flight)
+    prices = (1e-6, 2e-6)
+
+    def reply(prompt, body, number):
+        used = {"prompt_tokens": len(prompt.encode()), "completion_tokens": 400}
+        bills.append(prices[0] * used["prompt_tokens"] + prices[1] * 400)
+        fate = dice.choices(["answer", "drop", "500", "502", "late"], (9, 3, 3, 2, 1))[0]
+        if fate == "late":
+            time.sleep(2.5)
+        if fate == "drop":
+            return None
+        if fate in ("500", "502"):
+            return int(fate), {"error": {"message": "overloaded"}}
+        return 200, completion("{}", used)
+
+    cap = ("--max_cost", "0.05", "--max_tokens", "400", "--concurrency", str(flight))
+    more = (*PRICES, *cap, "--timeout", "2", "--retries", "1")
+    client, seen, stop = run_scripted(tmp_path, reply, *more, count=300)
+    assert "max_cost" in str(stop)
+    assert 0.02 < sum(bills) <= 0.05 + max(bills), (sum(bills), seen)

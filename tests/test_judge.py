@@ -435,7 +435,7 @@ def wrong(tmp_path, name):
         return [a, write(tmp_path / "b.jsonl", ["好"] * 2), "--rubric", pairwise], "record 3 of"
     if name == "output of another":
         (tmp_path / "scores.jsonl").write_text("{}")
-        return [a, "--rubric", sus], "--output"
+        return [a, "--rubric", sus], "scores.jsonl"
     if name == "output of knowledge":
         (tmp_path / "scores.jsonl").write_text(
             '{"id": "x", "instruction": "q", "prompt_hash": "0"}'
@@ -443,7 +443,7 @@ def wrong(tmp_path, name):
         (tmp_path / "scores.replies.jsonl").write_text(
             '{"key": "x", "content": "{}", "usage": {}}\n'
         )
-        return [a, "--rubric", sus], "--output"
+        return [a, "--rubric", sus], "scores.jsonl"
     return {
         "one file of two": lambda: ([a, "--rubric", pairwise], "2 file(s)"),
         "two files": lambda: ([a, a, "--rubric", sus], "1 file(s)"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import contextmanager
 
 import pytest
 from conftest import ROOT
@@ -50,29 +51,45 @@ def wait_for_steps(process, out, count=5):
         time.sleep(0.02)
 
 
+@contextmanager
+def endless(base, records, out, prepare=lambda: None, **streams):
+    """A run that only a signal ends, as a shell's foreground has it: there Ctrl-C is not ignored,
+    whoever runs the tests."""
+
+    def begin():
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        prepare()
+
+    run = subprocess.Popen(command(base, records, out, FOREVER), preexec_fn=begin, **streams)
+    try:
+        yield run
+    finally:
+        run.kill()
+        run.wait()
+
+
 def leave_tee(base, records, out):
     """2>&1 | tee log, and Ctrl-C: the terminal sends it to both, and tee is gone at once."""
     tee = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    run = subprocess.Popen(
-        command(base, records, out, FOREVER), stdout=tee.stdin, stderr=subprocess.STDOUT
-    )
-    tee.stdin.close()
-    wait_for_steps(run, out)
-    tee.kill()
-    tee.wait()
-    run.send_signal(signal.SIGINT)
-    assert run.wait(60) == 128 + signal.SIGINT
+    with endless(base, records, out, stdout=tee.stdin, stderr=subprocess.STDOUT) as run:
+        tee.stdin.close()
+        wait_for_steps(run, out)
+        tee.kill()
+        tee.wait()
+        run.send_signal(signal.SIGINT)
+        assert run.wait(60) == 128 + signal.SIGINT
 
 
 def hang_up(base, records, out):
     """A dropped connection: SIGHUP, and nobody reads what is written."""
     reader, writer = os.pipe()
-    run = subprocess.Popen(command(base, records, out, FOREVER), stdout=writer, stderr=writer)
-    os.close(writer)
-    wait_for_steps(run, out)
-    os.close(reader)
-    run.send_signal(signal.SIGHUP)
-    assert run.wait(60) == 128 + signal.SIGHUP
+    with endless(base, records, out, stdout=writer, stderr=writer) as run:
+        os.close(writer)
+        wait_for_steps(run, out)
+        os.close(reader)
+        run.send_signal(signal.SIGHUP)
+        assert run.wait(60) == 128 + signal.SIGHUP
 
 
 def close_terminal(base, records, out):
@@ -83,24 +100,19 @@ def close_terminal(base, records, out):
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-    run = subprocess.Popen(
-        command(base, records, out, FOREVER),
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        preexec_fn=own_terminal,
-    )
-    os.close(theirs)
-    os.set_blocking(ours, False)
-    ends = time.time() + 120
-    while len(steps_in(out)) < 5:
-        assert run.poll() is None and time.time() < ends
-        try:  # a terminal that nobody empties would stop the run
-            os.read(ours, 1 << 16)
-        except (BlockingIOError, OSError):
-            time.sleep(0.02)
-    os.close(ours)
-    assert run.wait(60) == 128 + signal.SIGHUP
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    with endless(base, records, out, own_terminal, **streams) as run:
+        os.close(theirs)
+        os.set_blocking(ours, False)
+        ends = time.time() + 120
+        while len(steps_in(out)) < 5:
+            assert run.poll() is None and time.time() < ends
+            try:  # a terminal that nobody empties would stop the run
+                os.read(ours, 1 << 16)
+            except (BlockingIOError, OSError):
+                time.sleep(0.02)
+        os.close(ours)
+        assert run.wait(60) == 128 + signal.SIGHUP
 
 
 WAYS = [leave_tee, hang_up, close_terminal]

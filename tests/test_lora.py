@@ -186,4 +186,5 @@ def test_run_json_and_config_explain_the_adapter(tmp_path):
     assert theirs.target_modules == {"q_proj", "v_proj"}
     assert settings["base_model_name_or_path"] == "some/base"
     again = formula_weights(M.LLaMA(make_config()))
-    assert L.load_adapter(again, tmp_path) == {"config": {"seed": 1}}
+    L.load_adapter(again, tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text()) == {"config": {"seed": 1}}

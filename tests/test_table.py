@@ -277,3 +277,13 @@ def test_only_wrong_rows_can_be_shown():
     # Without values nothing is judged, and there is nothing to filter.
     page = R.compare_page(["base"], [("问", "", ["甲"], [None])]).split("</style>")[1]
     assert "only-wrong" not in page and "参考" not in page.split("<table")[1]
+
+
+def test_a_formula_is_a_text_in_a_spreadsheet():
+    live = ["=HYPERLINK(A1)", "+1", "-1+cmd|' /C calc'!A0", "@SUM(A1)", "\t=1", "\r=1"]
+    plain = ["a=1", "", "补气-升阳"]
+    text = R.csv_table(live, [plain + ["x"] * 3]).removeprefix("\ufeff")
+    assert [*csv.reader(io.StringIO(text, newline=""))] == [
+        [f"'{said}" for said in live],
+        plain + ["x"] * 3,
+    ]

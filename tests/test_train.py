@@ -333,7 +333,7 @@ GOOD = '{"instruction": "a", "output": "b"}\n'
 # BASE a base so damaged
 BAD = {
     "missing data": (["--data_path", "nowhere.json"], "nowhere.json"),
-    "a folder of data": (["--data_path", "."], "directory: '.'"),
+    "a folder of data": (["--data_path", "."], ". is no regular file"),
     "one of several files": (
         ["--data_path", "@" + GOOD, "nowhere.json:0.5"],
         "nowhere.json",
@@ -412,7 +412,7 @@ BAD = {
     "output is a file": (["--output_dir", "@x"], "is a file"),
     "no package": (["--wandb_project", "x"], "pip install wandb"),
     "resume from nothing": (["--resume_from_checkpoint", "checkpoint-7"], "checkpoint-7"),
-    "resume from a base": (["--resume_from_checkpoint", "BASE "], "state.safetensors"),
+    "resume from a base": (["--resume_from_checkpoint", "BASE "], "run.json"),
     "a hub's name": (
         ["--base_model", "decapoda-research/llama-7b-hf"],
         "decapoda-research/llama-7b-hf",

@@ -1,6 +1,7 @@
 """As users meet it: an adapter on its own base, files as people have them, hubs' caches, the
 command line, the chat's commands, a build that says what happened, and the first mistakes."""
 
+import io
 import json
 import re
 import shutil
@@ -373,6 +374,25 @@ def test_the_commands_of_a_chat(tmp_path, monkeypatch, capsys):
 def test_a_chat_says_what_it_remembers(monkeypatch, capsys):
     alone, together = (chat([], monkeypatch, capsys, multi)[1] for multi in (False, True))
     assert "--single_or_multi multi" in alone[-1] and "turns before" in together[-1]
+
+
+def test_what_answers_and_what_it_knows_stands_at_the_start(base, monkeypatch, capsys):
+    """Of a chat, and of the server with its page: base, adapter, template, and what the shipped
+    base has read, which are as many entities as the knowledge base has."""
+    entities = (ROOT / "data/knowledge.jsonl").read_text(encoding="utf-8").count("\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))  # and no question
+    shipped = ("--use_lora", "False", "--dtype", "fp32")
+    assert run_command(G.main, *shipped) == 0
+    one, two, *_ = said = capsys.readouterr().err.splitlines()
+    assert "data/tiny with no adapter" in one and "BenTsao's knowledge template" in one
+    assert f"on {entities} diseases" in two and G.DISCLAIMER in said
+    served = []
+    monkeypatch.setattr(G, "serve", lambda server, about: served.extend((server.socket, about)))
+    assert run_command(G.main, *shipped, "--serve", "--port", 0) == 0
+    served[0].close()
+    assert served[1] == f"{one}\n{two}"
+    # Of another base nothing is said.
+    assert "\n" not in G.load(G.Options(base_model=str(base), dtype="fp32"), "")[3]
 
 
 def test_training_says_what_to_do_next(base, records, tmp_path, monkeypatch, capsys):

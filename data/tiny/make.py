@@ -1,6 +1,6 @@
 """What the small base is made from: what it reads, and a tokenizer. Called by make.sh.
 
-python data/tiny/make.py documents FILE PASSES EXERCISES   knowledge.jsonl, told and asked about
+python data/tiny/make.py documents FILE PASSES EXERCISES SEED   knowledge.jsonl, told and asked about
 python data/tiny/make.py tokenizer FILE VOCAB_SIZE         a SentencePiece model of the same
 """
 
@@ -204,8 +204,9 @@ if __name__ == "__main__":
     entities = read_knowledge(DATA / "knowledge.jsonl")
     forms, talk = read_json_file(DATA / "forms.json"), read_json_file(DATA / "talk.json")
     if what == "documents":
-        passes, exercises = map(int, more)
-        write_lines(path, documents(entities, forms, talk, passes, exercises, random.Random(0)))
+        passes, exercises, seed = map(int, more)
+        rng = random.Random(seed)
+        write_lines(path, documents(entities, forms, talk, passes, exercises, rng))
     elif what == "copying":
         model = load_model(path)
         put_in_copying(model, torch.Generator().manual_seed(0))

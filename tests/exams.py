@@ -240,7 +240,7 @@ CHOSEN = re.compile(
     r"(?= *(?:$|[\n.．、:：,，。;；!！)）\]】\"”」*]))"
     r"(?!\W*(?:或|还是|[A-H]\b|[a-z]))"
 )
-CONCLUDED = re.compile(rf"(?:所以|因此|故|答案)[应该选择是为:： ]*{LISTED}[。.！!\s]*$")
+CONCLUDED = re.compile(rf"(?:所以|因此|故|答案|(?<!不)应)[应该选择是为:： ]*{LISTED}[。.！!\s]*$")
 
 
 def extract_choice(text, options):

@@ -253,9 +253,10 @@ def test_a_conclusion_after_the_fact_is_a_choice():
             "归脾汤出自《济生方》，所以选A。",
             "不是《伤寒论》，而是《济生方》，答案是A",
             "因此选择A",
+            "归脾汤出自《济生方》。A. 《济生方》相符，应选A。",
         ],
         "AC": ["两者都有，故选A、C。"],
-        None: ["所以不选A", "不是《伤寒论》，而是《济生方》", "所以选A或B"],
+        None: ["所以不选A", "它不应选A", "不是《伤寒论》，而是《济生方》", "所以选A或B"],
     }.items():
         for answer in answers:
             assert X.extract_choice(answer, options) == wanted, answer

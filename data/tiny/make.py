@@ -28,6 +28,7 @@ from build_data import (  # noqa: E402
     read_knowledge,
     single_questions,
     split_entities,
+    values_in,
     write_lines,
 )
 from generate import DATA, load_template, read_messages  # noqa: E402
@@ -55,6 +56,7 @@ def documents(entities, forms, talk, passes, exercises, rng):
         texts += map(spoken, talk_records(asked, hidden, forms, talk, seed, (talks, pairs)))
         texts += map(spoken, talk_records(train, hidden, forms, talk, seed, (comprehension,)))
     texts += repeats(entities, 2_000 * exercises, rng)
+    texts += comparisons(entities, forms, 3_000 * exercises, rng)
     rng.shuffle(texts)
     return [{"instruction": "", "input": "", "output": text} for text in texts]
 
@@ -69,16 +71,30 @@ def repeats(entities, number, rng):
         yield "、".join(said) + "。\n" + "、".join(again) + "。"
 
 
+def comparisons(entities, forms, number, rng):
+    """Values of any facts, and which of some others are among them."""
+    values = sorted({*values_in(chain(*(facts(entity, forms) for entity in entities)))})
+    for _ in range(number):
+        told = rng.sample(values, rng.randint(1, 6))
+        asked = rng.sample(told, rng.randint(0, min(3, len(told)))) + rng.sample(values, 3)
+        rng.shuffle(asked)
+        text = "、".join(told)
+        looked = (f"{value}{'相符' if value in text else '不符'}" for value in asked)
+        yield f"{text}。\n{'，'.join(looked)}。"
+
+
 def passages(entities, forms, talk, rng):
     """All facts of every entity in a random order and phrasing, broken at random into documents of
-    one to six statements; one statement in eight has a pronoun for the name."""
+    one to six statements, warnings before them as in an answer; one statement in eight has a
+    pronoun for the name."""
     for own in (facts_of(entity, forms) for entity in entities):
         told = {f"{f.entity}：{text}" for f in own.values() for text in alerts(f, {*own})}
         texts = [*sorted(told)] * 2
         for fact in own.values():
+            warned = "".join(chain(*(alerts(one, {fact.relation}) for one in own.values())))
             if rng.random() < 1 / 8:
                 fact = replace(fact, entity=rng.choice(talk[fact.kind]))
-            texts.append(fact.statement(rng))
+            texts.append(warned + fact.statement(rng))
         rng.shuffle(texts)
         while texts:
             n = rng.randint(1, 6)

@@ -71,7 +71,7 @@ def talks(entities, forms, talk, rng):
 def words_about(fact, own, known, talk, rng):
     """(Words, the facts they are about): fact 0 is the one given, 1 another of its entity, 2 the
     same as 1 of another entity, 3 another of that. x is a value of fact 0, w0 to w2 are foreign
-    ones; a to d are these four, and l is the letter of x."""
+    ones; a to d are these four, l is the letter of x, and looked compares up to it."""
     again = rng.choice([one for one in own.values() if one is not fact] or [fact])
     other = rng.choice([other for other in known if again.relation in other])
     like, last = other[again.relation], rng.choice([*other.values()])
@@ -81,7 +81,12 @@ def words_about(fact, own, known, talk, rng):
         options = [rng.choice(fact.values), *rng.sample(wrong, 3)]
         words.update(zip(("x", "w0", "w1", "w2"), options))
         rng.shuffle(options)
-        words.update(zip("abcd", options), l="ABCD"[options.index(words["x"])])
+        right = options.index(words["x"])
+        words.update(zip("abcd", options), l="ABCD"[right])
+        # Each line is looked at in turn: to copy it is easy, to look its letter up is not.
+        words["lines"] = words["lines"]  # one choice for question and answer
+        *before, line = words["lines"].split("\n")[: right + 1]
+        words["looked"] = "".join(f"{other}不符，" for other in before) + f"{line}相符，"
     return words, told
 
 

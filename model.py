@@ -124,12 +124,11 @@ class RMSNorm(nn.Module):
 def rope_table(positions, head_dim, theta, scaling=None, share=1.0):
     """(cos, sin) of the angle m theta^(-2i/D) for position m and pair i (Su et al. 2021, eq. 15).
 
-    Both are float32, (..., T, 1, D) for positions (..., T): the same for all heads, given for both
-    halves of a head, the sine negative for the first half.
-    Each forward makes them anew: a buffer built on `meta` stays empty, and angles in bf16 are off
-    by up to 2.0 in the cosine. `scaling` stretches a trained context by its factor: "linear" slows
-    every pair (Chen et al. 2023); "llama3" slows those that turn few times within the original
-    context, with a linear transition (Llama 3.1). Pairs beyond a head's `share` stand still."""
+    Both are float32, (..., T, 1, D) for positions (..., T): the same for all heads, for both halves
+    of a head, the sine negative in the first. Made anew in each forward: a buffer on `meta` stays
+    empty, and in bf16 a cosine is off by up to 2.0. `scaling` stretches a trained context by its
+    factor: "linear" slows every pair (Chen et al. 2023); "llama3" slows those that turn few times
+    within the original context, with a linear transition (Llama 3.1). Those beyond `share` stand."""
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     # The first pair turns by one radian a position, the last by 1 / theta.
     speed = theta ** (-pair / (share * head_dim)) * (pair < share * head_dim)  # (D/2), radians

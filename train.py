@@ -408,7 +408,7 @@ def check_finite(model, batch, loss, norm, config):
     bad = [row for row in batch if not math.isfinite(evaluate(model, [row], config))] or batch
     names = ", ".join(row.name for row in bad[:9])
     raise ValueError(
-        f"loss {loss}, gradient norm {norm} of rows {names}; look at them, lower --learning_rate"
+        f"loss {loss}, gradient norm {norm}, from rows {names}; look at them, lower --learning_rate"
     )
 
 

@@ -202,13 +202,15 @@ class Terminal:
         os.close(side)
 
     def until(self, text, seconds=60):
-        """Wait until the text appears behind what was waited for before."""
+        """Wait until the text appears behind what was waited for before; return it with what stands
+        between."""
         end = time.time() + seconds
         while text.encode() not in self.seen:
             assert time.time() < end, self.seen.decode(errors="replace")
             if select.select([self.main], [], [], 0.1)[0]:
                 self.seen += os.read(self.main, 4096)
-        self.seen = self.seen.partition(text.encode())[2]
+        before, mark, self.seen = self.seen.partition(text.encode())
+        return before + mark
 
     def type(self, text):
         os.write(self.main, text.encode())

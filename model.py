@@ -128,7 +128,7 @@ def rope_table(positions, head_dim, theta, scaling=None, share=1.0):
     of a head, the sine negative in the first. Made anew in each forward: a buffer on `meta` stays
     empty, and in bf16 a cosine is off by up to 2.0. `scaling` stretches a trained context by its
     factor: "linear" slows every pair (Chen et al. 2023); "llama3" slows those that turn few times
-    within the original context, with a linear transition (Llama 3.1). Those beyond `share` stand."""
+    within the original context, with a smooth passage (Llama 3.1). Those beyond `share` stand."""
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     # The first pair turns by one radian a position, the last by 1 / theta.
     speed = theta ** (-pair / (share * head_dim)) * (pair < share * head_dim)  # (D/2), radians

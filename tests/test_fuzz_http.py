@@ -160,7 +160,8 @@ def test_altered_requests_are_answered(models, monkeypatch, seeds):  # noqa: F81
     assert not [text for text in logged if "Traceback" in text]
 
 
-OK = b"HTTP/1.1 %d Some words\r\nConnection: close\r\nContent-Type: %b\r\nContent-Length: %d\r\n%b\r\n"
+HEAD = b"Connection: close\r\nContent-Type: %b\r\nContent-Length: %d\r\n%b\r\n"
+OK = b"HTTP/1.1 %d Some words\r\n" + HEAD
 
 
 def altered_reply(seed):

@@ -37,12 +37,12 @@ def chat(options):
         Terminal(DATA / "tiny", "--use_lora=True", "--max_new_tokens", "160", *options),
         b"",
     )
-    for line in ("生脉散由哪些药物组成？", "它的主治是什么？", "/model", "/exit"):
+    for line in ("生脉散由哪些药物组成？", "归脾汤出自哪本书？", "/model", "/exit"):
         text += terminal.until("> ") + line.encode() + b"\n"
         terminal.type(f"{line}\n")
         terminal.until("\n")
     terminal.process.wait()
-    return text.decode()
+    return text.decode().replace(f"{ROOT}/", "")
 
 
 def main():

@@ -1392,7 +1392,8 @@ def count_answers(path, lines):
     with suppress(ValueError, TypeError, LookupError):
         same = all(json.loads(have)["key"] == line["key"] for have, line in zip(kept, lines))
         # So the next line begins, and what a user has there does not.
-        start = [*(to_json(line)[:-1] for line in lines), "\n"][len(kept)].encode()
+        following = [*lines, None][len(kept)]
+        start = (to_json(following)[:-1] if following else "\n").encode()
         if same and torn[: len(start)] == start[: len(torn)]:
             os.truncate(path, os.path.getsize(path) - len(torn))
             return len(kept)
@@ -1665,7 +1666,7 @@ class Server:
             case str():
                 return [self.tokenizer.encode(prompt, bos=True)]
             case [*ids] if {*map(type, ids)} == {int}:
-                if {*ids} <= {*range(size)}:
+                if 0 <= min(ids) <= max(ids) < size:
                     return [ids]
             case [*parts]:
                 return [ids for part in parts for ids in self.read_prompts(part)]
@@ -2003,7 +2004,7 @@ class Exchange:
             self.begin(200, "text/event-stream")
             self.streaming = True
         for i, request in enumerate(requests):
-            text, who = tokenizer.decode(request.prompt_ids) * body.echo, {"role": "assistant"}
+            text, who = tokenizer.decode(request.prompt_ids * body.echo), {"role": "assistant"}
             # A stream tells who speaks, the text in pieces, why it ended.
             if body.stream:
                 await tell(i, text, **who)

@@ -598,8 +598,9 @@ class Run:
                 write_atomically(aside / "state.safetensors", partial(save_file, state))
         if self.writes:
             fsync(self.folder)
-            write_json_lines(self.folder / "log.jsonl", self.history)
-            self.live = True
+            if not self.live:
+                write_json_lines(self.folder / "log.jsonl", self.history)
+                self.live = True
             self.discard_old_checkpoints()
 
     def save_weights(self, model, folder):

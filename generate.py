@@ -1970,7 +1970,7 @@ class Exchange:
         large = len(self.body) > MAX_HEAD
         # Large ones one by one: others' answers take a step between two.
         async with self.server.large if large else nullcontext():
-            if large and self.server.batch.rows:
+            if large and self.server.asked:
                 await self.server.step()
             try:
                 sent = json.loads(self.body.decode())

@@ -620,13 +620,20 @@ def test_build_data_asks_this_server_with_its_defaults(server, tmp_path, monkeyp
 
 
 def test_large_bodies_are_read_between_steps(models):
-    """While an answer is made, a step of it ends between any two bodies of numbers."""
+    """While an answer is made, or waits for its first step, one ends between any two bodies of
+    numbers."""
     server, stop = start(models, positions=4000)
     events = []
 
     step, loads = server.batch.step, json.loads
+
+    def slow_at_first():
+        time.sleep(0.5 * (not events))
+        step()
+        events.append("step")
+
     patch = pytest.MonkeyPatch()
-    patch.setattr(server.batch, "step", lambda: (step(), events.append("step")))
+    patch.setattr(server.batch, "step", slow_at_first)
     patch.setattr(
         G.json, "loads", lambda t: (len(t) > 16384 and events.append("body"), loads(t))[1]
     )

@@ -863,17 +863,14 @@ FORMS = {
     "answer": "{assistant}",
     "last": "{assistant}{eos}",
     "thoughts": "",
-    "thinking": False,
-    "default_system": None,
     "special": (),
-    "trim": (),
 }
 
 
 def eos_ids(tokenizer):
     """The ids that end an answer."""
-    ends = tokenizer.special.keys() & ENDS
-    return sorted({tokenizer.eos_id, *(tokenizer.special[name] for name in ends)})
+    ends = {id for name, id in tokenizer.special.items() if name in ENDS}
+    return sorted(ends | {tokenizer.eos_id})
 
 
 def load_template(name):
@@ -899,14 +896,14 @@ def load_template(name):
 def check_template(path, template):
     """The template with what it leaves open. Raises ValueError for one that loses a part of a
     conversation."""
-    roles = ["system", "user", "assistant", "user", "assistant"]
-    trial = [{"role": role, "content": role.upper()} for role in roles]
+    roles = "system user assistant user assistant".split()
+    trial = [{"role": role, "content": f"{role.upper()} {i}"} for i, role in enumerate(roles)]
     try:
         if "prompt" not in template:
             template.setdefault("prompt_input", template["prompt_no_input"])
         for trial[3]["input"] in "", "?":
             text = "".join(render(template, trial))
-            if any(text.count(role.upper()) < roles.count(role) for role in roles):
+            if any(message["content"] not in text for message in trial):
                 raise ValueError(f"a conversation becomes {text!r}")
     except Exception as error:  # values of other kinds make Python raise nearly all there are
         raise ValueError(
@@ -931,65 +928,68 @@ def default_template(tokenizer):
 SPECIAL, TARGET, CONTEXT = "\ud800", "\ud801", "\ud802"
 
 
-def fill(forms, name, fields):
-    """A text of a template with its fields. Special tokens are looked for in the template's own
-    text, and never in what somebody wrote."""
-    names = "|".join(map(re.escape, forms["special"])) or "(?!)"
-    return re.sub(names, rf"{SPECIAL}\g<0>{SPECIAL}", forms[name]).format(**fields)
-
-
 def render(template, messages, several=False):
     """(prompt, answer) of a conversation as texts with the marks above; the answer is empty where
     the last message is a question. several: in the form of several turns, even if there is one.
     Raises ValueError for half a character."""
-    forms, asked = FORMS | template, messages[-1]["role"] == "user"
-    texts = message_texts(forms, messages)
-    fields = {name: SPECIAL + name + SPECIAL for name in ("bos", "eos")}
-    fields |= {"system": "", "turns": ""}
-    system = texts.pop(0) if messages[0]["role"] == "system" else forms["default_system"]
-    if system is not None:
-        fields["system"] = fill(forms, "system", fields | {"system": system})
+    forms, question = FORMS | template, asked(messages)[-1]
+    input, answered = question.get("input", ""), question is not messages[-1]
+    forms.setdefault("prompt", "{bos}" + forms["prompt_input" if input else "prompt_no_input"])
+    special = "|".join(map(re.escape, forms["special"])) or "(?!)"
+    system, *texts = message_texts(template, messages)
+    fields = {
+        "bos": f"{SPECIAL}bos{SPECIAL}",
+        "eos": f"{SPECIAL}eos{SPECIAL}",
+        "system": system,
+        "turns": "",
+        "input": input,
+    }
+
+    def fill(name):
+        # Special tokens are looked for in the template's own text, not in what somebody wrote.
+        return re.sub(special, rf"{SPECIAL}\g<0>{SPECIAL}", forms[name]).format(**fields)
 
     # One question after the other: the one before goes to the turns, without its thoughts.
+    fields["system"] = "" if system is None else fill("system")
     fields["opening"] = fields["system"]
-    for i, (user, text) in enumerate(zip_longest(texts[::2], texts[1::2], fillvalue="")):
+    for i, (user, text) in enumerate(zip(texts[::2], [*texts[1::2], ""])):
         if i:
-            fields["answer"] = TARGET + fill(forms, "answer", fields) + CONTEXT
-            fields["turns"] += fill(forms, "turn", fields)
+            fields["answer"] = TARGET + fill("answer") + CONTEXT
+            fields["turns"] += fill("turn")
             fields["opening"] = ""
         thoughts, text = split_thoughts(forms, text)
         fields |= {"user": user, "thoughts": thoughts, "assistant": text, "i": i, "n": i + 1}
-    prompt = render_question(forms, fields, messages[-2 + asked].get("input", ""), several)
+    last = fill("question" if several or fields["turns"] else "lone")
+    fields["instruction"] = fields["turns"] + last
+    prompt, block = fill("prompt"), fill("thoughts")
 
     # Thoughts are learnt. That there are none belongs to the prompt, and is not.
-    block = fill(forms, "thoughts", fields)
-    fields["assistant"] = text.lstrip("\n") if block else text
-    answer = "" if asked else fill(forms, "last", fields)
+    if block:
+        fields["assistant"] = text.lstrip("\n")
+    answer = fill("last") * answered
     if thoughts:
         answer = block + answer
-    elif not (asked and forms["thinking"]):
+    elif answered or not forms.get("thinking"):
         prompt += block
     return prompt, answer
 
 
-def message_texts(forms, messages):
-    """The texts of messages. Raises ValueError for half a character, which may be one of our
-    marks."""
+def asked(messages):
+    """The messages up to the last question."""
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def message_texts(template, messages):
+    """The system text or None, and the other texts of messages. Raises ValueError for half a
+    character, which may be one of our marks."""
     "".join(m["content"] + m.get("input", "") for m in messages).encode()
-    trim = forms["trim"]
-    return [m["content"].strip() if m["role"] in trim else m["content"] for m in messages]
-
-
-def render_question(forms, fields, input, several):
-    """The prompt, when all but the last question's input stands in fields."""
-    fields["input"] = input
-    if input and "prompt" in forms:
-        fields["user"] += "\n" + input
-    last = fill(forms, "question" if several or fields["turns"] else "lone", fields)
-    fields["instruction"] = fields["turns"] + last
-    if "prompt" in forms:
-        return fill(forms, "prompt", fields)
-    return fields["bos"] + fill(forms, "prompt_input" if input else "prompt_no_input", fields)
+    texts = [template.get("default_system")] * (messages[0]["role"] != "system")
+    for m in messages:
+        text = m["content"].strip() if m["role"] in template.get("trim", ()) else m["content"]
+        # A chat has no other place for an input than its question.
+        input = "prompt" in template and m.get("input")
+        texts.append(f"{text}\n{input}" if input else text)
+    return texts
 
 
 def split_thoughts(forms, text):

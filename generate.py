@@ -1053,9 +1053,8 @@ def render_turns(turns):
 
 def split_turns(instruction):
     """[user, bot, ..., user], the texts of an instruction in that form; else [instruction]."""
-    if instruction.startswith("<user>: "):  # BenTsao's infer_literature.py leaves the space out
-        instruction = " " + instruction
-    start, *parts = re.split(" <(user|bot)>: ", instruction)
+    # BenTsao's infer_literature.py leaves the first space out.
+    start, *parts = re.split("(?:^| )<(user|bot)>: ", instruction)
     # A mark that stands where none belongs is text.
     in_turn = not start and re.fullmatch("(userbot)*user", "".join(parts[::2]))
     return parts[1::2] if in_turn else [instruction]
@@ -1101,40 +1100,38 @@ def read_records(path, names=()):
     if not str(path).startswith("/dev/"):  # as a shell's <(...) is
         check_content(path)
     try:
-        rows = dict(rows_of(path.read_text(encoding="utf-8-sig"), path.suffix, names))
+        rows = dict(rows_of(path, path.read_text(encoding="utf-8-sig"), names))
     except UnicodeDecodeError as error:
         kind = KINDS.get(path.read_bytes()[:2], f"not UTF-8 ({error}); try iconv -f GBK -t UTF-8")
         raise ValueError(f"{path} is {kind}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from None
     for where, row in (rows or {"is empty and": None}).items():
         if isinstance(row, str):
-            rows[where] = row = {"instruction": row}
-        if not isinstance(row, dict):
+            rows[where] = {"instruction": row}
+        elif not isinstance(row, dict):
             raise ValueError(f"{path} {where} holds a {type(row).__name__}, wanted an object")
     return [*rows.items()]
 
 
-def rows_of(text, suffix, names):
+def rows_of(path, text, names):
     """Yield (place, row) of a file's text. Raises ValueError naming the place."""
     in_array = re.match(r'\s*(\[|\{[^{}]*"data"\s*:\s*\[\s*\{)', text)
-    is_json = text.lstrip()[:1] in ("", "{") or suffix in (".json", ".jsonl") and not names
+    is_json = text.lstrip()[:1] in ("", "{")
     # `where` says how far reading has come, for the error below.
     where = "as an array"
     try:
         if in_array:
             array = json.loads(text)
             yield from number("record", array if in_array[1] == "[" else array["data"])
-        elif is_json or not names and suffix not in (".csv", ".tsv"):
-            read = json.loads if is_json else str.strip
+        elif not is_json and (names or path.suffix in (".csv", ".tsv")):
+            where = "as a table"
+            yield from table_rows(text, names)
+        else:
+            read = json.loads if is_json or path.suffix in (".json", ".jsonl") else str.strip
             for where, line in number("line", text.split("\n")):
                 if line.strip():
                     yield where, read(line)
-        else:
-            where = "as a table"
-            yield from table_rows(text, names)
     except (ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{where} is not JSON or CSV: {error}") from None
+        raise ValueError(f"{path} {where} is not JSON or CSV: {error}") from None
 
 
 def number(kind, rows):
@@ -1175,9 +1172,9 @@ def read_chat(messages):
         role, text = ROLES[m.get("role", m.get("from"))], m.get("content", m.get("value"))
         # OpenAI's other form of a text is a list of parts.
         if isinstance(text, list) and text:
-            others = {part["type"] for part in text} - {"text"}
-            if others:
-                raise ValueError(f"{min(others)} in a message; this model reads text alone")
+            for part in text:
+                if part["type"] != "text":
+                    raise ValueError(f"{part['type']} in a message; this model reads text alone")
             text = "\n".join(part["text"] for part in text)
         if m.get("reasoning_content"):
             text = f"<think>\n{m['reasoning_content']}\n</think>\n\n{text}"
@@ -1191,30 +1188,24 @@ def read_chat(messages):
     return found
 
 
-def row_texts(row):
-    """[question, answer, question, ...] of a record without messages."""
-    earlier = [text for user, bot in row.get("history") or () for text in (user, bot)]
-    # Med-ChatGLM's own labels go: the template brings others.
-    question = re.sub(r"(?s)^问题：(.*)\n回答: $", r"\1", row["instruction"])
-    return [*earlier, *split_turns(question), row.get("output")]
-
-
 def read_messages(row):
     """The messages of a record in any form of `read_instructions`; the last is a user's where a
     question waits for its answer, and the last question has the record's input. Raises ValueError
     for a record in none of them."""
     try:
-        messages = row.get("messages") or row.get("conversations")
-        ours = row if messages else our_keys(row)
-        input = ours.get("input")
+        ours, messages = row, row.get("messages") or row.get("conversations")
         if not messages:
-            said = zip(cycle(("user", "assistant")), row_texts(ours))
+            ours = our_keys(row)
+            texts = [text for user, bot in ours.get("history") or () for text in (user, bot)]
+            # Med-ChatGLM's own labels go: the template brings others.
+            question = re.sub(r"(?s)^问题：(.*)\n回答: $", r"\1", ours["instruction"])
+            texts += [*split_turns(question), ours.get("output")]
+            said = zip(cycle(("user", "assistant")), texts)
             messages = [{"role": role, "content": text} for role, text in said]
         messages = read_chat(messages)
-        if input:
-            question = messages[-1 - (messages[-1]["role"] == "assistant")]
-            question["input"] = "" + input
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        if ours.get("input"):
+            asked(messages)[-1]["input"] = "" + ours["input"]
+    except Exception as error:  # values of other kinds make Python raise nearly all there are
         raise ValueError(
             f"keys {', '.join(row)}; wanted texts as instruction and output (and input), question "
             "and answer, 问题 and 答案 or the like, or messages or conversations of user and "
@@ -1249,25 +1240,22 @@ def read_instructions(path, answers=False):
             raise ValueError(f"{path} {where}: {error}") from None
         records.append((row, messages))
     # One conversation makes the whole file one of conversations.
-    roles = [[m["role"] for m in messages] for _, messages in records]
-    conversations = any(own.count("user") > 1 for own in roles)
+    conversations = "assistant" in [m["role"] for _, said in records for m in said[:-1]]
     return [make_instruction(row, messages, conversations) for row, messages in records]
 
 
 def make_instruction(row, messages, conversations):
     """A record as instruction, input and output; conversations: the instruction in the form of
     BenTsao's literature rows. `messages` has the turns where these do not tell them."""
-    answered = messages[-1]["role"] == "assistant"
-    asked = messages[:-1] if answered else messages
-    question = asked[-1]
+    question, last = asked(messages)[-1], messages[-1]
     several = conversations and not question["content"].startswith(" <user>: ")
     if several and "input" in question:
         question["content"] += "\n" + question.pop("input")
-    text = render({}, asked, several)[0]
+    text = render({}, messages, several)[0]
     text = re.sub(f"{SPECIAL}bos{SPECIAL}|[{TARGET}{CONTEXT}]", "", text)
     record = {**row, "instruction": text, "input": question.get("input", "")}
-    if answered:
-        record["output"] = messages[-1]["content"]
+    if last is not question:
+        record["output"] = last["content"]
     return record if read_messages(record) == messages else record | {"messages": messages}
 
 

@@ -42,7 +42,7 @@ from hashlib import sha256
 from heapq import heappop, heappush
 from http import HTTPStatus
 from io import StringIO
-from itertools import chain, count, cycle, zip_longest
+from itertools import chain, count, cycle
 from pathlib import Path
 from urllib.parse import unquote
 from uuid import uuid4
@@ -88,6 +88,7 @@ class Tokenizer:
 
     unsettled = "\ufffd"  # what the end of a growing text may be that the next id changes
     leading = ""  # what an answer begins with and nobody wants to see
+    bos_id = property(lambda self: next(iter(self.opening), None))  # opening: ids before a prompt
 
     def __init__(self, path, more=b""):
         model = Path(path).read_bytes() + more
@@ -97,8 +98,7 @@ class Tokenizer:
         ids = range(self.vocab_size)
         self.special = {self.pieces.id_to_piece(i): i for i in ids if self.pieces.is_control(i)}
         self.texts = {*ids} - {*self.special.values()}
-        self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
-        self.opening = [self.bos_id]  # of a prompt
+        self.opening, self.eos_id = [self.pieces.bos_id()], self.pieces.eos_id()
 
     def encode(self, text, bos=False, eos=False):
         """Ids of a text. Raises ValueError for half a character, which is no Unicode text."""
@@ -118,8 +118,7 @@ class Tokenizer:
 def render_prompt(tokenizer, template, messages, several=False):
     """Ids of the prompt that asks for the next answer in a conversation, [{role, content}, ...].
     Asking, chatting and serving make it here, and training makes the same of the same parts."""
-    answered = messages[-1]["role"] == "assistant"
-    prompt, _ = render(template, messages[:-1] if answered else messages, several)
+    prompt, _ = render(template, asked(messages), several)
     return encode_rendered(tokenizer, prompt)[0]
 
 
@@ -160,8 +159,8 @@ class Decoding:
 
     def each(self):
         """The Decoding of each of n answers."""
-        seeds = [None] * self.n if self.seed is None else range(self.seed, self.seed + self.n)
-        return [replace(self, n=1, seed=seed) for seed in seeds]
+        seed = self.seed
+        return [replace(self, n=1, seed=seed if seed is None else seed + i) for i in range(self.n)]
 
 
 def penalise(logits, ids, decoding):
@@ -291,13 +290,13 @@ class Batch:
         # One choice for all; beams then choose among themselves.
         chosen = self.choose(logits)
         for request in {row.request for row in self.rows}:
-            at = [i for i, row in enumerate(self.rows) if row.request is request]
-            if len(at) > 1:
+            i, *others = at = [i for i, row in enumerate(self.rows) if row.request is request]
+            if others:
                 step_beams(self, at, logits[at])
             else:
-                ids = self.rows[at[0]].ids
-                ids.append(chosen[at[0]])
-                note_logprobs(request, logits[at[0], None], ids[-1:])
+                ids = self.rows[i].ids
+                ids.append(chosen[i])
+                note_logprobs(request, logits[i, None], ids[-1:])
                 request.ids, request.finish_reason = self.outcome(request, ids)
 
     def release(self):
@@ -695,7 +694,6 @@ class ByteTokenizer(Tokenizer):
         pieces.texts |= {id: spell(name.encode()) for name, id in special.items()}
         self.texts = pieces.texts.keys() - special.values() | {*shown}
         self.opening, self.eos_id = [special[name] for name in opening], special[end]
-        self.bos_id = next(iter(self.opening), None)
         self.vocab_size = max(pieces.texts) + 1
 
 
@@ -771,20 +769,21 @@ class ChatGLMTokenizer(Tokenizer):
         self.special |= zip(names.split(), count(self.vocab_size))
         self.vocab_size += len(names.split())
         self.opening = [self.special["[gMASK]"], self.special["sop"]]
-        self.bos_id = self.opening[0]
 
 
 def old_pieces():
     """What ChatGLM-6B's code added in memory to the text pieces of its first ice_text.model, as
     fields of SentencePiece's protobuf: tokens, tabs and blanks, bytes, and byte_fallback."""
-    names = "[MASK] [gMASK] [sMASK] <unused_0> <sop> <eop> <ENC> <dBLOCK>"
-    added = [(name, 3) for name in names.split()] + [("<|tab|>", 4)]
-    added += [(f"<|blank_{n}|>", 4) for n in range(2, 81)]
-    added += [(f"<0x{byte:02X}>", 6) for byte in range(256)]
+    kinds = {
+        3: "[MASK] [gMASK] [sMASK] <unused_0> <sop> <eop> <ENC> <dBLOCK>".split(),
+        4: ["<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81))],
+        6: [f"<0x{byte:02X}>" for byte in range(256)],
+    }
     more = b""
-    for text, kind in added:
-        piece = b"\n%c%b\x15\0\0\0\0\x18%c" % (len(text), text.encode(), kind)
-        more += b"\n%c%b" % (len(piece), piece)
+    for kind, texts in kinds.items():
+        for text in texts:
+            piece = b"\n%c%b\x15\0\0\0\0\x18%c" % (len(text), text.encode(), kind)
+            more += b"\n%c%b" % (len(piece), piece)
     return more + b"\x12\x03\x98\x02\x01"
 
 
@@ -796,7 +795,7 @@ class ChatGLM6BTokenizer(Tokenizer):
 
     def __init__(self, path):
         super().__init__(path, b"" if b"[gMASK]" in Path(path).read_bytes() else old_pieces())
-        self.bos_id, self.eos_id, self.opening = None, self.special["<eop>"], []
+        self.eos_id, self.opening = self.special["<eop>"], []
 
     def encode(self, text, bos=False, eos=False):
         text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
@@ -820,8 +819,7 @@ def load_tokenizer(folder):
         raise ValueError(f"no tokenizer in {folder}; wanted one of {' '.join(TOKENIZERS)}")
     check_content(file, SMALL)
     names = ("config.json", "tokenizer_config.json", "added_tokens.json")
-    files = [Path(folder, name) for name in names]
-    config, settings, added = (read_json_file(f, {}) for f in files)
+    config, settings, added = (read_json_file(Path(folder, name), {}) for name in names)
     kind = config.get("model_type", "llama")
     try:
         if file.suffix == ".json":
@@ -833,10 +831,11 @@ def load_tokenizer(folder):
         else:
             tokenizer = ChatGLMTokenizer(file) if kind == "chatglm" else Tokenizer(file)
         # Tokens added since, such as Alpaca's [PAD].
-        for name in added.keys() - tokenizer.special:
-            tokenizer.special[name] = added[name]
-            tokenizer.texts.discard(added[name])
-            tokenizer.vocab_size = max(tokenizer.vocab_size, added[name] + 1)
+        for name, id in added.items():
+            if name not in tokenizer.special:
+                tokenizer.special[name] = id
+                tokenizer.texts.discard(id)
+                tokenizer.vocab_size = max(tokenizer.vocab_size, id + 1)
     except Exception as error:  # a damaged file makes its reader raise nearly all there are
         raise ValueError(f"{file} is no tokenizer that is known here ({error!r:.300})") from None
     if -1 in (tokenizer.bos_id, tokenizer.eos_id):

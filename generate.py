@@ -455,12 +455,13 @@ def show_logprobs(tokenizer, request, top, chat):
         content.append(token(*own) | {"top_logprobs": [token(*each) for each in best[:top]]})
     if chat:
         return {"content": content}
-    # Of two likely ids with one text the likelier one stays.
-    likely = [reversed(each["top_logprobs"]) for each in content]
     return {
         "tokens": [each["token"] for each in content],
         "token_logprobs": [each["logprob"] for each in content],
-        "top_logprobs": [{t["token"]: t["logprob"] for t in each} for each in likely],
+        # Of two likely ids with one text the likelier one stays.
+        "top_logprobs": [
+            {t["token"]: t["logprob"] for t in reversed(each["top_logprobs"])} for each in content
+        ],
     }
 
 
@@ -550,14 +551,13 @@ def visible(text, stop=(), ended=True):
         return text[: min(starts)]
     text = text.rstrip("\ufffd")
     held = 0 if ended else max(map(len, stop), default=1) - 1
-    return text[: max(0, len(text) - held)]
+    return text[: -held or None]
 
 
 def stream(tokenizer, request, step=lambda: None):
     """Yield a request's text in pieces as it grows; step() makes one id more. The whole text at
     once if it has ended."""
-    shown = 0
-    ended = False
+    shown, ended = 0, None
     while not ended:
         if not request.finish_reason:
             step()

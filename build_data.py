@@ -299,7 +299,7 @@ def record_of_turns(turns, system=""):
     but the last answer are the instruction."""
     *earlier, (question, answer) = turns
     if earlier:
-        question = render_turns([*earlier, (question, None)])
+        question = render_turns(earlier, question)
     record = {"instruction": question, "input": "", "output": answer}
     if earlier or system:
         said = chain(*(zip(("user", "assistant"), turn) for turn in turns))

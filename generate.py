@@ -283,7 +283,7 @@ class Batch:
         if not self.rows:
             return
         # One forward for all: the last id of each row, behind so many positions.
-        scale_adapter(self, [row.request for row in self.rows])
+        scale_adapter(self, [row.request.adapted for row in self.rows])
         fed = [[r.ids[-1], len(r.ids) - 1, len(r.request.prompt_ids) - 1] for r in self.rows]
         longest = max(length for _, length, _ in fed)
         logits = self.forward(torch.tensor(fed, device=self.model.device), longest)  # (B, V)
@@ -292,7 +292,7 @@ class Batch:
         for request in {row.request for row in self.rows}:
             i, *others = at = [i for i, row in enumerate(self.rows) if row.request is request]
             if others:
-                step_beams(self, at, logits[at])
+                step_beams(self, request, at, logits[at])
             else:
                 ids = self.rows[i].ids
                 ids.append(chosen[i])
@@ -319,7 +319,7 @@ class Batch:
         device, first = self.model.device, len(self.rows)
         if seed is not None:
             request.generator = torch.Generator(device).manual_seed(seed)
-        scale_adapter(self, [request])
+        scale_adapter(self, [request.adapted])
         # In chunks, which bound the memory of the activations; a prefix that sees itself in one.
         (*ids, _) = prompt = request.prompt_ids
         prefix = len(ids) * self.model.config.prefix_lm
@@ -384,14 +384,13 @@ def generate_ids(model, prompt_ids, max_new_tokens, eos_id=None, **decoding):
 # Beams
 
 
-def step_beams(batch, at, logits):
-    """One step of beam search over the n rows `at` of one request with logits (n, V), as
+def step_beams(batch, request, at, logits):
+    """One step of beam search over the n rows `at` of a request with logits (n, V), as
     transformers does it with early_stopping False: of the 2n best candidates by sum of
     log-probabilities (more with several ids of EOS, so that n of them do not end), those among the
     first n that end are ranked, by sum / length ** length_penalty, and the best n that do not end
     go on. It is over when n are ranked and the best that goes on, ending now, would beat none."""
     beams = [batch.rows[i] for i in at]
-    request = beams[0].request
     n = len(at)
     # Each candidate is a beam and one id more: n V of them, of which a few are looked at.
     scores = [
@@ -450,9 +449,10 @@ def show_logprobs(tokenizer, request, top, chat):
 
     if top is None:
         return None
-    content = []
-    for own, *best in request.logprobs:
-        content.append(token(*own) | {"top_logprobs": [token(*each) for each in best[:top]]})
+    content = [
+        token(*own) | {"top_logprobs": [token(*each) for each in best[:top]]}
+        for own, *best in request.logprobs
+    ]
     if chat:
         return {"content": content}
     return {
@@ -469,9 +469,9 @@ def show_logprobs(tokenizer, request, top, chat):
 # Rows that ask the base
 
 
-def scale_adapter(batch, requests):
-    """Scale the adapter's update in each of the rows that run next: by 0 for the base alone."""
-    adapted = [request.adapted for request in requests]
+def scale_adapter(batch, adapted):
+    """Scale the adapter's update in each of the rows that run next: by 0 for the base alone, where
+    adapted is False."""
     # Rows change seldom; most steps have nothing to do here.
     if adapted != batch.adapted:
         share = torch.tensor(adapted, device=batch.model.device).view(-1, 1, 1)
@@ -847,9 +847,7 @@ def load_tokenizer(folder):
 # Templates: a conversation as texts and special tokens
 
 # tokens that end an answer besides EOS, in the vocabularies that have them
-ENDS = (
-    "<|im_end|> <|endoftext|> <|eot_id|> <|eom_id|> <|end_of_text|> <|user|> <|observation|>"
-).split()
+ENDS = "<|im_end|> <|endoftext|> <|eot_id|> <|eom_id|> <|end_of_text|> <|user|> <|observation|>"
 # The texts of a template that has none of its own: BenTsao's, with several turns in one
 # instruction.
 FORMS = {
@@ -868,7 +866,7 @@ FORMS = {
 
 def eos_ids(tokenizer):
     """The ids that end an answer."""
-    ends = {id for name, id in tokenizer.special.items() if name in ENDS}
+    ends = {id for name, id in tokenizer.special.items() if name in ENDS.split()}
     return sorted(ends | {tokenizer.eos_id})
 
 
@@ -1042,10 +1040,9 @@ def encode_rendered(tokenizer, text, first=True):
 # Records in all their forms
 
 
-def render_turns(turns):
-    """Turns [(user, bot), ..., (user, None)] as one instruction, in the form of BenTsao's
+def render_turns(earlier, question):
+    """Turns [(user, bot), ...] and a question as one instruction, in the form of BenTsao's
     literature rows. The leading space is theirs, and changes ids."""
-    *earlier, (question, _) = turns
     said = [f" <user>: {user} <bot>: {bot}" for user, bot in earlier]
     return "".join(said) + f" <user>: {question}"
 

@@ -397,14 +397,14 @@ def step_beams(batch, request, at, logits):
         penalise(logprobs, beam.ids, request.decoding) + beam.score
         for logprobs, beam in zip(logits.log_softmax(-1), beams)
     ]
-    best = torch.stack(scores).flatten().topk(max(2, 1 + len(batch.eos_ids)) * n)
+    best = torch.cat(scores).topk(max(2, 1 + len(batch.eos_ids)) * n)
     first = len(request.prompt_ids) - 1
     length = len(beams[0].ids)
     scale = (length - first) ** request.decoding.length_penalty
 
     # Candidates that end are ranked, the others go on; both best first.
     going = []
-    for rank, (score, index) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
+    for rank, (score, index) in enumerate(zip(*map(torch.Tensor.tolist, best))):
         parent, token = divmod(index, logits.size(1))
         beam = Row(request, beams[parent].ids + [token], score, at[parent])
         if not batch.outcome(request, beam.ids)[1]:
@@ -474,7 +474,7 @@ def scale_adapter(batch, adapted):
     adapted is False."""
     # Rows change seldom; most steps have nothing to do here.
     if adapted != batch.adapted:
-        share = torch.tensor(adapted, device=batch.model.device).view(-1, 1, 1)
+        share = torch.tensor(adapted, device=batch.model.device)[:, None, None]
         share_rows(batch.model, None if all(adapted) else share)
         batch.adapted = adapted
 
@@ -913,11 +913,12 @@ def check_template(path, template):
 def default_template(tokenizer):
     """The name of the template whose special tokens a tokenizer has, of several the one with most;
     med_template if there is none."""
-    special = {"med_template": ()}
+    counts = {"med_template": 0}
     for path in (DATA / "templates").glob("*.json"):
-        special[path.stem] = read_json_file(path).get("special", ())
-    fits = [name for name in special if {*special[name]} <= tokenizer.special.keys()]
-    return max(fits, key=lambda name: len(special[name]))
+        special = read_json_file(path).get("special", ())
+        if tokenizer.special.keys() >= {*special}:
+            counts[path.stem] = len(special)
+    return max(counts, key=counts.get)
 
 
 # In a rendered text these stand around the name of a special token, before what is a target of
@@ -947,8 +948,7 @@ def render(template, messages, several=False):
         return re.sub(special, rf"{SPECIAL}\g<0>{SPECIAL}", forms[name]).format(**fields)
 
     # One question after the other: the one before goes to the turns, without its thoughts.
-    fields["system"] = "" if system is None else fill("system")
-    fields["opening"] = fields["system"]
+    fields["system"] = fields["opening"] = "" if system is None else fill("system")
     for i, (user, text) in enumerate(zip(texts[::2], [*texts[1::2], ""])):
         if i:
             fields["answer"] = TARGET + fill("answer") + CONTEXT

@@ -347,8 +347,7 @@ class Batch:
             # Only rows that sample, or whose logits change, need a look of their own.
             d = row.request.decoding
             if d.temperature or d.repetition_penalty != 1 or d.no_repeat_ngram_size:
-                scores = penalise(logits[i], row.ids, d)
-                chosen[i] = sample(scores, d, row.request.generator)
+                chosen[i] = sample(penalise(logits[i], row.ids, d), d, row.request.generator)
         return chosen.tolist()  # the one wait for the device
 
     def outcome(self, request, ids):
@@ -475,7 +474,7 @@ def scale_adapter(batch, adapted):
     # Rows change seldom; most steps have nothing to do here.
     if adapted != batch.adapted:
         share = torch.tensor(adapted, device=batch.model.device)[:, None, None]
-        share_rows(batch.model, None if all(adapted) else share)
+        share_rows(batch.model, 1.0 if all(adapted) else share)
         batch.adapted = adapted
 
 

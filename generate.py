@@ -1002,23 +1002,19 @@ def encode_rendered(tokenizer, text, first=True):
     Texts are encoded from one special token to the next. first: nothing stands before them. Raises
     ValueError for a special token that the tokenizer lacks."""
     ids, mask, is_target = [], [], False
-
-    def special(name):
-        id = tokenizer.special.get(name)
-        found = {name: [id], "bos": tokenizer.opening, "eos": [tokenizer.eos_id]}[name]
-        if found == [None]:
-            raise ValueError(
-                f"the template wants {name}, which the base's tokenizer does not have; choose "
-                "another template"
-            )
-        return found
-
+    special = {name: [id] for name, id in tokenizer.special.items()}
+    special |= {"bos": tokenizer.opening, "eos": [tokenizer.eos_id]}
     for i, part in enumerate(text.split(SPECIAL)):
         at_start = first and ids in ([], tokenizer.opening)
         encode = tokenizer.encode if at_start else tokenizer.encode_answer
-        encode = special if i % 2 else encode
+        encode = special.get if i % 2 else encode
         texts, before, start = re.split(f"[{TARGET}{CONTEXT}]", part), "", 0
         new = encode("".join(texts))
+        if new is None:
+            raise ValueError(
+                f"the template wants {part}, which the base's tokenizer does not have; choose "
+                "another template"
+            )
         targets = [False] * len(new)
         for j, piece in enumerate(texts):
             is_target ^= j > 0

@@ -750,7 +750,7 @@ def read_tiktoken(path, kind):
     ids = {spell(b64decode(piece)): int(rank) for piece, rank in lines}
     names = BEHIND[kind].split()
     special = dict(zip(names, count(len(ids))))
-    opening = [name for name in names if name in ("<|begin_of_text|>", "[gMASK]", "<sop>")]
+    opening = re.findall(r"<\|begin_of_text\|>|\[gMASK\]|<sop>", BEHIND[kind])
     end = names[names[0] in opening]  # the first, but for BOS
     return ByteTokenizer(BytePairs(ids, ids, "", WORDS, ids), special, opening, end)
 
@@ -978,7 +978,7 @@ def asked(messages):
 def message_texts(template, messages):
     """The system text or None, and the other texts of messages. Raises ValueError for half a
     character, which may be one of our marks."""
-    "".join(m["content"] + m.get("input", "") for m in messages).encode()
+    to_json(messages).encode()
     texts = [template.get("default_system")] * (messages[0]["role"] != "system")
     for m in messages:
         text = m["content"].strip() if m["role"] in template.get("trim", ()) else m["content"]

@@ -610,8 +610,7 @@ def expand(match):
         runs = re.finditer(kind, kinds_of_characters())
         return "".join(f"\\U{run.start():08x}-\\U{run.end() - 1:08x}" for run in runs)
 
-    inside = re.sub(r"\\(?:[sS]|[pP]\{(\w)\})", ranges, match[0])
-    return inside if match[0][0] == "[" else f"[{inside}]"
+    return "[" + re.sub(r"\\(?:[sS]|[pP]\{(\w)\})", ranges, match[1] or match[2]) + "]"
 
 
 END = "\0"  # no letter
@@ -634,7 +633,7 @@ class BytePairs:
         self.texts = {id: piece for piece, id in self.ids.items()}
         self.merged = lru_cache(1 << 16)(self.merge)
         # In a group, so that split() keeps what it finds.
-        escapes = r"\[(?:\\.|[^]])+\]|\\(?:[sS]|[pP]\{\w\})"
+        escapes = r"\[((?:\\.|[^]])+)\]|(\\(?:[sS]|[pP]\{\w\}))"
         self.words = re.compile(f"({re.sub(escapes, expand, self.pattern)})")
         made = {pair.replace(self.between, "") for pair in self.ranks}.union(LETTERS.values())
         if self.words.groups > 1 or made - self.ids.keys():
@@ -1242,8 +1241,8 @@ def make_instruction(row, messages, conversations):
     several = conversations and not question["content"].startswith(" <user>: ")
     if several and "input" in question:
         question["content"] += "\n" + question.pop("input")
-    text = render({}, messages, several)[0]
-    text = re.sub(f"{SPECIAL}bos{SPECIAL}|[{TARGET}{CONTEXT}]", "", text)
+    prompt, _ = render({}, messages, several)
+    text = re.sub(f"{SPECIAL}bos{SPECIAL}|[{TARGET}{CONTEXT}]", "", prompt)
     record = {**row, "instruction": text, "input": question.get("input", "")}
     if last is not question:
         record["output"] = last["content"]

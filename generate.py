@@ -1542,38 +1542,34 @@ class Refused(ValueError):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+@dataclass
 class Server:
     """OpenAI's completions API and a page, in one event loop: a connection costs no thread, and one
     on which no whole request has come no place. The steps of the one batch are made in a thread:
     who waits for an answer asks for the next step, or gets the one that runs. The base and its
-    adapter answer side by side, in rows of the same cache.
+    adapter answer side by side, in rows of the same cache."""
 
-    names      the models on offer: the adapter's, and "base"
-    prompt_of  makes the ids of a prompt of messages
-    options    the Options: among them what clients leave open"""
+    batch: Batch
+    tokenizer: Tokenizer
+    names: list  # of the models on offer: the adapter's, and "base"
+    prompt_of: callable  # makes the ids of a prompt of messages
+    options: Decoding  # the Options: among them what clients leave open
 
     limit = 64  # requests that may wait
     seconds = 10  # for a client to send a request, and to read what was sent
     patience = 512  # later connections, too, end the time for a request
     stopping = False
     about = ""  # which base, adapter and template answer
+    pending = None  # the step that runs, or ran last
 
-    def __init__(self, batch, tokenizer, names, prompt_of, options):
-        self.batch = batch
-        self.tokenizer = tokenizer
-        self.names = names
-        self.prompt_of = prompt_of
+    def __post_init__(self):
+        options = self.options
         # What clients leave open.
-        self.defaults = {f.name: getattr(options, f.name) for f in fields(Decoding)} | {"n": 1}
-        self.api_key = options.api_key
-        self.origins = options.allow_origin
-        # Is the model used to turns before a question? The page then sends them, as a chat does.
-        self.memory = options.single_or_multi == "multi"
+        self.defaults = {f.name: getattr(options, f.name) for f in fields(Decoding)}
         # Open as long as the server is; lines are flushed as they end.
         self.ratings = options.ratings and open(options.ratings, "a", 1, "utf-8")  # noqa: SIM115
         # Only this worker touches the model.
         self.worker = ThreadPoolExecutor(1)
-        self.pending = None
         self.large = asyncio.Lock()  # of whom reads a large body's text
         self.readers = []  # of the latest connections
         self.answering = set()  # the Exchanges with a whole request
@@ -1596,7 +1592,8 @@ class Server:
             "owned_by": "local",
             "defaults": self.defaults,
             "about": self.about,
-            "memory": self.memory,
+            # Is the model used to turns before a question? The page then sends them, as a chat does.
+            "memory": self.options.single_or_multi == "multi",
             "ratings": self.ratings != "",
         }
         models = {name: {"id": name, **card} for name in self.names}
@@ -1704,8 +1701,7 @@ class Server:
         """Wait for a step of the batch: the one that runs, or the next. All who wait for it get an
         error in it."""
         if not self.pending or self.pending.done():
-            loop = asyncio.get_running_loop()
-            self.pending = loop.run_in_executor(self.worker, self.batch.step)
+            self.pending = asyncio.wrap_future(self.worker.submit(self.batch.step))
         await asyncio.shield(self.pending)
 
     def cancel(self, requests):
@@ -1874,11 +1870,12 @@ class Exchange:
             raise Refused(f"{path} takes {METHODS[path]}", 405, Allow=METHODS[path])
         # A page of another site says so in Origin; under a name of its own, in Host.
         host, origin = (self.headers.get(name, "").lower() for name in ("host", "origin"))
-        key = self.server.api_key
+        options = self.server.options
+        key = options.api_key
         if not key and host.partition(":")[0] not in LOCAL:
             text = "is no name of this machine; to be asked under it the server wants --api_key"
             raise Refused(f"Host {host:.100} {text}", 403)
-        if origin in self.server.origins:
+        if origin in options.allow_origin:
             self.shared = HEADERS | {
                 "Access-Control-Allow-Origin": origin,
                 "Access-Control-Allow-Headers": "*, Authorization",

@@ -26,8 +26,6 @@ import hmac
 import json
 import os
 import re
-import select
-import signal
 import socket
 import sys
 import time
@@ -66,10 +64,12 @@ from model import (
     find_tokenizer,
     hold,
     load_model,
+    log_if_read,
     printable,
     read_json_file,
     run,
     setting,
+    stop_signals,
     to_json,
     write_hashes,
     write_json,
@@ -1558,7 +1558,7 @@ class Server:
     limit = 64  # requests that may wait
     seconds = 10  # for a client to send a request, and to read what was sent
     patience = 512  # later connections, too, end the time for a request
-    stopping = False
+    stopping = ()  # the signals that want it to end
     about = ""  # which base, adapter and template answer
     pending = None  # the step that runs, or ran last
 
@@ -1592,7 +1592,7 @@ class Server:
             "owned_by": "local",
             "defaults": self.defaults,
             "about": self.about,
-            # Is the model used to turns before a question? The page then sends them, as a chat does.
+            # Is it used to turns before a question? The page then sends them, as a chat does.
             "memory": self.options.single_or_multi == "multi",
             "ratings": self.ratings != "",
         }
@@ -2045,27 +2045,14 @@ def read_question(messages):
     return read
 
 
-def log_if_read(text):
-    """To stderr, but never wait for who reads it, and never fail: a disk may be full."""
-    with suppress(OSError):
-        if select.select([], [2], [], 0)[1]:
-            os.write(2, text.encode("utf-8", "replace")[-4096:])  # what one page holds
-
-
 def serve(server, about):
-    """Serve until SIGTERM or Ctrl-C, then let the answers under way finish; a second one ends at
-    once."""
-
-    def stop(number, frame):
-        server.stopping = True
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    """Serve until SIGTERM, Ctrl-C or the end of the terminal, then let the answers under way
+    finish; a second one ends at once."""
     host, port = server.socket.getsockname()
     server.about = about
-    log(f"http://{host}:{port}/  models: {' '.join(server.names)}\n{about}")
-    asyncio.run(server.run())
+    with stop_signals() as server.stopping:
+        log(f"http://{host}:{port}/  models: {' '.join(server.names)}\n{about}")
+        asyncio.run(server.run())
 
 
 # ==================================================================================================

@@ -1525,6 +1525,7 @@ ERRORS = {429: "rate_limit_error", 4: "invalid_request_error", 5: "server_error"
 HEADERS = {
     "Server": "TCM-LLM",
     "Connection": "close",
+    "Content_Type": "application/json",  # but where another is told
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "frame-ancestors 'none'",  # the rest stands in the page
 }
@@ -1626,19 +1627,15 @@ class Server:
                 raise Refused(f"{name:.100}: {error}", param=name) from None
         return replace(body, model=body.model or self.names[0])
 
-    def make_requests(self, sent, wanted):
-        """(Body, a Request for each of n answers to each prompt) of what a client sent, with the
-        field that is wanted: "messages" or "prompt"."""
-        given, prompt = sent.keys() & {"messages", "prompt"}, sent.pop("prompt", None)
+    def make_requests(self, sent, chat):
+        """(Body, a Request for each of n answers to each prompt) of what a client sent: messages
+        in a chat, else a prompt or several."""
+        wanted = "messages" if chat else "prompt"
+        given = sent.pop(wanted, None)
         body = self.read_body(sent)
         self.cards(body.model)
         try:
-            if given != {wanted}:
-                raise ValueError(f"{wanted} wanted, and not both messages and prompt")
-            if body.messages is None:
-                prompts = self.read_prompts(prompt)
-            else:
-                prompts = [self.prompt_of(read_question(body.messages))]
+            prompts = [self.prompt_of(read_question(given))] if chat else self.read_prompts(given)
             if not 0 < len(prompts) * body.n <= self.limit:
                 raise ValueError(f"{len(prompts)} prompts, wanted 1 to {self.limit} answers")
         except (ValueError, RecursionError) as error:
@@ -1650,9 +1647,8 @@ class Server:
             for each in replace(body, max_new_tokens=min(room, body.max_new_tokens)).each():
                 # The first id of a prompt follows nothing.
                 first = [[(id, None)] for id in ids[:1] * body.echo]
-                request = Request(ids, each, body.model != "base")
-                request.logprobs = None if body.logprobs is None else first
-                requests.append(request)
+                noted = None if body.logprobs is None else first
+                requests.append(Request(ids, each, body.model != "base", logprobs=noted))
         return body, requests
 
     def read_prompts(self, prompt):
@@ -1662,11 +1658,11 @@ class Server:
         match prompt:
             case str():
                 return [self.tokenizer.encode(prompt, bos=True)]
-            case [*ids] if {*map(type, ids)} == {int}:
-                if 0 <= min(ids) <= max(ids) < size:
-                    return [ids]
-            case [*parts]:
-                return [ids for part in parts for ids in self.read_prompts(part)]
+            case list() if {*map(type, prompt)} == {int}:
+                if 0 <= min(prompt) <= max(prompt) < size:
+                    return [prompt]
+            case list():
+                return [ids for part in prompt for ids in self.read_prompts(part)]
         raise ValueError(f"prompt wanted: a text, a list of ids from 0 to {size - 1}, or several")
 
     def submit(self, requests):
@@ -1718,7 +1714,6 @@ class Body(Decoding):
 
     n: int = setting(1, 1, 64)  # as many as may wait
     model: str = ""
-    messages: list = None
     echo: bool = False
     logprobs: int = setting(None, 0, 20)
     stream: bool = False
@@ -1747,7 +1742,8 @@ METHODS = {
     "/v1/ratings": "POST, OPTIONS",
 }
 # Method, path and headers (RFC 9112). A lone CR, a folded line and the like are in none.
-REQUEST = re.compile(r"([A-Z]+) (\S+) HTTP/1\.[01]\r\n((?:[!-9;-~]+:[^\r\n\0]*\r\n)*)\r\n")
+REQUEST = re.compile(r"([A-Z]+) (([^\s?]*)\S*) HTTP/1\.[01]\r\n((?:[!-9;-~]+:[^\r\n\0]*\r\n)*)\r\n")
+LENGTH = re.compile(r"(?m)^(content-length|transfer-encoding):[ \t]*(.*?)[ \t]*\r$")
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[^\r]*)?\r\n")
 # what else may come of waiting for a request
 BROKEN = {
@@ -1768,7 +1764,6 @@ class Exchange:
     unsent = b"HTTP/1.1 "  # of what each response begins with
     shared = HEADERS  # of all responses
     command = path = "-"
-    streaming = False  # whether events are being sent
 
     async def run(self):
         # Who has sent no request when so many others have come since makes room for them.
@@ -1794,15 +1789,13 @@ class Exchange:
     async def respond(self):
         requests = []
         try:
-            try:
-                path, name = await self.read()
-            finally:
-                self.rest = asyncio.create_task(self.read_rest())
+            path, name = await self.read()
             self.server.answering.add(self)
             if self.command == "OPTIONS":
                 await self.send(b"", Allow=METHODS[path])
             elif path == "/":
-                await self.send((DATA / "page.html").read_bytes(), kind="text/html; charset=utf-8")
+                page = (DATA / "page.html").read_bytes()
+                await self.send(page, Content_Type="text/html; charset=utf-8")
             elif path == "/health":
                 batch = self.server.batch
                 await self.send(
@@ -1819,17 +1812,21 @@ class Exchange:
                 self.server.rate(await self.read_json())
                 await self.send({})
             else:
-                wanted = "messages" if "chat" in path else "prompt"
-                body, requests = self.server.make_requests(await self.read_json(), wanted)
+                chat = "chat" in path
+                body, requests = self.server.make_requests(await self.read_json(), chat)
                 self.server.submit(requests)
-                await self.complete(requests, body)
-        except Refused as error:
-            await self.refuse(error)
+                await self.complete(requests, body, chat)
         except OSError:
             raise
-        except Exception as error:  # out of memory, say
-            log_if_read(traceback.format_exc())
-            await self.refuse(Refused(f"the model failed: {type(error).__name__}", 500))
+        except Exception as error:
+            if not isinstance(error, Refused):  # out of memory, say
+                log_if_read(traceback.format_exc())
+                error = Refused(f"the model failed: {type(error).__name__}", 500)
+            # OpenAI's error object, in a stream as an event
+            if self.unsent:
+                await self.send(error.body, error.status, **error.headers)
+            else:
+                await self.event(error.body)
         finally:
             self.server.cancel(requests)
 
@@ -1842,25 +1839,22 @@ class Exchange:
                 found = REQUEST.fullmatch(head.decode("latin-1"))
                 if not found:
                     raise Refused("no request of HTTP/1.1")
-                self.command, self.path, lines = found.groups()
-                fields = [
-                    (name.lower(), value)
-                    for name, value in re.findall(r"(.+?):[ \t]*(.*?)[ \t]*\r\n", lines)
-                ]
-                self.headers = dict(fields)
+                self.command, self.path, path, lines = found.groups()
+                fields = re.findall(r"(.+?):[ \t]*(.*?)[ \t]*\r\n", lines)
+                self.headers = {name.lower(): value for name, value in fields}
                 # One model of all: /v1/models/NAME.
-                path, _, name = self.path.partition("?")[0].partition("/models/")
+                path, _, name = path.partition("/models/")
                 path += "/models" * bool(name)
                 if path not in METHODS:
                     raise Refused(f"no such path; there are {' '.join(METHODS)}", 404)
                 # No body is kept of who may not ask.
                 self.authorise(path)
-                self.body = bytearray()
-                lengths = ("content-length", "transfer-encoding")
-                await self.read_body([field for field in fields if field[0] in lengths])
+                await self.read_body(LENGTH.findall(lines.lower()))
                 return path, name
         except tuple(BROKEN) as error:
             raise Refused(*BROKEN[type(error)], Retry_After="1") from None
+        finally:
+            self.rest = asyncio.create_task(self.read_rest())
 
     def authorise(self, path):
         """Raise Refused for another method, a wrong key, or a page of another site: a browser lets
@@ -1873,8 +1867,11 @@ class Exchange:
         options = self.server.options
         key = options.api_key
         if not key and host.partition(":")[0] not in LOCAL:
-            text = "is no name of this machine; to be asked under it the server wants --api_key"
-            raise Refused(f"Host {host:.100} {text}", 403)
+            raise Refused(
+                f"Host {host:.100} is no name of this machine; to be asked under it the server "
+                "wants --api_key",
+                403,
+            )
         if origin in options.allow_origin:
             self.shared = HEADERS | {
                 "Access-Control-Allow-Origin": origin,
@@ -1882,8 +1879,11 @@ class Exchange:
                 "Vary": "Origin",
             }
         elif origin and origin.partition("://")[2] != host:
-            text = "for pages of other sites the server wants --allow_origin"
-            raise Refused(f"{origin:.100} is not answered; {text}", 403)
+            raise Refused(
+                f"{origin:.100} is not answered; for pages of other sites the server wants "
+                "--allow_origin",
+                403,
+            )
         # compare_digest takes as long for a wrong key as for the right one. A browser asks without
         # it (OPTIONS) whether its page may ask.
         given = self.headers.get("authorization", "").encode("latin-1")
@@ -1893,6 +1893,7 @@ class Exchange:
 
     async def read_body(self, lengths):
         """Read the body by the headers that tell its length. Raises Refused."""
+        self.body = bytearray()
 
         async def take(digits, base):
             size = int(digits[:9], base)  # Python refuses to read very long numbers
@@ -1923,19 +1924,17 @@ class Exchange:
         with suppress(OSError, Refused):
             while await self.reader.read(MAX_HEAD):
                 pass
-            while self.unsent and not self.writer.is_closing():
+            while self.unsent[1:] and not self.writer.is_closing():
                 self.writer.write(self.unsent[:1])
                 self.unsent = self.unsent[1:]
                 await asyncio.sleep(0.1)
 
-    def begin(self, status, kind, **headers):
+    def begin(self, status, **headers):
         """Send the status and the headers."""
-        lines = [
-            f"{name.replace('_', '-')}: {value}\r\n"
-            for name, value in {**headers, **self.shared, "Content-Type": kind}.items()
-        ]
-        head = f"{status} {HTTPStatus(status).phrase}\r\n{''.join(lines)}\r\n"
-        self.writer.write(self.unsent + head.encode("latin-1"))
+        head = f"{status} {HTTPStatus(status).phrase}\r\n"
+        for name, value in (self.shared | headers).items():
+            head += f"{name.replace('_', '-')}: {value}\r\n"
+        self.writer.write(self.unsent + f"{head}\r\n".encode("latin-1"))
         self.unsent = b""
         log_if_read(f"{time.strftime('%F %T')} {self.command} {self.path!a:.200} {status}\n")
 
@@ -1945,43 +1944,36 @@ class Exchange:
         async with asyncio.timeout(self.server.seconds):
             await self.writer.drain()
 
-    async def send(self, body, status=200, kind="application/json", **headers):
+    async def send(self, body, status=200, **headers):
         """Send a response: bytes, or what becomes JSON."""
         if not isinstance(body, bytes):
             body = to_json(body).encode()
-        self.begin(status, kind, Content_Length=len(body), **headers)
+        self.begin(status, Content_Length=len(body), **headers)
         await self.write(body * (self.command != "HEAD"))
 
     async def event(self, value):
         """Send an event of a stream."""
         await self.write(f"data: {to_json(value)}\n\n".encode())
 
-    async def refuse(self, error):
-        """Send a Refused as OpenAI's error object."""
-        if self.streaming:
-            return await self.event(error.body)
-        await self.send(error.body, error.status, **error.headers)
-
     async def read_json(self):
         """The object in the body; fields that are null are left out."""
-        large = len(self.body) > MAX_HEAD
         # Large ones one by one: others' answers take a step between two.
-        async with self.server.large if large else nullcontext():
-            if large and self.server.asked:
+        if len(self.body) > MAX_HEAD and self.server.asked:
+            async with self.server.large:
                 await self.server.step()
-            try:
-                sent = json.loads(self.body.decode())
-                to_json(sent).encode()  # half a character is no text
-                return {name: value for name, value in sent.items() if value is not None}
-            except (ValueError, RecursionError, AttributeError) as error:
-                raise Refused(f"the body is no JSON object in UTF-8 ({error!s:.100})") from None
+        try:
+            sent = json.loads(self.body.decode())
+            to_json(sent).encode()  # half a character is no text
+            return {name: value for name, value in sent.items() if value is not None}
+        except (ValueError, RecursionError, AttributeError) as error:
+            raise Refused(f"the body is no JSON object in UTF-8 ({error!s:.100})") from None
 
-    async def complete(self, requests, body):
+    async def complete(self, requests, body, chat):
         """Send the answers, as they grow if the client wants a stream."""
-        chat, tokenizer = body.messages is not None, self.server.tokenizer
+        tokenizer = self.server.tokenizer
         # What the response is called, and the text in it.
-        kind = ("text_completion", f"chat.completion{'.chunk' * body.stream}")[chat]
-        key = (("text", "text"), ("message", "delta"))[chat][body.stream]
+        kind = f"chat.completion{'.chunk' * body.stream}" if chat else "text_completion"
+        key = ("message", "delta")[body.stream] if chat else "text"
         head = {
             "id": f"cmpl-{uuid4().hex}",
             "object": kind,
@@ -1998,8 +1990,7 @@ class Exchange:
 
         # From here on an error can only be an event.
         if body.stream:
-            self.begin(200, "text/event-stream")
-            self.streaming = True
+            self.begin(200, Content_Type="text/event-stream")
         for i, request in enumerate(requests):
             text, who = tokenizer.decode(request.prompt_ids * body.echo), {"role": "assistant"}
             # A stream tells who speaks, the text in pieces, why it ended.
@@ -2012,7 +2003,9 @@ class Exchange:
                 else:
                     text += piece
                 if not request.finish_reason:
-                    await self.step()
+                    await self.server.step()
+                if self.writer.is_closing():
+                    raise ConnectionAbortedError  # the client has left
             logprobs = show_logprobs(tokenizer, request, body.logprobs, chat)
             await tell(i, text, request.finish_reason, logprobs, **who)
         asked = sum(len(request.prompt_ids) for request in requests[:: body.n])
@@ -2024,12 +2017,6 @@ class Exchange:
         if body.stream_options == {"include_usage": True}:
             await self.event(response)
         await self.write(b"data: [DONE]\n\n")
-
-    async def step(self):
-        """Wait for a step of the batch. Raises OSError if the client has left."""
-        await self.server.step()
-        if self.writer.is_closing():
-            raise ConnectionAbortedError
 
 
 def read_question(messages):

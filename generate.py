@@ -1555,12 +1555,12 @@ class Server:
     names: list  # of the models on offer: the adapter's, and "base"
     prompt_of: callable  # makes the ids of a prompt of messages
     options: Decoding  # the Options: among them what clients leave open
+    about: str = ""  # which base, adapter and template answer
 
     limit = 64  # requests that may wait
     seconds = 10  # for a client to send a request, and to read what was sent
     patience = 512  # later connections, too, end the time for a request
     stopping = ()  # the signals that want it to end
-    about = ""  # which base, adapter and template answer
     pending = None  # the step that runs, or ran last
 
     def __post_init__(self):
@@ -1743,7 +1743,6 @@ METHODS = {
 }
 # Method, path and headers (RFC 9112). A lone CR, a folded line and the like are in none.
 REQUEST = re.compile(r"([A-Z]+) (([^\s?]*)\S*) HTTP/1\.[01]\r\n((?:[!-9;-~]+:[^\r\n\0]*\r\n)*)\r\n")
-LENGTH = re.compile(r"(?m)^(content-length|transfer-encoding):[ \t]*(.*?)[ \t]*\r$")
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[^\r]*)?\r\n")
 # what else may come of waiting for a request
 BROKEN = {
@@ -1839,9 +1838,7 @@ class Exchange:
                 found = REQUEST.fullmatch(head.decode("latin-1"))
                 if not found:
                     raise Refused("no request of HTTP/1.1")
-                self.command, self.path, path, lines = found.groups()
-                fields = re.findall(r"(.+?):[ \t]*(.*?)[ \t]*\r\n", lines)
-                self.headers = {name.lower(): value for name, value in fields}
+                self.command, self.path, path, self.headers = found.groups()
                 # One model of all: /v1/models/NAME.
                 path, _, name = path.partition("/models/")
                 path += "/models" * bool(name)
@@ -1849,12 +1846,16 @@ class Exchange:
                     raise Refused(f"no such path; there are {' '.join(METHODS)}", 404)
                 # No body is kept of who may not ask.
                 self.authorise(path)
-                await self.read_body(LENGTH.findall(lines.lower()))
+                await self.read_body()
                 return path, name
         except tuple(BROKEN) as error:
             raise Refused(*BROKEN[type(error)], Retry_After="1") from None
         finally:
             self.rest = asyncio.create_task(self.read_rest())
+
+    def header(self, name):
+        """The value of a header, "" if there is none; several are one list (RFC 9110, 5.3)."""
+        return ", ".join(re.findall(rf"(?im)^{name}:(.*)\r$", self.headers)).strip(" \t")
 
     def authorise(self, path):
         """Raise Refused for another method, a wrong key, or a page of another site: a browser lets
@@ -1863,7 +1864,7 @@ class Exchange:
         if self.command not in METHODS[path]:
             raise Refused(f"{path} takes {METHODS[path]}", 405, Allow=METHODS[path])
         # A page of another site says so in Origin; under a name of its own, in Host.
-        host, origin = (self.headers.get(name, "").lower() for name in ("host", "origin"))
+        host, origin = self.header("host").lower(), self.header("origin").lower()
         options = self.server.options
         key = options.api_key
         if not key and host.partition(":")[0] not in LOCAL:
@@ -1886,14 +1887,15 @@ class Exchange:
             )
         # compare_digest takes as long for a wrong key as for the right one. A browser asks without
         # it (OPTIONS) whether its page may ask.
-        given = self.headers.get("authorization", "").encode("latin-1")
+        given = self.header("authorization").encode("latin-1")
         right = hmac.compare_digest(given, f"Bearer {key}".encode())
         if key and "v1" in path and self.command != "OPTIONS" and not right:
             raise Refused("send Authorization: Bearer KEY", 401, code="invalid_api_key")
 
-    async def read_body(self, lengths):
+    async def read_body(self):
         """Read the body by the headers that tell its length. Raises Refused."""
         self.body = bytearray()
+        length, coding = self.header("content-length"), self.header("transfer-encoding")
 
         async def take(digits, base):
             size = int(digits[:9], base)  # Python refuses to read very long numbers
@@ -1902,21 +1904,20 @@ class Exchange:
             self.body += await self.reader.readexactly(size)
             return size
 
-        match lengths:
-            case [("content-length", digits)] if digits.isdecimal():
-                await take(digits, 10)
-            case [("transfer-encoding", "chunked")]:
-                size = 1
-                while size:
-                    chunk = CHUNK.fullmatch(await self.reader.readuntil(b"\r\n"))
-                    if not chunk:
-                        raise Refused("no size of a chunk")
-                    size = await take(chunk[1], 16)
-                    await self.reader.readexactly(2)  # the end of its line
-            case [_, _, *_]:
-                raise Refused("the body has several lengths")
-            case _ if self.command == "POST":
-                raise Refused("a Content-Length is wanted", 411)
+        if "," in length or length and coding:
+            raise Refused("the body has several lengths")
+        if length.isdecimal():
+            await take(length, 10)
+        elif coding == "chunked":
+            size = 1
+            while size:
+                chunk = CHUNK.fullmatch(await self.reader.readuntil(b"\r\n"))
+                if not chunk:
+                    raise Refused("no size of a chunk")
+                size = await take(chunk[1], 16)
+                await self.reader.readexactly(2)  # the end of its line
+        elif self.command == "POST":
+            raise Refused("a Content-Length is wanted", 411)
 
     async def read_rest(self):
         """Throw away what comes behind a request. Where it ends the client sends no more, or has
@@ -1971,12 +1972,11 @@ class Exchange:
     async def complete(self, requests, body, chat):
         """Send the answers, as they grow if the client wants a stream."""
         tokenizer = self.server.tokenizer
-        # What the response is called, and the text in it.
-        kind = f"chat.completion{'.chunk' * body.stream}" if chat else "text_completion"
+        # What the text in the response is called, and the response.
         key = ("message", "delta")[body.stream] if chat else "text"
         head = {
             "id": f"cmpl-{uuid4().hex}",
-            "object": kind,
+            "object": f"chat.completion{'.chunk' * body.stream}" if chat else "text_completion",
             "created": int(time.time()),
             "model": body.model,
         }
@@ -2023,8 +2023,7 @@ def read_question(messages):
     """A client's messages, which end with a question, as `read_chat` gives them."""
     read = read_messages({"messages": messages})
     # A field that has a value and no effect would mislead: tool_calls, say.
-    unknown = {key for message in messages for key in message if message[key]}
-    unknown -= {"role", "content", "name"}
+    unknown = {key for m in messages for key in m if m[key]} - {"role", "content", "name"}
     if unknown:
         raise ValueError(f"messages: {min(unknown)} is not supported")
     if read[-1]["role"] != "user":
@@ -2032,13 +2031,12 @@ def read_question(messages):
     return read
 
 
-def serve(server, about):
+def serve(server):
     """Serve until SIGTERM, Ctrl-C or the end of the terminal, then let the answers under way
     finish; a second one ends at once."""
     host, port = server.socket.getsockname()
-    server.about = about
     with stop_signals() as server.stopping:
-        log(f"http://{host}:{port}/  models: {' '.join(server.names)}\n{about}")
+        log(f"http://{host}:{port}/  models: {' '.join(server.names)}\n{server.about}")
         asyncio.run(server.run())
 
 
@@ -2230,7 +2228,7 @@ def main():
         # As many rows for the base as for the adapter, side by side.
         rows *= len(names)
         batch = Batch(model, rows, options.context, eos_ids(tokenizer), tokenizer.decode)
-        serve(Server(batch, tokenizer, names, prompt_of, options), about)
+        serve(Server(batch, tokenizer, names, prompt_of, options, about))
     else:
         if None in (sys.stdin, sys.stdout):
             raise ValueError("a chat wants standard input and output, and one is closed")

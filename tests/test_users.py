@@ -387,7 +387,7 @@ def test_what_answers_and_what_it_knows_stands_at_the_start(base, monkeypatch, c
     assert "data/tiny with no adapter" in one and "BenTsao's knowledge template" in one
     assert f"on {entities} diseases" in two and G.DISCLAIMER in said
     served = []
-    monkeypatch.setattr(G, "serve", lambda server, about: served.extend((server.socket, about)))
+    monkeypatch.setattr(G, "serve", lambda server: served.extend((server.socket, server.about)))
     assert run_command(G.main, *shipped, "--serve", "--port", 0) == 0
     served[0].close()
     assert served[1] == f"{one}\n{two}"

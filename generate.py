@@ -1741,8 +1741,10 @@ METHODS = {
     "/v1/completions": "POST, OPTIONS",
     "/v1/ratings": "POST, OPTIONS",
 }
-# Method, path and headers (RFC 9112). A lone CR, a folded line and the like are in none.
-REQUEST = re.compile(r"([A-Z]+) (([^\s?]*)\S*) HTTP/1\.[01]\r\n((?:[!-9;-~]+:[^\r\n\0]*\r\n)*)\r\n")
+# Method, target and its path, headers (RFC 9112). A lone CR, a folded line and the like are in none.
+REQUEST = re.compile(
+    r"([A-Z]+) (([^\s?]*)(?:\?\S*)?) HTTP/1\.[01]\r\n((?:[!-9;-~]+:[^\r\n\0]*\r\n)*)\r\n"
+)
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[^\r]*)?\r\n")
 # what else may come of waiting for a request
 BROKEN = {

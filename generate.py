@@ -35,12 +35,12 @@ from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from hashlib import sha256
 from heapq import heappop, heappush
 from http import HTTPStatus
 from io import StringIO
-from itertools import chain, count, cycle, zip_longest
+from itertools import count, cycle, zip_longest
 from pathlib import Path
 from urllib.parse import unquote
 from uuid import uuid4
@@ -1275,9 +1275,9 @@ def make_instruction(row, messages, conversations):
 # Models
 
 
-def log(*texts):
+def log(text=""):
     """To stderr: only answers go to stdout."""
-    print(*map(printable, texts), file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr)
 
 
 def pick_device(name):
@@ -1331,10 +1331,11 @@ def load_base(path, device, dtype, base_dtype="auto"):
         )
     # Wrong ids in config.json are common, and would end no answer.
     theirs = read_json_file(path / "config.json", {})
-    for key, ours in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
-        said = theirs.get(key)
+    for key in ("bos", "eos"):
+        ours, said = getattr(tokenizer, f"{key}_id"), theirs.get(f"{key}_token_id")
         if None not in (ours, said) and ours not in (said if isinstance(said, list) else [said]):
-            log(f"warning: {path}/config.json has {key} {said}, {file} {ours}, which is followed")
+            text = f"has {key}_token_id {said}, {file} {ours}, which is followed"
+            log(f"warning: {path}/config.json {text}")
     if base_dtype in ("auto", *DTYPES):
         model = load_model(path, device, DTYPES.get(base_dtype, dtype))
     else:
@@ -1368,21 +1369,14 @@ def new_batch(model, tokenizer, requests, rows, compile=False):
     return batch
 
 
-def finish(model, tokenizer, requests, rows, compile=False, **bar):
-    """Yield each of requests, in their order, once it has ended; `rows` are decoded together, and
-    a bar goes to stderr."""
+def answer_batch(model, tokenizer, requests, rows, compile=False, **bar):
+    """Yield the texts of requests, in their order, as they end; `rows` are decoded together, and a
+    bar goes to stderr."""
     batch = requests and new_batch(model, tokenizer, requests, rows, compile)
     for request in tqdm(requests, unit="answer", dynamic_ncols=True, **bar):
         while not request.finish_reason:
             batch.step()
-        yield request
-
-
-def answer_batch(model, tokenizer, prompts, decoding, rows, label=""):
-    """The answers to prompts (lists of ids), as texts in their order; a bar goes to stderr."""
-    requests = [Request(ids, decoding) for ids in prompts]
-    ended = finish(model, tokenizer, requests, rows, desc=label)
-    return ["".join(stream(tokenizer, request)) for request in ended]
+        yield "".join(stream(tokenizer, request))
 
 
 def count_answers(path, lines):
@@ -1408,8 +1402,7 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
     file output ("": stdout): the record with answer, finish_reason, index, and a key that stands
     for prompt, decoding and model. Started again it goes on. Raises ValueError as `count_answers`
     does."""
-    requests = []
-    lines = []
+    requests, lines, done = [], [], 0
     weights = fingerprint(model)
     for question in questions:
         prompt = render_prompt(tokenizer, template, *conversation(question))
@@ -1417,17 +1410,15 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
             key = sha256(f"{prompt} {each} {weights}".encode()).hexdigest()[:16]
             lines.append({**question, "index": len(lines), "key": key})
             requests.append(Request(prompt, each))
-    done = 0
     with open(output, "a", encoding="utf-8") if output else nullcontext(sys.stdout) as file:
         # What is in the file already is not asked again; a pipe holds nothing.
         if Path(output).is_file():
             hold(file, output)
             done = count_answers(output, lines)
-        rest = requests[done:]
-        ended = finish(model, tokenizer, rest, rows, compile, initial=done, total=len(lines))
-        for line, request in zip(lines[done:], ended):
-            answer = "".join(stream(tokenizer, request))
-            line |= {"answer": answer, "finish_reason": request.finish_reason}
+        rest, bar = requests[done:], {"initial": done, "total": len(lines)}
+        texts = answer_batch(model, tokenizer, rest, rows, compile, **bar)
+        for line, request, text in zip(lines[done:], rest, texts):
+            line |= {"answer": text, "finish_reason": request.finish_reason}
             print(to_json(line), file=file, flush=True)
 
 
@@ -1459,17 +1450,17 @@ def chat(answer, prompt_of, multi, room, about, opening=()):
         import readline  # noqa: F401  (gives input() its line editing)
     log(f"{about}\n{DISCLAIMER}\n{COMMANDS}\n{MEMORY[multi]}")
     mark = "> " * (sys.stdin.isatty() and sys.stdout.isatty())
-    turns, saved = [], set()  # of a turn the messages of a question and its answer
+    said, saved = [], set()  # messages behind the opening; files
     while True:
         try:
             line = input(mark).strip()
-            if line and not obey(line, opening, turns, about, saved):
+            if line and not obey(line, opening, said, about, saved):
                 question = {"role": "user", "content": line}
-                prompt = fitting_prompt(opening, turns * multi, question, prompt_of, room)
-                # What is said stands in `turns` at once, also of an answer that is stopped.
-                turns.append([question, {"role": "assistant", "content": ""}])
+                prompt = fitting_prompt(opening, said * multi, question, prompt_of, room)
+                # An answer stands there as it grows, also one that is stopped.
+                said += [question, {"role": "assistant", "content": ""}]
                 for text in answer(prompt):
-                    turns[-1][1]["content"] += text
+                    said[-1]["content"] += text
         except KeyboardInterrupt:  # ends the answer or the line, not the chat
             log()
         except EOFError:
@@ -1480,36 +1471,36 @@ def chat(answer, prompt_of, multi, room, about, opening=()):
             log(f"error: {error}")
 
 
-def obey(line, opening, turns, about, saved):
-    """Carry out a line that is a command; False if it is a question. saved: the files, written
-    here, that may be written again. Raises EOFError to end."""
+def obey(line, opening, said, about, saved):
+    """Carry out a line that is a command; False if it is a question. said: the messages behind the
+    opening; saved: the files, written here, that may be written again. Raises EOFError to end."""
     command, _, path = line.partition(" ")
     path = path.strip() or "chat.json"
     if line in EXITS:
         raise EOFError
-    said = {"/model": about, "/help": COMMANDS, "/save": f"saved in {path}", "/reset": "begun anew"}
+    told = {"/model": about, "/help": COMMANDS, "/save": f"saved in {path}", "/reset": "begun anew"}
     if command == "/save":
         # A record that can be trained on: OpenAI's messages.
         if path not in saved:
             check_own(path)
-        write_json(path, [{"messages": [*opening, *chain(*turns)]}])
+        write_json(path, [{"messages": [*opening, *said]}])
         saved.add(path)
     elif command == "/reset":
-        turns.clear()
+        said.clear()
     elif not re.fullmatch("/[a-z]+", command):
         return False
-    log(said.get(command, f"there is no {command}. {COMMANDS}"))
+    log(told.get(command, f"there is no {command}. {COMMANDS}"))
     return True
 
 
-def fitting_prompt(opening, turns, question, prompt_of, room):
-    """The prompt for a question behind as many of the last turns as fit into room tokens with it.
-    Raises ValueError if it does not fit alone."""
-    for first in range(len(turns) + 1):
-        prompt = prompt_of([*opening, *chain(*turns[first:]), question])
+def fitting_prompt(opening, said, question, prompt_of, room):
+    """The prompt for a question behind as many of the last turns, of two messages each, as fit into
+    room tokens with it. Raises ValueError if it does not fit alone."""
+    for first in range(0, len(said) + 1, 2):
+        prompt = prompt_of([*opening, *said[first:], question])
         if len(prompt) <= room:
             if first:
-                log(f"[without the oldest {first} turns]")
+                log(f"[without the oldest {first // 2} turns]")
             return prompt
     raise ValueError(f"the question has more than {room} tokens; give more --context")
 
@@ -1741,7 +1732,8 @@ METHODS = {
     "/v1/completions": "POST, OPTIONS",
     "/v1/ratings": "POST, OPTIONS",
 }
-# Method, target and its path, headers (RFC 9112). A lone CR, a folded line and the like are in none.
+# Method, target, its path, and headers (RFC 9112). A lone CR, a folded line and the like are in
+# none.
 REQUEST = re.compile(
     r"([A-Z]+) (([^\s?]*)(?:\?\S*)?) HTTP/1\.[01]\r\n((?:[!-9;-~]+:[^\r\n\0]*\r\n)*)\r\n"
 )
@@ -1978,14 +1970,14 @@ class Exchange:
         key = ("message", "delta")[body.stream] if chat else "text"
         head = {
             "id": f"cmpl-{uuid4().hex}",
-            "object": f"chat.completion{'.chunk' * body.stream}" if chat else "text_completion",
+            "object": ("text_completion", f"chat.completion{'.chunk' * body.stream}")[chat],
             "created": int(time.time()),
             "model": body.model,
         }
         choices = []
 
-        async def tell(i, text, reason=None, logprobs=None, **role):
-            said = {**role, "content": text} if chat else text
+        async def tell(i, said, reason=None, logprobs=None):
+            said = said if chat else said["content"]
             choices.append({"index": i, key: said, "logprobs": logprobs, "finish_reason": reason})
             if body.stream:
                 await self.event({**head, "choices": [choices.pop()]})
@@ -1994,22 +1986,19 @@ class Exchange:
         if body.stream:
             self.begin(200, Content_Type="text/event-stream")
         for i, request in enumerate(requests):
-            text, who = tokenizer.decode(request.prompt_ids * body.echo), {"role": "assistant"}
-            # A stream tells who speaks, the text in pieces, why it ended.
-            if body.stream:
-                await tell(i, text, **who)
-                text, who = "", {}
+            echo = tokenizer.decode(request.prompt_ids * body.echo)
+            said = {"role": "assistant", "content": echo}
             for piece in stream(tokenizer, request):
-                if body.stream and piece:
-                    await tell(i, piece)
-                else:
-                    text += piece
+                said["content"] += piece
+                # A stream tells who speaks, the text in pieces, why it ended.
+                if body.stream and any(said.values()):
+                    await tell(i, said)
+                    said = {"content": ""}
                 if not request.finish_reason:
                     await self.server.step()
-                if self.writer.is_closing():
-                    raise ConnectionAbortedError  # the client has left
+                await self.write(b"")  # raises OSError if the client has left
             logprobs = show_logprobs(tokenizer, request, body.logprobs, chat)
-            await tell(i, text, request.finish_reason, logprobs, **who)
+            await tell(i, said, request.finish_reason, logprobs)
         asked = sum(len(request.prompt_ids) for request in requests[:: body.n])
         made = sum(len(request.ids) for request in requests)
         usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
@@ -2111,8 +2100,8 @@ def parse_options():
     # argparse converts a default that is a text, as it does an option.
     parser.add_settings(Options)
     for name, variable in (("host", "API_HOST"), ("port", "API_PORT"), ("api_key", "API_KEY")):
-        if os.environ.get(variable):
-            parser.set_defaults(**{name: os.environ[variable]})
+        if text := os.environ.get(variable):
+            parser.set_defaults(**{name: text})
     given = vars(parser.parse_args())
     prompt = given.pop("prompt")
     options = Options(**given)
@@ -2164,24 +2153,18 @@ def load(options, adapter):
     # Faster by two thin products a linear, at a loss that is told.
     if options.merge:
         lost = merge(model).values()
-        mean = f"{sum(lost) / len(lost):.1%} to {dtype}"
-        log(f"merged {len(lost)} linears; the updates lose {mean}")
+        log(f"merged {len(lost)} linears; the updates lose {sum(lost) / len(lost):.1%} to {dtype}")
     knows = read_json_file(find_base(base) / "config.json", {}).get("description", "")
-    about = f"{base} with {adapter or 'no adapter'} on {device}, {dtype}"
-    about += f"; {template.get('description', '')}\n{knows}"
+    about = (
+        f"{base} with {adapter or 'no adapter'} on {device}, {dtype}; "
+        f"{template.get('description', '')}\n{knows}"
+    )
     return model, tokenizer, template, about.strip()
 
 
-def note_answers(output, adapter):
-    """Note the hashes of a file of answers and of the adapter that gave them, if there are both."""
-    if output and adapter:
-        made = [output, *filter(Path.is_file, find_base(adapter).iterdir())]
-        write_hashes(f"{output}.hashes.json", made)
-
-
-def print_answers(model, tokenizer, prompt, decoding):
+def print_answers(model, tokenizer, decoding, prompt):
     """Print the answers to a prompt's ids as they grow, and their speed; yield their text."""
-    started = time.time()
+    started = time.perf_counter()
     # All n answers are decoded together, and shown one after the other.
     requests = [Request(prompt, each) for each in decoding.each()]
     batch = new_batch(model, tokenizer, requests, len(requests))
@@ -2192,43 +2175,41 @@ def print_answers(model, tokenizer, prompt, decoding):
                 yield text
             print(flush=True)
     finally:  # also where Ctrl-C ends it
-        count, seconds = sum(len(r.ids) for r in requests), max(1e-9, time.time() - started)
+        count, seconds = sum(len(r.ids) for r in requests), time.perf_counter() - started
         log(f"[{count} tokens, {count / seconds:.0f} tokens/s]")
 
 
 def main():
     prompt, way, options = parse_options()
     multi = options.single_or_multi == "multi"
-    rows = options.batch_size
     questions = read_instructions(options.instruct_dir) if way == "file" else []
     # Who names a base, a merged one say, does not get the adapter that lies here by chance.
     adapter = options.lora_weights or "lora-tcm" * (not options.base_model)
     adapter *= options.use_lora
     model, tokenizer, template, about = load(options, adapter)
 
-    opening = [{"role": "system", "content": options.system}] if options.system else []
-
-    def prompt_of(messages):
-        # A lone question stands as in a record of one turn, unless --single_or_multi multi.
-        return render_prompt(tokenizer, template, messages, multi)
-
-    def answer(prompt):
-        return print_answers(model, tokenizer, prompt, options)
+    opening = [{"role": "system", "content": options.system}] * bool(options.system)
+    # A lone question stands as in a record of one turn, unless a chat is of several.
+    several = multi and way != "question"
+    prompt_of = partial(render_prompt, tokenizer, template, several=several)
+    answer = partial(print_answers, model, tokenizer, options)
 
     if way == "question":
         question = {"role": "user", "content": prompt, "input": options.input}
-        for _ in answer(render_prompt(tokenizer, template, [*opening, question])):
-            pass
+        list(answer(prompt_of([*opening, question])))
         log(DISCLAIMER)
     elif way == "file":
-        more = (options.output, rows, options.compile)
+        more = (options.output, options.batch_size, options.compile)
         answer_file(model, tokenizer, template, questions, options, *more)
-        note_answers(options.output, adapter)
+        # Answers are traced back to the adapter that gave them.
+        if options.output and adapter:
+            made = [options.output, *filter(Path.is_file, find_base(adapter).iterdir())]
+            write_hashes(f"{options.output}.hashes.json", made)
     elif way == "serve":
         name = Path(adapter).resolve().name
         names = ["tuned" if name == "base" else name, "base"] if adapter else ["base"]
         # As many rows for the base as for the adapter, side by side.
-        rows *= len(names)
+        rows = options.batch_size * len(names)
         batch = Batch(model, rows, options.context, eos_ids(tokenizer), tokenizer.decode)
         serve(Server(batch, tokenizer, names, prompt_of, options, about))
     else:

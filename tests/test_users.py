@@ -103,7 +103,7 @@ def test_an_adapter_moves_to_another_machine(tmp_path, capsys, monkeypatch):
         ROOT / "data/tiny", tmp_path / "a", there, made_in=made_in, config=config
     )
     asked = []
-    monkeypatch.setattr(G, "print_answers", lambda m, tokenizer, ids, _: asked.append(ids) or [])
+    monkeypatch.setattr(G, "print_answers", lambda m, tokenizer, _, ids: asked.append(ids) or [])
     assert run_command(G.main, "--lora_weights", adapter, *QUESTION) == 0
     text = G.load_tokenizer(ROOT / "data/tiny").decode(asked[0])
     assert text.strip() == "甲黄芪有什么功效？乙"

@@ -1563,7 +1563,7 @@ class Server:
         # Only this worker touches the model.
         self.worker = ThreadPoolExecutor(1)
         self.large = asyncio.Lock()  # of whom reads a large body's text
-        self.readers = []  # of the latest connections
+        self.latest = []  # Exchanges
         self.answering = set()  # the Exchanges with a whole request
         self.asked = set()  # the Requests that wait or have rows
         self.socket = socket.create_server((options.host, options.port), backlog=128)
@@ -1760,12 +1760,13 @@ class Exchange:
 
     async def run(self):
         # Who has sent no request when so many others have come since makes room for them.
-        readers = self.server.readers
-        readers.append(self.reader)
-        if len(readers) > self.server.patience:
-            readers.pop(0).set_exception(
-                Refused("too many connections wait; send all at once", 503, Retry_After="1")
-            )
+        latest = self.server.latest
+        latest.append(self)
+        if len(latest) > self.server.patience:
+            oldest = latest.pop(0)
+            if oldest not in self.server.answering:
+                error = "too many connections wait; send all at once"
+                oldest.reader.set_exception(Refused(error, 503, Retry_After="1"))
         # OSError: the client has left, or does not read.
         with suppress(OSError, Refused, asyncio.CancelledError):
             try:

@@ -1334,8 +1334,10 @@ def load_base(path, device, dtype, base_dtype="auto"):
     for key in ("bos", "eos"):
         ours, said = getattr(tokenizer, f"{key}_id"), theirs.get(f"{key}_token_id")
         if None not in (ours, said) and ours not in (said if isinstance(said, list) else [said]):
-            text = f"has {key}_token_id {said}, {file} {ours}, which is followed"
-            log(f"warning: {path}/config.json {text}")
+            log(
+                f"warning: {path}/config.json has {key}_token_id {said}, {file} {ours}, which is "
+                "followed"
+            )
     if base_dtype in ("auto", *DTYPES):
         model = load_model(path, device, DTYPES.get(base_dtype, dtype))
     else:
@@ -1456,7 +1458,8 @@ def chat(answer, prompt_of, multi, room, about, opening=()):
             line = input(mark).strip()
             if line and not obey(line, opening, said, about, saved):
                 question = {"role": "user", "content": line}
-                prompt = fitting_prompt(opening, said * multi, question, prompt_of, room)
+                shown = [*said * multi, question]
+                prompt = fitting_prompt(opening, shown, prompt_of, room)
                 # An answer stands there as it grows, also one that is stopped.
                 said += [question, {"role": "assistant", "content": ""}]
                 for text in answer(prompt):
@@ -1493,11 +1496,11 @@ def obey(line, opening, said, about, saved):
     return True
 
 
-def fitting_prompt(opening, said, question, prompt_of, room):
-    """The prompt for a question behind as many of the last turns, of two messages each, as fit into
-    room tokens with it. Raises ValueError if it does not fit alone."""
-    for first in range(0, len(said) + 1, 2):
-        prompt = prompt_of([*opening, *said[first:], question])
+def fitting_prompt(opening, messages, prompt_of, room):
+    """The prompt for a question, the last of messages, behind as many of the turns before it, of
+    two messages each, as fit into room tokens. Raises ValueError if it does not fit alone."""
+    for first in range(0, len(messages), 2):
+        prompt = prompt_of([*opening, *messages[first:]])
         if len(prompt) <= room:
             if first:
                 log(f"[without the oldest {first // 2} turns]")
@@ -2096,8 +2099,9 @@ def parse_options():
     """(question or None, the way to ask, Options) of the command line and the environment. Raises
     ValueError for options that do not go together."""
     parser = Parser(description=__doc__.partition("\n\nWhat this")[0])
-    text = "one question; without it, --instruct_dir and --serve, a chat"
-    parser.add_argument("prompt", nargs="?", help=text)
+    parser.add_argument(
+        "prompt", nargs="?", help="one question; without it, --instruct_dir and --serve, a chat"
+    )
     # argparse converts a default that is a text, as it does an option.
     parser.add_settings(Options)
     for name, variable in (("host", "API_HOST"), ("port", "API_PORT"), ("api_key", "API_KEY")):
@@ -2121,18 +2125,16 @@ def parse_options():
     return prompt, way, options
 
 
-NO_ADAPTER = (
-    "train one with python train.py, name another with --lora_weights, or ask the base alone with "
-    "--use_lora False"
-)
-
-
 def load(options, adapter):
     """(model, tokenizer, template, text about them) that options name: what they leave empty is
     the adapter's own, else data/tiny and the template that the base's special tokens ask for."""
     base, own = options.base_model or DATA / "tiny", {}
     if adapter:
-        adapter = find_base(adapter, NO_ADAPTER)
+        adapter = find_base(
+            adapter,
+            "train one with python train.py, name another with --lora_weights, or ask the base "
+            "alone with --use_lora False",
+        )
         # Its template stands in run.json as a whole, whatever has become of its file.
         base, own = adapter_base(adapter, options.base_model, options.anyway)
         if own:

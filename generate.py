@@ -1871,7 +1871,7 @@ class Exchange:
                 "wants --api_key",
                 403,
             )
-        if origin in options.allow_origin:
+        if origin and {origin, "*"} & {*options.allow_origin}:
             self.shared = HEADERS | {
                 "Access-Control-Allow-Origin": origin,
                 "Access-Control-Allow-Headers": "*, Authorization",
@@ -1947,7 +1947,7 @@ class Exchange:
         """Send a response: bytes, or what becomes JSON."""
         if not isinstance(body, bytes):
             body = to_json(body).encode()
-        self.begin(status, Content_Length=len(body), **headers)
+        self.begin(status, **headers, Content_Length=len(body))
         await self.write(body * (self.command != "HEAD"))
 
     async def event(self, value):

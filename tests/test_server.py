@@ -701,6 +701,23 @@ def test_other_sites_may_ask_where_they_are_allowed(models):
         stop()
 
 
+def test_all_sites_may_ask_where_all_are_allowed(models):
+    """--allow_origin *, as --help has it; to be asked under another name needs a key still."""
+    server, stop = start(models, allow_origin=("*",))
+    try:
+        for data, wanted in (
+            (post(ask(), Origin="https://any.example"), 200),
+            (post(ask()), 200),
+            (post(ask(), Origin="https://any.example", host="any.example"), 403),
+        ):
+            status, head, _ = raw(server, data)
+            assert status == wanted
+            named = "Access-Control-Allow-Origin: https://any.example\r\n" in head
+            assert named == (wanted == 200 and b"Origin" in data)
+    finally:
+        stop()
+
+
 @pytest.mark.parametrize(
     "data, words",
     [

@@ -1386,10 +1386,9 @@ def count_answers(path, lines):
     off. Raises ValueError, and leaves the file as it is, if something else stands there."""
     *kept, torn = Path(path).read_bytes().split(b"\n")
     with suppress(ValueError, TypeError, LookupError):
-        same = all(json.loads(have)["key"] == line["key"] for have, line in zip(kept, lines))
+        same = all(json.loads(have)["key"] == lines[i]["key"] for i, have in enumerate(kept))
         # So the next line begins, and what a user has there does not.
-        following = [*lines, None][len(kept)]
-        start = (to_json(following)[:-1] if following else "\n").encode()
+        start = torn and to_json(lines[len(kept)])[:-1].encode()
         if same and torn[: len(start)] == start[: len(torn)]:
             os.truncate(path, os.path.getsize(path) - len(torn))
             return len(kept)
@@ -1458,8 +1457,7 @@ def chat(answer, prompt_of, multi, room, about, opening=()):
             line = input(mark).strip()
             if line and not obey(line, opening, said, about, saved):
                 question = {"role": "user", "content": line}
-                shown = [*said * multi, question]
-                prompt = fitting_prompt(opening, shown, prompt_of, room)
+                prompt = fitting_prompt(opening, [*said * multi, question], prompt_of, room)
                 # An answer stands there as it grows, also one that is stopped.
                 said += [question, {"role": "assistant", "content": ""}]
                 for text in answer(prompt):

@@ -36,6 +36,7 @@ import json
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import sys
@@ -1411,6 +1412,13 @@ def printable(text):
     return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", text)
 
 
+def log_if_read(text):
+    """To stderr, but never wait for who reads it, and never fail: a disk may be full."""
+    with suppress(OSError):
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, text.encode("utf-8", "replace")[-4096:])  # what one page holds
+
+
 class Lasting:
     """A stream of output whose reader may leave, or None, as one that was closed from the start is:
     what is written then is lost, and nothing else. So the end of `| tee log`, or of a terminal, is
@@ -1442,8 +1450,8 @@ def stop_signals(stop=lambda number: None):
         caught.append(number)
         stop(number)
         signal.signal(number, signal.SIG_DFL)
-        with suppress(OSError):  # Ctrl-C has ended `tee` too, or the terminal is gone
-            os.write(2, b"\nstopping when this is done; once more to stop at once\n")
+        # Ctrl-C has ended `tee` too, or the terminal is gone.
+        log_if_read("\nstopping when this is done; once more to stop at once\n")
 
     with suppress(ValueError):  # in another thread than the main one there are no handlers
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -46,6 +46,7 @@ from tqdm import tqdm
 from generate import (
     DATA,
     Decoding,
+    Request,
     answer_batch,
     conversation,
     default_template,
@@ -1021,7 +1022,8 @@ def answer_all(model, tokenizer, template, records, key):
     rank, n = processes()
     own = records[rank::n]
     prompts = [render_prompt(tokenizer, template, *conversation(record)) for record in own]
-    answers = answer_batch(model, tokenizer, prompts, Decoding(max_new_tokens=128), 32, key)
+    requests = [Request(ids, Decoding(max_new_tokens=128)) for ids in prompts]
+    answers = list(answer_batch(model, tokenizer, requests, 32, desc=key))
     # Question i was answered by process i % n.
     shares = [answers] * n
     if n > 1:

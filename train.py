@@ -34,6 +34,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -328,10 +329,11 @@ def train(config, model, data, run=None):
     rows, val_rows = data
     parameters = list(trained_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay, fused=True)
-    total = total_steps(rows, config)
+    per_epoch = math.ceil(len(rows) / config.batch_size)
+    total = min(config.num_epochs * per_epoch, config.max_steps or math.inf)
     model.train()
     with stop_signals() as caught, run.recording(model, optimizer, total) as first:
-        for step, epoch, batch in steps(rows, config, first, total):
+        for step, batch in islice(enumerate(steps(rows, config)), first, total):
             run.step, started = step + 1, time.time()
             seed_dropout(step, config)
 
@@ -344,10 +346,11 @@ def train(config, model, data, run=None):
             optimizer.zero_grad()
 
             # What is known of the step; a validation and a checkpoint where they are due.
-            record = {"step": step + 1, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
+            epoch = round(run.step / per_epoch, 4)
+            record = {"step": run.step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
             tokens, seconds = sum(map(len, batch)), max(1e-9, time.time() - started)
             record |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-            if val_rows and run.is_multiple(config.eval_steps, total):
+            if val_rows and (run.step == total or run.step % (config.eval_steps or total) == 0):
                 record["val_loss"] = evaluate(model, val_rows, config, run.limits)
             run.log(record)
             stopping = any_stopped(caught, model.device)
@@ -371,21 +374,12 @@ def trained_parameters(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def total_steps(rows, config):
-    count = config.num_epochs * math.ceil(len(rows) / config.batch_size)
-    return min(count, config.max_steps or count)
-
-
-def steps(rows, config, first, total):
-    """Yield (step, epochs done after it, its rows) of the steps from `first` to before `total`."""
-    per_epoch = math.ceil(len(rows) / config.batch_size)
-    for step in range(first, total):
-        epoch, position = divmod(step, per_epoch)
-        if step == first or position == 0:
-            order = epoch_order(rows, config, epoch)
-        start = position * config.batch_size
-        batch = [rows[i] for i in order[start : start + config.batch_size]]
-        yield step, round((step + 1) / per_epoch, 4), batch
+def steps(rows, config):
+    """Yield the rows of each step of all epochs."""
+    for epoch in range(config.num_epochs):
+        order = epoch_order(rows, config, epoch)
+        for start in range(0, len(rows), config.batch_size):
+            yield [rows[i] for i in order[start : start + config.batch_size]]
 
 
 def seed_dropout(step, config):
@@ -563,10 +557,6 @@ class Run:
                 file.write(json.dumps(record) + "\n")
         if self.wandb:
             self.wandb.log(record, step=record["step"])
-
-    def is_multiple(self, every, total):
-        """Is the step one of every so many, or the last?"""
-        return self.step == total or self.step % (every or total) == 0
 
     def best_step(self):
         """The first step of the lowest validation loss; None before a validation."""

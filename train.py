@@ -213,9 +213,9 @@ def collate(rows, device, share=True, glm=False):
 CHUNK = 2**23  # logits made at once: 32 MB
 
 
-def loss_sum(model, ids, labels, packed=None, scale=None):
-    """Cross-entropy summed over the M targets, float32. With a scale, the gradient of scale * loss
-    is added to .grad.
+def loss_sum(model, ids, labels, packed=None, scale=1.0):
+    """Cross-entropy summed over the M targets, float32. The gradient of scale * loss is added to
+    .grad, unless torch.no_grad() holds.
 
     The logits (M, V) of all targets would be the largest tensor of a step. They are made a chunk at
     a time, and each chunk is differentiated down to its hidden states before the next is made."""
@@ -223,16 +223,15 @@ def loss_sum(model, ids, labels, packed=None, scale=None):
     # Only where there is a target are the last feed-forward and the logits computed.
     targets = (labels != -100).nonzero().squeeze(1)
     h = model.hidden_states(ids, packed, keep=targets)  # (M, C)
-    top = h.detach().requires_grad_(scale is not None)  # where the two parts of the gradient meet
-    size = max(64, CHUNK // model.config.vocab_size)
-    total = torch.zeros((), device=h.device)
+    top = h.detach().requires_grad_()  # where the two parts of the gradient meet
+    size, total = max(64, CHUNK // model.config.vocab_size), 0
     for part, label in zip(top.split(size), labels[targets].split(size)):
         loss = F.cross_entropy(model.lm_head(part).float(), label, reduction="sum")
         total += loss.detach()
-        if scale is not None:
+        if torch.is_grad_enabled():
             (loss * scale).backward()
     # From the hidden states the gradient goes down through the network, once for all chunks.
-    if scale is not None:
+    if torch.is_grad_enabled():
         h.backward(top.grad)
     return total
 
@@ -249,16 +248,15 @@ class Limits:
     loss_scale: float = 2.0**16  # by the greatest number of fp16, 65,504
 
 
-def total_loss(model, rows, config, limits, scale=None):
+def total_loss(model, rows, config, limits, scale=1.0):
     """`loss_sum` over all rows, whichever process computes them, a micro-batch at a time.
 
     A micro-batch of weight 0 counts for nothing (`own_batches` says why there are such)."""
     losses = []
     for micro, weight in own_batches(rows, config, limits or Limits(config.micro_batch_tokens)):
         batch = collate(micro, model.device, config.share_opening, model.config.prefix_lm)
-        factor = None if scale is None else weight * scale
         # A tensor is kept: asking for its number would stop a GPU's queue.
-        losses.append(weight * loss_sum(model, *batch, factor))
+        losses.append(weight * loss_sum(model, *batch, weight * scale))
     total = sum(losses).double()
     sum_over_processes([total])
     return total.item()

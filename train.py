@@ -161,15 +161,15 @@ def epoch_order(rows, config, epoch):
     return grouped
 
 
-def micro_batches(rows, size, budget):
-    """Rows sorted by length and cut into micro-batches of at most `size` rows (0: any number) and,
-    unless one row alone is longer, of `budget` tokens as attention pads them. Rows of like length
-    pad little, and the sum over a step is the same however it is cut."""
-    batches = []
+def micro_batches(rows, size, budget, shares=1):
+    """Rows sorted by length and cut into micro-batches. A share has at most `size` rows (0: any
+    number) and, unless one row alone is longer, `budget` tokens as attention pads them. Rows of
+    like length pad little, and the sum over a step is the same however it is cut."""
+    batches = [[]]
     for row in sorted(rows, key=len):
         # The rows come in order of length, so this one's is the longest: the width of all.
-        last = batches[-1] if batches else []
-        if not last or len(last) == size or (len(last) + 1) * len(row) > budget:
+        count = len(batches[-1])
+        if count and (count == size * shares or (count // shares + 1) * len(row) > budget):
             batches.append([])
         batches[-1].append(row)
     return batches
@@ -248,16 +248,18 @@ class Limits:
     loss_scale: float = 2.0**16  # by the greatest number of fp16, 65,504
 
 
-def total_loss(model, rows, config, limits, scale=1.0):
-    """`loss_sum` over all rows, whichever process computes them, a micro-batch at a time.
-
-    A micro-batch of weight 0 counts for nothing (`own_batches` says why there are such)."""
-    losses = []
-    for micro, weight in own_batches(rows, config, limits or Limits(config.micro_batch_tokens)):
-        batch = collate(micro, model.device, config.share_opening, model.config.prefix_lm)
+def total_loss(model, rows, config, tokens, scale=1.0):
+    """`loss_sum` over all rows. Of each micro-batch every process computes a share, of at most so
+    many tokens (0: as config has it)."""
+    (rank, n), total = processes(), 0
+    budget = tokens or config.micro_batch_tokens or 2048
+    for micro in micro_batches(rows, config.micro_batch_size, budget, n):
+        # A sharded model is computed by all in step: who has no row takes one that does not count.
+        own, weight = micro[rank::n] or micro[:1], rank < len(micro)
+        batch = collate(own, model.device, config.share_opening, model.config.prefix_lm)
         # A tensor is kept: asking for its number would stop a GPU's queue.
-        losses.append(weight * loss_sum(model, *batch, weight * scale))
-    total = sum(losses).double()
+        total += weight * loss_sum(model, *batch, weight * scale)
+    total = total.double()
     sum_over_processes([total])
     return total.item()
 
@@ -269,10 +271,10 @@ def step_gradient(model, rows, config, limits=None):
     Each micro-batch's summed loss is divided by the targets of the whole step. So every token
     weighs the same, and the gradient does not depend on how rows are cut into micro-batches or
     spread over processes. In fp16 the loss is scaled, lest small gradients vanish."""
-    limits, count = limits or Limits(config.micro_batch_tokens), target_count(rows)
+    limits, count = limits or Limits(), target_count(rows)
     is_fp16 = model.dtype == torch.float16
     scale = limits.loss_scale if is_fp16 else 1.0
-    loss = total_loss(model, rows, config, limits, scale / count) / count
+    loss = total_loss(model, rows, config, limits.tokens_at_once, scale / count) / count
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if config.shard:
         scale /= processes()[1]  # FSDP2 has made their mean on the way, and we want the sum
@@ -289,11 +291,11 @@ def step_gradient(model, rows, config, limits=None):
 
 
 @torch.no_grad()
-def evaluate(model, rows, config, limits=None):
+def evaluate(model, rows, config, tokens=0):
     """Loss per target token over rows, without dropout; no weight changes."""
     training = model.training
     model.eval()
-    loss = total_loss(model, rows, config, limits) / target_count(rows)
+    loss = total_loss(model, rows, config, tokens) / target_count(rows)
     model.train(training)
     if config.shard:
         model.reshard()  # which FSDP2 does by itself in a backward alone
@@ -349,7 +351,7 @@ def train(config, model, data, run=None):
             tokens, seconds = sum(map(len, batch)), max(1e-9, time.time() - started)
             record |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
             if val_rows and (run.step == total or run.step % (config.eval_steps or total) == 0):
-                record["val_loss"] = evaluate(model, val_rows, config, run.limits)
+                record["val_loss"] = evaluate(model, val_rows, config, run.limits.tokens_at_once)
             run.log(record)
             stopping = any_stopped(caught, model.device)
             if run.step < total and (stopping or run.is_due()):
@@ -861,19 +863,6 @@ def join_processes(device):
     if dist.get_rank() > 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return device
-
-
-def own_batches(rows, config, limits):
-    """This process's micro-batches as (rows, 1): every Nth row by length, so that all have as much
-    to do. Where another process has more, (one row, 0) fills up: it counts for nothing, but a
-    sharded model is computed by all processes in step."""
-    rank, n = processes()
-    rows = sorted(rows, key=len)
-    size, budget = config.micro_batch_size, limits.tokens_at_once or 2048
-    # All processes cut all shares: so each knows how many micro-batches the others have.
-    shares = [micro_batches(rows[i::n], size, budget) for i in range(n)]
-    missing = max(map(len, shares)) - len(shares[rank])
-    return [(micro, 1) for micro in shares[rank]] + [(rows[:1], 0)] * missing
 
 
 def sum_over_processes(tensors):

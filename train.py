@@ -192,19 +192,18 @@ def collate(rows, device, share=True, glm=False):
       ids       a     b     c     D     x
       labels   -100  -100   D     E     Y"""
     shared = shared_opening(rows) if share and not glm else 0
-    ids, labels = rows[0].ids[:shared], [-100] * shared
+    stream = []
     for row in rows:
         # a row's last token predicts nothing: it is a label only
-        ids += row.ids[shared:-1]
-        pairs = zip(row.ids[shared + 1 :], row.mask[shared + 1 :])
-        labels += [token if is_target else -100 for token, is_target in pairs]
+        follows = zip(row.ids, row.ids[1:], row.mask[1:])
+        pairs = [(id, label if is_target else -100) for id, label, is_target in follows]
+        stream += pairs[shared if stream else 0 :]
     prefixes = [row.mask.index(True) - 1 for row in rows] if glm else None
     packed = PackedRows([len(row) - 1 for row in rows], shared, device, prefixes)
     # PackedRows rounds the stream up to a multiple of 8; what fills it predicts nothing.
-    idle = packed.back.numel() - len(ids)
-    ids += [0] * idle
-    labels += [-100] * idle
-    return torch.tensor([ids], device=device), torch.tensor([labels], device=device), packed
+    stream += [(0, -100)] * (len(packed.back) - len(stream))
+    ids, labels = torch.tensor(stream, device=device).T
+    return ids[None], labels[None], packed
 
 
 # --------------------------------------------------------------------------------------------------

@@ -682,11 +682,11 @@ def newest(folder):
 def training_state(model, optimizer):
     """{name: tensor} of what an exact continuation needs: each trained parameter, AdamW's two
     moments and their step. The order of the data and dropout's masks follow from seed and step."""
-    state = {}
-    for name, p in trained_parameters(model).items():
-        for key, tensor in {"value": p.detach(), **optimizer.state[p]}.items():
-            state[f"{name}/{key}"] = tensor
-    return state
+    return {
+        f"{name}/{key}": tensor
+        for name, p in trained_parameters(model).items()
+        for key, tensor in {"value": p.detach(), **optimizer.state[p]}.items()
+    }
 
 
 @torch.no_grad()
@@ -1008,12 +1008,10 @@ def answer_all(model, tokenizer, template, records, key):
 def find_terms(text, terms):
     """Yield (start, term) of the terms that stand in a text somewhere not inside a longer one
     (四逆汤 is not named by 当归四逆汤)."""
-    longest_first = sorted({*map(len, filter(None, terms))}, reverse=True)
-    end = 0
+    terms, lengths, end = set(terms), {*map(len, terms)}, 0
     for start in range(len(text)):
-        found = (text[start : start + n] for n in longest_first)
-        term = next((part for part in found if part in terms), "")
         # The longest that begins here, unless one from further left holds it.
+        term = max(terms & {text[start : start + n] for n in lengths}, key=len, default="")
         if term and start + len(term) > end:
             end = start + len(term)
             yield start, term

@@ -701,7 +701,12 @@ def restore(model, optimizer, folder):
     saved, live = open_weights(folder / "state.safetensors"), training_state(model, optimizer)
     check_like(folder, saved, dict.fromkeys(saved) | live)
     for name, tensor in live.items():
-        tensor.copy_(own_part(saved[name], tensor))
+        whole = saved[name]
+        if hasattr(tensor, "device_mesh"):  # cut over the processes: each takes its part
+            from torch.distributed.tensor import distribute_tensor
+
+            whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
+        tensor.copy_(whole)
     return {int(tensor) for name, tensor in saved.items() if name.endswith("/step")}
 
 
@@ -889,15 +894,6 @@ def shard(model, device, dtype):
                 "torch 2.13, or take --base_dtype bf16"
             ) from None
     register_fsdp_forward_method(model, "hidden_states")
-
-
-def own_part(tensor, like):
-    """A whole tensor, or this process's part of it where `like` is cut."""
-    if not hasattr(like, "device_mesh"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 # ==================================================================================================

@@ -878,21 +878,14 @@ def sum_over_processes(tensors):
 def shard(model, device, dtype):
     """FSDP2 (--shard): cut each block's weights over the processes, then those of the rest; they
     are gathered for their products and freed again. Moved to device and cast to dtype a block at a
-    time, since the base may be mapped, and exceed the device. Raises ValueError where torch cannot
-    cut a quantised base."""
+    time, since the base may be mapped, and exceed the device."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     # First the blocks, then what is left of the model: embedding, last norm and head.
     mesh = dist.init_device_mesh(device.type, (processes()[1],))
     for part in (*model.layers, model):
         move_model(part, device, dtype)
-        try:
-            fully_shard(part, mesh=mesh)
-        except RuntimeError as error:  # torch 2.11 cuts floating-point parameters alone
-            raise ValueError(
-                f"torch {torch.__version__} cannot shard this base ({error}); int8 and nf4 want "
-                "torch 2.13, or take --base_dtype bf16"
-            ) from None
+        fully_shard(part, mesh=mesh)
     register_fsdp_forward_method(model, "hidden_states")
 
 

@@ -720,23 +720,22 @@ def draw_curve(history, path):
     last, keys = {"val_loss": math.nan} | history[-1], ("loss", "val_loss")
     losses = [min(max(r[key], 1e-6), 1e7) for r in history for key in keys if key in r]
     levels = ROUND[bisect(ROUND, min(losses)) - 1 : bisect(ROUND, max(losses)) + 1]
-    low, high = levels[0], levels[-1]
+    low, *_, high = levels
 
     def place(epoch, loss):
         """As "x,y", in the frame's units."""
-        height = math.log(min(max(loss, low), high) / low) / math.log(high / low)
+        height = math.log(min(max(loss, low), high) / low, high / low)
         return f"{60 + 720 * epoch / last['epoch']:.1f},{360 - 330 * height:.1f}"
 
     lines = {key: " ".join(place(r["epoch"], r[key]) for r in history if key in r) for key in keys}
     # At most ten epochs, tens or tenths of them have a mark.
     apart = 10.0 ** math.ceil(math.log10(last["epoch"] / 10))
     marks = [i * apart for i in range(int(last["epoch"] / apart) + 1)]
-    ticks = [("level", place(0, level), level) for level in levels]
-    ticks += [("epoch", place(mark, low), mark) for mark in marks]
     tick = '<g transform="translate({1})"><use href="#{0}"/><text class="{0}">{2:g}</text></g>'
+    ticks = [tick.format("level", place(0, level), level) for level in levels]
+    ticks += [tick.format("epoch", place(mark, low), mark) for mark in marks]
     frame = (DATA / "loss.svg").read_text(encoding="utf-8")
-    svg = frame.format(last=last, ticks="\n".join(tick.format(*t) for t in ticks), **lines)
-    write_text(path, svg)
+    write_text(path, frame.format(last=last, ticks="\n".join(ticks), **lines))
 
 
 # ==================================================================================================

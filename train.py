@@ -742,7 +742,7 @@ def draw_curve(history, path):
 # Memory: how many tokens at once, and how many blocks to compute again for the gradient
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """How a run is to fit into memory, and the bytes that it will take."""
 
@@ -763,25 +763,23 @@ def plan_memory(shape, config, rows, dtype, device, tokens=0):
     sizes = [tokens] if tokens else [limit, limit // 2, limit // 4, 0]
     lengths = list(map(len, rows))
     longest, target_share = max(lengths), target_count(rows) / sum(lengths)
-    model, s = trial_model(shape, config, dtype), dtype.itemsize
-    L = len(model.layers)
+    model, L = trial_model(shape, config, dtype), shape.num_hidden_layers
     # Of what is trained there are a gradient and two moments besides. Cut over processes, two
     # blocks are whole at a time.
     weights = sum(p.nbytes for p in model.parameters())
-    fixed = weights + 12 * sum(p.numel() for p in trained_parameters(model).values())
+    fixed = weights + 3 * sum(p.nbytes for p in trained_parameters(model).values())
     if config.shard:
         fixed = fixed / processes()[1] + 2 * weights / L
-    kept_of = cache(partial(kept_bytes, model))
     for recomputed in {"none": [0], "full": [L]}.get(config.recompute, range(L)):
         for size in sizes:
             n = min(max(size, longest), longest * (config.micro_batch_size or math.inf))
             targets = round(n * target_share)
             # Of a recomputed block its input; and one is whole again while its gradient is made.
-            kept = max(1, L - recomputed) / L * kept_of(n, targets)
-            kept += recomputed * n * shape.hidden_size * s
+            hidden = n * shape.hidden_size * dtype.itemsize
+            kept = max(1, L - recomputed) / L * kept_bytes(model, n, targets) + recomputed * hidden
             # At the peak there is a chunk of logits too, or the gradients inside a feed-forward.
             logits = 12 * min(CHUNK, targets * shape.vocab_size)
-            inside = n * s * (3 * shape.intermediate_size + 2 * shape.hidden_size)
+            inside = 2 * hidden + 3 * n * shape.intermediate_size * dtype.itemsize
             need = fixed + kept + max(logits, inside)
             if need <= room:
                 return Plan(n, recomputed, need)
@@ -803,6 +801,7 @@ def trial_model(shape, config, dtype):
     return model
 
 
+@cache
 def kept_bytes(model, tokens, targets):
     """Bytes that autograd keeps of so many tokens from the forward to the gradient, weights apart.
     They stand in rows of 8: on `meta`, unlike elsewhere, attention keeps its scores too."""

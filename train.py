@@ -792,12 +792,12 @@ def plan_memory(shape, config, rows, dtype, device, tokens=0):
 
 def trial_model(shape, config, dtype):
     """The model as it is to be trained, on `meta`, where tensors have shapes and no memory."""
-    storage = storage_dtype(config, dtype)
     with torch.device("meta"):
-        model = LLaMA(shape).to(storage)
+        model = LLaMA(shape)
     if config.base_dtype in QUANTISED:
-        quantize(model, config.base_dtype, "meta", storage)
+        quantize(model, config.base_dtype, "meta")
     make_trainable(model, config, dtype)
+    move_model(model, "meta", DTYPES.get(config.base_dtype, dtype))
     return model
 
 
@@ -1220,10 +1220,6 @@ def parse_config():
     return TrainConfig(**TINY | given | {"base_model": TINY["base_model"]})
 
 
-def storage_dtype(config, dtype):
-    return torch.float32 if config.full else DTYPES.get(config.base_dtype, dtype)
-
-
 def make_trainable(model, config, dtype):
     """Freeze the base behind a fresh adapter, or with --full train all of it; compute in dtype."""
     model.compute_dtype = dtype
@@ -1237,7 +1233,7 @@ def make_trainable(model, config, dtype):
 
 def load_trainable(config, device, dtype):
     """The base as it is to be trained, on the device or cut over the processes."""
-    storage = storage_dtype(config, dtype)
+    storage = torch.float32 if config.full else DTYPES.get(config.base_dtype, dtype)
     # To be cut it is mapped as stored: `shard` moves and casts a block at a time.
     where, stored = ("cpu", None) if config.shard else (device, storage)
     kind = config.base_dtype if config.base_dtype in QUANTISED else "auto"

@@ -1140,10 +1140,10 @@ class TrainConfig:
 # `python train.py` alone: a base of 5 million weights wants a far larger step than 7 billion do,
 # and all its linears; in float32, so that it learns the same everywhere.
 TINY = {
-    "base_model": str(DATA / "tiny"),
-    "data_path": tuple(f"{DATA}/{name}.jsonl" for name in ("train", "talks", "dialogues")),
+    "base_model": f"{DATA}/tiny",
+    "data_path": (f"{DATA}/train.jsonl", f"{DATA}/talks.jsonl", f"{DATA}/dialogues.jsonl"),
     "train_on": "all",
-    "val_path": str(DATA / "heldout.jsonl"),
+    "val_path": f"{DATA}/heldout.jsonl",
     "batch_size": 16,
     "micro_batch_size": 16,
     "num_epochs": 1,
@@ -1206,18 +1206,17 @@ def parse_config():
     # Only what was given is here: the rest has the defaults of TrainConfig, or of TINY.
     parser.add_settings(TrainConfig, **TINY)
     given = vars(parser.parse_args())
-    if "data_path" in given:
-        given["data_path"] = tuple(given["data_path"])
-    # q_proj v_proj, or as Fire users write it '["q_proj","v_proj"]'
-    if "lora_target_modules" in given:
-        names = re.findall(r"\w+", " ".join(given["lora_target_modules"]))
-        given["lora_target_modules"] = tuple(names)
     # A share of the data for validation takes the place of TINY's file.
     if "val_set_size" in given:
         given.setdefault("val_path", "")
     if given.get("base_model"):
-        return TrainConfig(**{"prompt_template_name": ""} | given)  # main finds it
-    return TrainConfig(**TINY | given | {"base_model": TINY["base_model"]})
+        given.setdefault("prompt_template_name", "")  # main finds it
+    else:
+        given = TINY | given | {"base_model": TINY["base_model"]}
+    config = TrainConfig(**given)
+    # q_proj v_proj, or as Fire users write it '["q_proj","v_proj"]'
+    names = re.findall(r"\w+", " ".join(config.lora_target_modules))
+    return replace(config, data_path=tuple(config.data_path), lora_target_modules=tuple(names))
 
 
 def make_trainable(model, config, dtype):

@@ -33,7 +33,7 @@ from bisect import bisect
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from importlib.util import find_spec
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
@@ -513,9 +513,7 @@ class Run:
             if self.live:
                 write_json_lines(self.folder / "log.jsonl", self.history)
             if self.config.wandb_project:
-                import wandb
-
-                self.wandb = wandb.init(
+                self.wandb = import_module("wandb").init(
                     project=self.config.wandb_project,
                     name=self.config.wandb_run_name or None,
                     config=asdict(self.config),
@@ -555,7 +553,7 @@ class Run:
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if self.wandb:
-            self.wandb.log(record, step=record["step"])
+            self.wandb.log(record, step=self.step)
 
     def best_step(self):
         """The first step of the lowest validation loss; None before a validation."""
@@ -1165,8 +1163,8 @@ def check_config(config):
     check_settings(config)
     if Path(config.output_dir).is_file():
         raise ValueError(f"output_dir {config.output_dir} is a file, wanted a folder")
-    if config.wandb_project and not find_spec("wandb"):
-        raise ValueError("wandb_project asks for the package wandb: pip install wandb")
+    if config.wandb_project:
+        import_module("wandb")  # before anything is loaded
     # on an H200 compiled fp16 was 3 % off, where eager fp16 is 0.3 %
     if config.compile and config.dtype == "fp16":
         raise ValueError(

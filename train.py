@@ -644,7 +644,7 @@ def describe_run(config):
             # its content counts, not its name or the layout of its file
             "template": load_template(config.prompt_template_name),
             "dtype of the activations": str(dtype),
-            "processes": world_size(),
+            "processes": processes()[1],
         },
         "sha256": hashes,
         "torch": torch.__version__,
@@ -838,16 +838,11 @@ def gradient_that_fits(model, rows, config, limits):
 # Many processes: each computes its share of a step's rows, and their gradients are summed
 
 
-def world_size():
-    """How many processes torchrun starts."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def join_processes(device):
     """Join the processes that torchrun started, if it did: NCCL, a GPU each by LOCAL_RANK, or gloo
     on CPUs. Only the first prints. Return this process's device. Raises ValueError if there is no
     GPU for it."""
-    if world_size() == 1 or dist.is_initialized():
+    if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         return device
     if device.type == "cuda":
         number, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -1178,7 +1173,7 @@ def check_config(config):
             "in fp32; drop one of the two"
         )
     # Only torchrun starts several.
-    if config.shard and world_size() == 1:
+    if config.shard and processes()[1] == 1:
         raise ValueError(
             "shard cuts the weights over processes, and there is one; start torchrun "
             "--nproc_per_node N train.py"
@@ -1259,11 +1254,10 @@ def compile_blocks(model):
 def main():
     sys.stdout = Lasting(sys.stdout)
     config = parse_config()
+    device = join_processes(pick_device(config.device))
     check_config(config)
     if not config.output_dir:
         raise ValueError("output_dir is empty; give a folder for the result")
-
-    device = join_processes(pick_device(config.device))
 
     # The data first: what is wrong with it is said before anything large is loaded.
     base, (records, val_records) = find_base(config.base_model), read_data(config)

@@ -357,8 +357,7 @@ def train(config, model, data, run=None):
                 run.save(model, optimizer)
             if stopping:
                 break
-        model.eval()
-        run.finish(model, total)
+    model.eval()
     if any_stopped(caught, model.device):
         print(f"stopped after step {run.step} of {total}; go on with --resume_from_checkpoint auto")
         raise SystemExit(128 + (caught or [signal.SIGTERM])[0])  # as shells count
@@ -440,7 +439,7 @@ class Run:
         self.config, self.info = config, describe_run(config)
         # Without an output_dir nothing is written, and nothing found.
         self.folder = Path(config.output_dir or os.devnull)
-        self.writes = bool(config.output_dir) and processes()[0] == 0
+        self.writes = config.output_dir and processes()[0] == 0
         self.limits = Limits(config.micro_batch_tokens)
         # The step that is being made, counted from 1; one record for each that is done.
         self.step, self.history = 0, []
@@ -494,9 +493,9 @@ class Run:
         if self.config.micro_batch_tokens in (0, made["config"].get("micro_batch_tokens")):
             self.limits.tokens_at_once = min(int(made["tokens_at_once"]), 2**24)
         self.limits.loss_scale = made["loss_scale"]
-        self.history = [record for _, record in read_records(start / "log.jsonl")]
-        for record in self.history:
+        for _, record in read_records(start / "log.jsonl"):
             check_like(start / "log.jsonl", {"val_loss": 0} | record, dict.fromkeys(LOGGED, 0))
+            self.history.append(record)
 
     def begin(self, model, optimizer):
         """Restore model and optimizer, cut the log back to their step; return it. Raises ValueError
@@ -524,7 +523,7 @@ class Run:
     def recording(self, model, optimizer, total):
         """Begin; yield the first step. Within it the folder is this process's, a bar shows the
         steps, and an error that the user can mend becomes one line with step, reason and last
-        checkpoint."""
+        checkpoint. Then the loss curve is drawn and, if all steps are made, the result written."""
         with own_folder(self.folder) if self.writes else nullcontext():
             first = self.begin(model, optimizer)
             try:
@@ -532,10 +531,13 @@ class Run:
                     initial=first, total=total, unit="step", disable=processes()[0] > 0
                 ) as self.bar:
                     yield first
-            except (ValueError, OSError, RuntimeError, MemoryError) as error:
-                # Torch says RuntimeError of a full memory and of its users' bugs alike.
+                if self.writes:
+                    draw_curve(self.history, self.folder / "loss.svg")
+                if self.step == total:
+                    self.save_weights(model, self.folder)
+            except Exception as error:
                 memory = out_of_memory(error)
-                if isinstance(error, RuntimeError) and not memory:
+                if not (memory or isinstance(error, (ValueError, OSError))):
                     raise  # a bug: with its traceback
                 advice = "; lower --micro_batch_tokens or --memory_gb" if memory else ""
                 raise ValueError(
@@ -563,64 +565,53 @@ class Run:
     def is_due(self):
         """A checkpoint every save_steps, and at each new best validation loss."""
         every = self.config.save_steps
-        return every > 0 and (self.step % every == 0 or self.step == self.best_step())
+        return every and (self.step % every == 0 or self.step == self.best_step())
 
     def save(self, model, optimizer):
-        """Write checkpoint-STEP. All processes call it: a sharded model's tensors are gathered."""
-        if not self.config.output_dir:
-            return
-        final = self.folder / f"checkpoint-{self.step}"
-        folder = nullcontext(final)
-        if self.writes:
-            # What a save that was cut off has left.
-            for leftover in self.folder.glob(".checkpoint-*.unfinished"):
-                shutil.rmtree(leftover)
-            discard(final)
-            folder = new_folder(final)
-        with folder as aside:
-            self.save_weights(model, aside)
-            live = training_state(model, optimizer).items()
-            state = {name: full_tensor(tensor).contiguous().cpu() for name, tensor in live}
-            if self.writes:
-                write_atomically(aside / "state.safetensors", partial(save_file, state))
-        if self.writes:
-            fsync(self.folder)
-            if not self.live:
-                write_json_lines(self.folder / "log.jsonl", self.history)
-                self.live = True
-            self.discard_old_checkpoints()
+        """Write checkpoint-STEP. All processes call it: a sharded model's tensors are gathered.
 
-    def save_weights(self, model, folder):
-        """Write what was trained, the adapter in PEFT's form or with --full a base's folder; then
-        the log, and run.json, which says how it came about."""
-        if self.config.full:
-            save_model(model, folder, find_base(self.config.base_model))
-            if self.writes:
-                write_chat_template(folder, self.info["made_in"]["template"])
-        else:
-            save_adapter(model, folder, self.config.base_model, trained=True)
-        if self.writes:
-            write_json_lines(folder / "log.jsonl", self.history)
-            info = self.info | asdict(self.limits) | {"step": self.step}
-            info["adapter"] = [*map(file_hash, folder.glob("adapter_model.safetensors"))]
-            write_json(folder / "run.json", info)
-
-    def discard_old_checkpoints(self):
-        """Keep the best and the last save_total_limit. Those ahead of this step go: they are of a
+        The best and the last save_total_limit are kept. Those ahead of this step go: they are of a
         run that this one replaces, or has gone back in."""
+        live = training_state(model, optimizer).items()
+        state = {name: full_tensor(tensor).contiguous().cpu() for name, tensor in live}
+        if not self.writes:
+            return self.save_weights(model, self.folder)
+        # What a save that was cut off has left.
+        for leftover in self.folder.glob(".checkpoint-*.unfinished"):
+            shutil.rmtree(leftover)
+        final = self.folder / f"checkpoint-{self.step}"
+        discard(final)
+        with new_folder(final) as aside:
+            self.save_weights(model, aside)
+            write_atomically(aside / "state.safetensors", partial(save_file, state))
+        fsync(self.folder)
+        if not self.live:
+            write_json_lines(self.folder / "log.jsonl", self.history)
+            self.live = True
         saved = checkpoints(self.folder)
         past = [step for step in saved if step <= self.step]
         kept = {self.best_step(), *past[-self.config.save_total_limit :]}  # [-0:] is all
         for step in saved.keys() - kept:
             discard(saved[step])
 
-    def finish(self, model, total):
-        """Draw the loss curve and, if all steps are made, write the result."""
+    def save_weights(self, model, folder):
+        """Write what was trained, the adapter in PEFT's form or with --full a base's folder; then
+        the log, and run.json, which says how it came about."""
+        config = self.config
+        if not config.output_dir:
+            return
+        if config.full:
+            save_model(model, folder, find_base(config.base_model))
+        else:
+            save_adapter(model, folder, config.base_model, trained=True)
         if self.writes:
-            draw_curve(self.history, self.folder / "loss.svg")
-        if self.config.output_dir and self.step == total:
-            (self.folder / "answers.jsonl").unlink(missing_ok=True)  # of an older run
-            self.save_weights(model, self.folder)
+            if config.full:
+                write_chat_template(folder, self.info["made_in"]["template"])
+            write_json_lines(folder / "log.jsonl", self.history)
+            (folder / "answers.jsonl").unlink(missing_ok=True)  # of an older run
+            info = self.info | asdict(self.limits) | {"step": self.step}
+            info["adapter"] = [*map(file_hash, folder.glob("adapter_model.safetensors"))]
+            write_json(folder / "run.json", info)
 
 
 def describe_run(config):
@@ -975,8 +966,7 @@ def show_rows(tokenizer, rows):
 def answer_all(model, tokenizer, template, records, key):
     """The records with greedy answers to their questions as `key`. Each process answers a share."""
     rank, n = processes()
-    own = records[rank::n]
-    prompts = [render_prompt(tokenizer, template, *conversation(record)) for record in own]
+    prompts = [render_prompt(tokenizer, template, *conversation(r)) for r in records[rank::n]]
     answers = answer_batch(model, tokenizer, prompts, Decoding(max_new_tokens=128), 32, key)
     # Question i was answered by process i % n.
     shares = [answers] * n

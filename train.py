@@ -150,8 +150,7 @@ def target_count(rows):
 
 def epoch_order(rows, config, epoch):
     """Row numbers in an epoch's order, by seed and epoch alone: resuming needs no history."""
-    generator = torch.Generator().manual_seed(config.seed + epoch)
-    order = torch.randperm(len(rows), generator=generator).tolist()
+    order = shuffled(len(rows), config.seed + epoch)
     if not config.group_by_length:
         return order
     # Like lengths share a step, but only within 50 steps: the order stays nearly random.
@@ -366,6 +365,12 @@ def train(config, model, data, run=None):
 
 # ==================================================================================================
 # What the loop calls
+
+
+def shuffled(count, seed):
+    """The numbers below count in an order drawn by seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator).tolist()
 
 
 def trained_parameters(model):
@@ -895,8 +900,7 @@ def read_data(config):
             records.append(record | {"record": f"{Path(path).name}:{number}"})
         files.append((range(first, len(records)), weight))
     # The first of a drawn order are the validation's.
-    generator = torch.Generator().manual_seed(config.seed)
-    order = torch.randperm(len(records), generator=generator).tolist()
+    order = shuffled(len(records), config.seed)
     held_out = 0 if config.val_path else config.val_set_size
     # The default is for large files; what was given otherwise is meant.
     if held_out == TrainConfig.val_set_size > len(records) // 10:

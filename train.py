@@ -31,7 +31,7 @@ import sys
 import time
 from bisect import bisect
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from importlib import import_module
 from itertools import islice
@@ -115,7 +115,8 @@ class Row:
 
     ids: list
     mask: list
-    name: str = ""  # of its record: file:number
+    # what it was made of; its `record` says where that stands, file:number
+    record: dict = field(default_factory=dict)
 
     def __len__(self):
         return len(self.ids)
@@ -137,7 +138,7 @@ def encode_example(tokenizer, template, record, config):
     every, answers = config.train_on_inputs, config.train_on == "all"
     mask = [every or answers and is_answer for is_answer in earlier] + [True] * (len(answer) + 1)
     mask[0] = False  # nothing predicts the first token
-    return Row(prompt + answer + [end], mask, record.get("record", ""))
+    return Row(prompt + answer + [end], mask, record)
 
 
 def target_count(rows):
@@ -403,7 +404,7 @@ def check_finite(model, batch, loss, norm, config):
     if math.isfinite(loss + norm):
         return
     bad = [row for row in batch if not math.isfinite(evaluate(model, [row], config))] or batch
-    names = ", ".join(row.name for row in bad[:9])
+    names = ", ".join(row.record.get("record", "") for row in bad[:9])
     raise ValueError(
         f"loss {loss}, gradient norm {norm}, from rows {names}; look at them, lower --learning_rate"
     )
@@ -934,21 +935,19 @@ def cut_answer(tokenizer, answer, room):
 
 
 def encode_records(tokenizer, template, records, config):
-    """(rows, their records) of the records that fit; prints how many were cut or left out. Raises
-    ValueError if none fits."""
+    """The rows of the records that fit; prints how many were cut or left out. Raises ValueError if
+    none fits."""
     rows = [encode_example(tokenizer, template, record, config) for record in records]
-    kept = [record for row, record in zip(rows, records) if row]
     rows = list(filter(None, rows))
     if records and not rows:
         raise ValueError(f"no record fits into cutoff_len {config.cutoff_len}; raise it")
-    lengths = list(map(len, rows))
     # A cut may end three byte tokens early, before half a character.
-    cut = sum(length > config.cutoff_len - 4 for length in lengths)
+    cut = sum(len(row) > config.cutoff_len - 4 for row in rows)
     print(
-        f"{len(rows):,} records, {sum(lengths):,} tokens; at cutoff_len {config.cutoff_len} at "
-        f"most {cut:,} answers cut (EOS kept), {len(records) - len(rows):,} left out (no room)"
+        f"{len(rows):,} records, {sum(map(len, rows)):,} tokens; at cutoff_len {config.cutoff_len} "
+        f"at most {cut:,} answers cut (EOS kept), {len(records) - len(rows):,} left out (no room)"
     )
-    return rows, kept
+    return rows
 
 
 def show_rows(tokenizer, rows):
@@ -956,7 +955,7 @@ def show_rows(tokenizer, rows):
     names = {id: name for name, id in tokenizer.special.items()}
     before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
     for row in rows:
-        print(f"\n{row.name}: {len(row)} tokens, {sum(row.mask)} of them targets")
+        print(f"\n{row.record['record']}: {len(row)} tokens, {sum(row.mask)} of them targets")
         for id, is_target in zip(row.ids, row.mask):
             text = printable(names.get(id, tokenizer.decode([id])).replace("\n", "\\n\n"))
             print(f"{before}{text}{after}" if is_target else text, end="|")
@@ -1258,31 +1257,32 @@ def main():
     shape = Checkpoint(base).config  # before files that it might lack
     check_targets(shape, config)
     tokenizer = load_tokenizer(base)
-    name = config.prompt_template_name or default_template(tokenizer)
-    config, template = replace(config, prompt_template_name=name), load_template(name)
+    if not config.prompt_template_name:
+        config = replace(config, prompt_template_name=default_template(tokenizer))
+    template = load_template(config.prompt_template_name)
     run = Run(config)
     if run.finished and (run.folder / "answers.jsonl").is_file():
         print(f"the run in {config.output_dir} is finished, {len(run.history)} steps")
         return
-    rows, _ = encode_records(tokenizer, template, records, config)
+    rows = encode_records(tokenizer, template, records, config)
     if config.show:
         return show_rows(tokenizer, rows[: config.show])
-    val_rows, val_records = encode_records(tokenizer, template, val_records, config)
+    val_rows = encode_records(tokenizer, template, val_records, config)
 
     # Then the model, as memory allows. The plan needs no weights, only the base's shape.
-    limits, dtype = run.limits, pick_dtype(config.dtype, device)
-    plan = plan_memory(shape, config, rows + val_rows, dtype, device, limits.tokens_at_once)
+    dtype, tokens = pick_dtype(config.dtype, device), run.limits.tokens_at_once
+    plan = plan_memory(shape, config, rows + val_rows, dtype, device, tokens)
     print(
         f"memory: {plan.bytes / 2**30:.2f} GB by the estimate, {plan.tokens_at_once:,} tokens at "
         f"once, {plan.recomputed} blocks recomputed"
     )
     model = load_trainable(config, device, dtype)
-    model.recomputed, limits.tokens_at_once = plan.recomputed, plan.tokens_at_once
+    model.recomputed, run.limits.tokens_at_once = plan.recomputed, plan.tokens_at_once
 
     # Training, and answers to some of the validation questions before and after.
     count = 0 if config.shard else config.num_answers  # token by token, gathering is too slow
-    every = max(1, len(val_records) // max(1, count))
-    questions = val_records[::every][:count]
+    every = max(1, len(val_rows) // max(1, count))
+    questions = [row.record for row in val_rows[::every][:count]]
     questions = answer_all(model, tokenizer, template, questions, "before")
     history = train(config, model, (rows, val_rows), run)
     if run.finished:  # and only the answers are missing

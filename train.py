@@ -130,15 +130,18 @@ def encode_example(tokenizer, template, record, config):
     asked, said = render(template, *conversation(record))
     prompt, earlier = encode_rendered(tokenizer, asked)
     (*answer, end), _ = encode_rendered(tokenizer, said, first=False)
-    answer = cut_answer(tokenizer, answer, config.cutoff_len - len(prompt) - 1)
-    if not answer:
+    cut = answer[: max(config.cutoff_len - len(prompt) - 1, 0)]
+    # Never inside a character: three byte tokens may make one.
+    while 0 < len(cut) < len(answer) and tokenizer.decode(cut).endswith("\ufffd"):
+        cut.pop()
+    if not cut:
         return None
     # The prompt is context: it predicts, and is not predicted, unless train_on_inputs asks for it,
     # or train_on for the earlier answers of a conversation.
     every, answers = config.train_on_inputs, config.train_on == "all"
-    mask = [every or answers and is_answer for is_answer in earlier] + [True] * (len(answer) + 1)
+    mask = [every or answers and is_answer for is_answer in earlier] + [True] * (len(cut) + 1)
     mask[0] = False  # nothing predicts the first token
-    return Row(prompt + answer + [end], mask, record)
+    return Row(prompt + cut + [end], mask, record)
 
 
 def target_count(rows):
@@ -921,17 +924,6 @@ def read_data(config):
     if config.val_path:
         validation = read_instructions(config.val_path, answers=True)
     return [records[i] for i in taken], validation
-
-
-def cut_answer(tokenizer, answer, room):
-    """At most `room` of an answer's tokens, never ending inside a character: three byte tokens may
-    make one."""
-    if len(answer) <= room:
-        return answer
-    answer = answer[: max(room, 0)]
-    while answer and tokenizer.decode(answer).endswith("\ufffd"):
-        answer.pop()
-    return answer
 
 
 def encode_records(tokenizer, template, records, config):

@@ -558,7 +558,9 @@ class Run:
         """Take down the record of a step."""
         self.history.append(record)
         self.bar.update()
-        self.bar.set_postfix({key: f"{record[key]:.4g}" for key in ("loss", "tokens_per_second")})
+        self.bar.set_postfix_str(
+            f"loss={record['loss']:.4g}, tokens_per_second={record['tokens_per_second']:.4g}"
+        )
         # Opened anew for each line: what is in the file survives a kill.
         if self.live:
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
@@ -629,7 +631,7 @@ def describe_run(config):
     base_files = []
     if config.base_model:
         base = find_base(config.base_model)
-        names = ("config.json", "params.json", "added_tokens.json", "tokenizer_config.json")
+        names = "config.json params.json added_tokens.json tokenizer_config.json".split()
         base_files = [*weight_files(base), find_tokenizer(base), *map(base.joinpath, names)]
     # what auto means here: another machine may take another dtype
     dtype = pick_dtype(config.dtype, pick_device(config.device))
@@ -945,12 +947,12 @@ def encode_records(tokenizer, template, records, config):
 def show_rows(tokenizer, rows):
     """Print rows a token at a time: targets in green, or in brackets where nobody sees colours."""
     names = {id: name for name, id in tokenizer.special.items()}
-    before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
+    mark = "\033[32m{}\033[0m" if sys.stdout.isatty() else "[{}]"
     for row in rows:
         print(f"\n{row.record['record']}: {len(row)} tokens, {sum(row.mask)} of them targets")
         for id, is_target in zip(row.ids, row.mask):
             text = printable(names.get(id, tokenizer.decode([id])).replace("\n", "\\n\n"))
-            print(f"{before}{text}{after}" if is_target else text, end="|")
+            print(mark.format(text) if is_target else text, end="|")
         print()
 
 

@@ -115,8 +115,7 @@ class Row:
 
     ids: list
     mask: list
-    # what it was made of; its `record` says where that stands, file:number
-    record: dict = field(default_factory=dict)
+    record: dict = field(default_factory=dict)  # where that stands is its `record`: file:number
 
     def __len__(self):
         return len(self.ids)
@@ -142,10 +141,6 @@ def encode_example(tokenizer, template, record, config):
     mask = [every or answers and is_answer for is_answer in earlier] + [True] * (len(cut) + 1)
     mask[0] = False  # nothing predicts the first token
     return Row(prompt + cut + [end], mask, record)
-
-
-def target_count(rows):
-    return sum(sum(row.mask) for row in rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -333,6 +328,7 @@ def train(config, model, data, run=None):
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay, fused=True)
     per_epoch = math.ceil(len(rows) / config.batch_size)
     total = min(config.num_epochs * per_epoch, config.max_steps or math.inf)
+    every = config.eval_steps or total
     model.train()
     with stop_signals() as caught, run.recording(model, optimizer, total) as first:
         for step, batch in islice(enumerate(steps(rows, config)), first, total):
@@ -352,18 +348,18 @@ def train(config, model, data, run=None):
             record = {"step": run.step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
             tokens, seconds = sum(map(len, batch)), max(1e-9, time.time() - started)
             record |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-            if val_rows and (run.step == total or run.step % (config.eval_steps or total) == 0):
+            if val_rows and min(run.step % every, total - run.step) == 0:
                 record["val_loss"] = evaluate(model, val_rows, config, run.limits.tokens_at_once)
             run.log(record)
             stopping = any_stopped(caught, model.device)
-            if run.step < total and (stopping or run.is_due()):
+            if run.is_due(total, stopping):
                 run.save(model, optimizer)
             if stopping:
                 break
     model.eval()
     if any_stopped(caught, model.device):
         print(f"stopped after step {run.step} of {total}; go on with --resume_from_checkpoint auto")
-        raise SystemExit(128 + (caught or [signal.SIGTERM])[0])  # as shells count
+        raise SystemExit(128 + next(iter(caught), signal.SIGTERM))  # as shells count
     return run.history
 
 
@@ -375,6 +371,10 @@ def shuffled(count, seed):
     """The numbers below count in an order drawn by seed."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(count, generator=generator).tolist()
+
+
+def target_count(rows):
+    return sum(sum(row.mask) for row in rows)
 
 
 def trained_parameters(model):
@@ -573,10 +573,12 @@ class Run:
         validated = [(r["val_loss"], r["step"]) for r in self.history if "val_loss" in r]
         return min(validated, default=(0, None))[1]
 
-    def is_due(self):
-        """A checkpoint every save_steps, and at each new best validation loss."""
+    def is_due(self, total, stopping):
+        """A checkpoint before the last step: every save_steps, at each new best validation loss,
+        and where the run stops."""
         every = self.config.save_steps
-        return every and (self.step % every == 0 or self.step == self.best_step())
+        due = every and (self.step % every == 0 or self.step == self.best_step())
+        return self.step < total and (stopping or due)
 
     def save(self, model, optimizer):
         """Write checkpoint-STEP. All processes call it: a sharded model's tensors are gathered.

@@ -320,7 +320,7 @@ def test_lora_on_nf4_follows_the_loss_of_lora_on_the_base():
         data = []
         for path in (*config.data_path, config.val_path):
             records = G.read_instructions(path, answers=True)
-            data.append(T.encode_records(tokenizer, template, records, config)[0])
+            data.append(T.encode_records(tokenizer, template, records, config))
         torch.manual_seed(config.seed)
         before = T.evaluate(model, data[1], config)
         L.add_lora(model, adapter)

@@ -70,7 +70,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 # The update
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoRAConfig:
     """What to adapt and how strongly. Raises ValueError for a value that makes no adapter."""
 
@@ -82,7 +82,7 @@ class LoRAConfig:
 
     def __post_init__(self):
         names = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
-        object.__setattr__(self, "targets", TARGETS if "all" in names else names)
+        self.targets = TARGETS if "all" in names else names
         check_settings(self)
         if not names or not {*self.targets} <= {*TARGETS}:
             raise ValueError(f"LoRA targets are {names}, wanted some of {' '.join(TARGETS)} or all")

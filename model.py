@@ -59,7 +59,7 @@ from torch.utils.checkpoint import checkpoint
 # The network
 
 
-@dataclass(frozen=True)
+@dataclass
 class LLaMAConfig:
     """The shape of a model, under the names of Hugging Face's config.json.
 
@@ -85,9 +85,9 @@ class LLaMAConfig:
 
     def __post_init__(self):
         check_settings(self)
-        heads, width = self.num_attention_heads, self.hidden_size // self.num_attention_heads
-        for name, default in (("num_key_value_heads", heads), ("head_dim", width)):
-            object.__setattr__(self, name, getattr(self, name) or default)
+        heads = self.num_attention_heads
+        self.num_key_value_heads = self.num_key_value_heads or heads
+        self.head_dim = self.head_dim or self.hidden_size // heads
         odd = heads % self.num_key_value_heads or self.head_dim * self.partial_rotary_factor % 2
         if odd or heads * self.head_dim > 2**24:
             raise ValueError(

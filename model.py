@@ -95,7 +95,7 @@ class LLaMAConfig:
                 "values: wanted a multiple, and an even width"
             )
         # a scaling that is not known, or lacks a number, fails here
-        rope_table(torch.zeros(1), self.head_dim, self.rope_theta, self.rope_scaling)
+        rope_table(torch.zeros(1), self)
 
 
 class Linear(nn.Linear):
@@ -109,29 +109,27 @@ class Linear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """y = g * x / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019, eq. 4)."""
 
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
     def forward(self, x):  # (..., C) -> (..., C)
-        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def rope_table(positions, head_dim, theta, scaling=None, share=1.0):
+def rope_table(positions, config):
     """(cos, sin) of the angle m theta^(-2i/D) for position m and pair i (Su et al. 2021, eq. 15).
 
     Both are float32, (..., T, 1, D) for positions (..., T): the same for all heads, for both halves
     of a head, the sine negative in the first. Made anew in each forward: a buffer on `meta` stays
-    empty, and in bf16 a cosine is off by up to 2.0. `scaling` stretches a trained context by its
+    empty, and in bf16 a cosine is off by up to 2.0. Scaling stretches a trained context by its
     factor: "linear" slows every pair (Chen et al. 2023); "llama3" slows those that turn few times
-    within the original context, with a smooth passage (Llama 3.1). Those beyond `share` stand."""
-    pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    within the original context, with a smooth passage (Llama 3.1). Where a head turns in part, the
+    pairs beyond stand."""
+    D, scaling = config.head_dim, config.rope_scaling
+    pair = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)
+    turned = D * config.partial_rotary_factor
     # The first pair turns by one radian a position, the last by 1 / theta.
-    speed = theta ** (-pair / (share * head_dim)) * (pair < share * head_dim)  # (D/2), radians
+    speed = config.rope_theta ** (-pair / turned) * (pair < turned)  # (D/2), radians
     if scaling:
         kind, keep = scaling.get("rope_type"), 0.0  # keep: the share of the speed left as it is
         if kind not in ("linear", "llama3"):
@@ -141,8 +139,13 @@ def rope_table(positions, head_dim, theta, scaling=None, share=1.0):
             turns = speed * (scaling["original_max_position_embeddings"] / (2 * math.pi))
             keep = ((turns - low) / (high - low)).clamp(0, 1)
         speed = speed * (keep + (1 - keep) / scaling["factor"])
-    angle = (positions.float().unsqueeze(-1) * speed).unsqueeze(-2)  # (..., T, 1, D/2)
-    return torch.cat((angle, angle), -1).cos(), torch.cat((-angle, angle), -1).sin()
+    return rotation(positions.float().unsqueeze(-1) * speed)
+
+
+def rotation(angle):
+    """(cos, sin) of angles (..., T, D/2), as `apply_rope` takes them: (..., T, 1, D)."""
+    both = torch.cat((-angle, angle), -1).unsqueeze(-2)
+    return both.cos(), both.sin()
 
 
 def apply_rope(x, rope):
@@ -273,9 +276,8 @@ class LLaMA(nn.Module):
         the B T tokens, only theirs (M, C): the others end as keys and values of the last layer."""
         c, context = self.config, context or Context()
         # Where the tokens stand, and the angles that go with it: the same in all layers.
-        head = c.head_dim, c.rope_theta, c.rope_scaling, c.partial_rotary_factor
         at = context.extend(ids)
-        rope = glm_rope(at, context.prefix, c) if c.prefix_lm else rope_table(at, *head)
+        rope = glm_rope(at, context.prefix, c) if c.prefix_lm else rope_table(at, c)
         x = self.embed_tokens(ids).to(self.dtype)  # (B, T, C)
         for i, block in enumerate(self.layers):
             # Dropped activations are made again by a second forward of the block.
@@ -432,9 +434,7 @@ def glm_rope(positions, prefix, config):
     speed = (config.rope_theta ** (-pair / config.head_dim)).half().float()  # (D/4), radians
     place = positions.clamp(max=prefix - 1)
     both = torch.stack((place, positions - place), -1)  # (..., T, 2)
-    angle = (both.unsqueeze(-1) * speed).flatten(-2).unsqueeze(-2)  # (..., T, 1, D/2)
-    signed = torch.cat((-angle, angle), -1)
-    return signed.cos(), signed.sin()
+    return rotation((both.unsqueeze(-1) * speed).flatten(-2))
 
 
 class LayerNorm(nn.LayerNorm):

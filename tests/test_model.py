@@ -147,7 +147,7 @@ def test_kept_tokens_equal_those_of_all():
 
 def test_rope_keeps_its_angles_at_high_positions():
     """Position 2,000 against float64: in bf16 the cosine would be off by up to 2."""
-    cos, sin = M.rope_table(torch.arange(2000, 2003), 128, 10000.0)
+    cos, sin = M.rope_table(torch.arange(2000, 2003), make_config(head_dim=128))
     angle = np.outer(np.arange(2000, 2003), 10000.0 ** (-np.arange(0, 128, 2) / 128))
     exact = np.exp(1j * np.concatenate([-angle, angle], 1))  # the sine of a first half is negative
     assert cos.shape == sin.shape == (3, 1, 128)  # one for all heads

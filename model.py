@@ -263,11 +263,10 @@ class LLaMA(nn.Module):
     def new_cache(self, rows, positions):
         """An empty KVCache of so many rows and positions, on this model's device."""
         c = self.config
-        shape = (rows, c.num_key_value_heads, positions, c.head_dim)
+        shape = 2, rows, c.num_key_value_heads, positions, c.head_dim
         # zeros, not empty: a masked position weighs 0, and 0 x NaN is NaN
-        new = partial(torch.zeros, shape, device=self.device, dtype=self.dtype)
-        k, v = ([new() for _ in self.layers] for _ in "kv")
-        return KVCache(k, v, torch.zeros(rows, dtype=torch.long, device=self.device))
+        kv = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
+        return KVCache(kv, torch.zeros(rows, dtype=torch.long, device=self.device))
 
     def hidden_states(self, ids, context=None, keep=None):
         """The normed output of the last layer, (B, T, C) for ids (B, T).
@@ -310,30 +309,30 @@ class Context:
 
 
 class KVCache(Context):
-    """Keys and values of the positions seen so far, (B, K, positions, D) a layer, allocated once
+    """Keys and values of the positions seen so far, (2, B, K, positions, D) a layer, allocated once
     (`LLaMA.new_cache`).
 
     Row b holds lengths[b] of them. `longest` bounds lengths without asking the device for them.
     The first `prefix` see each other: a number, or (B, 1) where no row is empty."""
 
-    def __init__(self, k, v, lengths, longest=0, prefix=0):
-        self.k, self.v, self.lengths, self.longest, self.prefix = k, v, lengths, longest, prefix
-        self.positions = k[0].size(2)
+    def __init__(self, kv, lengths, longest=0, prefix=0):
+        self.kv, self.lengths, self.longest, self.prefix = kv, lengths, longest, prefix
+        self.positions = kv[0].size(3)
 
     def rows(self, first, lengths, longest=None, prefix=0):
         """Rows first, first + 1, ... as a cache of its own in the same memory, each holding as many
         positions as lengths says: a list, or a tensor and a bound on it."""
-        k, v = ([x[first : first + len(lengths)] for x in kv] for kv in (self.k, self.v))
+        kv = [layer[:, first : first + len(lengths)] for layer in self.kv]
         longest = max(lengths) if longest is None else longest
-        return KVCache(k, v, torch.as_tensor(lengths, device=k[0].device), longest, prefix)
+        return KVCache(kv, torch.as_tensor(lengths, device=kv[0].device), longest, prefix)
 
     def copy_rows(self, moves, start, stop):
         """Copy positions start to stop of row a to row b, for each (a, b) of moves, all at once."""
-        for kv in (*self.k, *self.v):
+        for kv in self.kv:
             # row by row: a list as index would be brought to the device each time
-            copies = [(b, kv[a, :, start:stop].clone()) for a, b in moves]
+            copies = [(b, kv[:, a, :, start:stop].clone()) for a, b in moves]
             for b, copy in copies:
-                kv[b, :, start:stop] = copy
+                kv[:, b, :, start:stop] = copy
 
     def extend(self, ids):
         """Positions (B, T) of tokens behind those of their rows. Raises ValueError without room."""
@@ -356,11 +355,9 @@ class KVCache(Context):
 
     def attend(self, layer, q, k, v):
         """Write k and v behind what their rows hold; attention of q over all of it."""
-        keys, values = self.k[layer], self.v[layer]
-        keys[self.row, :, self.at] = k
-        values[self.row, :, self.at] = v
-        k, v = (x[:, :, : self.longest].transpose(1, 2) for x in (keys, values))
-        return attention(q, k, v, self.mask)
+        kv = self.kv[layer]
+        kv[:, self.row, :, self.at] = torch.stack((k, v), 2)  # (B, T, 2, K, D)
+        return attention(q, *kv[:, :, :, : self.longest].transpose(2, 3), self.mask)
 
 
 # ==================================================================================================

@@ -44,6 +44,7 @@ from model import (
     Linear,
     Parser,
     check_settings,
+    few_rows,
     file_hash,
     find_base,
     find_tokenizer,
@@ -221,11 +222,7 @@ class QuantisedLinear(Linear):
         for name, tensor in zip((*store, "bias"), (*store.values(), *bias)):
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
-    def forward(self, x):  # (..., I) -> (..., O)
-        y = self.multiply(x)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
-
-    def multiply(self, x):
+    def multiply(self, x):  # (R, I) -> (R, O)
         store = [getattr(self, name) for name in self.names]
         if not torch.is_grad_enabled():
             return F.linear(x, self.matrix(x.dtype, *store))
@@ -246,20 +243,17 @@ class Int8Linear(QuantisedLinear):
         return codes.to(dtype).mul_(scale.to(dtype)[:, None])
 
     def multiply(self, x):
-        rows, compiling = x.numel() // self.in_features, torch.compiler.is_compiling()
-        if torch.is_grad_enabled() or rows > 16:
-            return super().multiply(x)
-        if compiling and rows == 1:
+        rows = few_rows(x)
+        if rows == 1 and torch.compiler.is_compiling():
             return (one_row(x, self.weight) * self.scale.float()).to(x.dtype)
         # Of a width that 16 does not divide, torch's product of int8 reads beyond the end.
-        if not x.is_cpu or x.dtype != torch.bfloat16 or self.in_features % 16:
+        if not rows or not x.is_cpu or x.dtype != torch.bfloat16 or self.in_features % 16:
             return super().multiply(x)
         # Few rows: reading the codes takes the time, so they are read as they are.
-        multiply = torch.ops.aten._weight_int8pack_mm  # reads int8 as it is
+        multiply = torch.ops.aten._weight_int8pack_mm
         if AMX and rows > 4:
             multiply = integer_product
-        y = multiply(x.reshape(rows, -1), self.weight, self.scale)
-        return y.view(*x.shape[:-1], -1)
+        return multiply(x, self.weight, self.scale)
 
 
 def integer_product(x, codes, scale):

@@ -101,12 +101,12 @@ class LLaMAConfig:
 class Linear(nn.Linear):
     """y = W x, W (O, I); y = W x + b with a bias."""
 
-    def __init__(self, n_in, n_out, bias=False):
-        super().__init__(n_in, n_out, bias)
-
     def forward(self, x):  # (..., I) -> (..., O)
-        y = product(x, self.weight.to(x.dtype))
+        y = self.multiply(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def multiply(self, x):  # (R, I) -> (R, O)
+        return product(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -206,9 +206,10 @@ class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         # In this order (w1, w2, w3) Meta's code makes them, and random first values are drawn.
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        C, width = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(C, width, bias=False)
+        self.down_proj = Linear(width, C, bias=False)
+        self.up_proj = Linear(C, width, bias=False)
 
     def forward(self, x):  # (..., C) -> (..., C)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -248,7 +249,7 @@ class LLaMA(nn.Module):
         block = GLMBlock if config.prefix_lm else Block
         self.layers = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
         self.norm = block.Norm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -448,7 +449,7 @@ class GLMFeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, width = config.hidden_size, config.intermediate_size
-        self.up_proj, self.down_proj = Linear(C, width, True), Linear(width, C, True)
+        self.up_proj, self.down_proj = Linear(C, width), Linear(width, C)
 
     def forward(self, x):  # (..., C) -> (..., C)
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
@@ -475,27 +476,28 @@ class GLMBlock(Block):
 AMX = torch.cpu._is_amx_tile_supported()  # Intel's matrix unit; figures in tests/BENCHMARKS.md
 
 
+def few_rows(x):
+    """How many rows x (R, I) has; 0 if they are more than 16, or a gradient is asked for."""
+    return 0 if len(x) > 16 or torch.is_grad_enabled() else len(x)
+
+
 def product(x, weight):
-    """W x of x (..., I) and W (O, I): F.linear, but for few rows without a gradient."""
-    rows, compiling = x.numel() // x.size(-1), torch.compiler.is_compiling()
-    if torch.is_grad_enabled() or rows > 16:
-        return F.linear(x, weight)
+    """x W^T of x (R, I) and W (O, I): F.linear, but for few rows without a gradient."""
+    rows, compiling = few_rows(x), torch.compiler.is_compiling()
     # A W wider than tall is read faster by cuBLAS than by the loop that inductor makes.
     if compiling and rows == 1 and (x.is_cpu or weight.size(0) >= weight.size(1)):
         return one_row(x, weight).to(x.dtype)
-    if AMX and x.is_cpu and x.dtype == torch.bfloat16 and not compiling:
-        columns = x.reshape(rows, -1).T
-        y = torch.mv(weight, columns[:, 0]) if rows == 1 else (weight @ columns).T.contiguous()
-        return y.view(*x.shape[:-1], -1)
+    if rows and AMX and x.is_cpu and x.dtype == torch.bfloat16 and not compiling:
+        return torch.mv(weight, x[0])[None] if rows == 1 else (weight @ x.T).T.contiguous()
     return F.linear(x, weight)
 
 
 def one_row(x, weight):
-    """W x of one row in float32, as sums that inductor turns into vector loops over W as it is
-    stored. On a CPU W is cut in eight, for one sum would wait for its own additions."""
+    """W x of one row (1, I) in float32, as sums that inductor turns into vector loops over W as it
+    is stored. On a CPU W is cut in eight, for one sum would wait for its own additions."""
     parts = weight.chunk(8 if x.is_cpu else 1)
     sums = [(part.float() * x.float()).sum(-1) for part in parts]
-    return torch.cat(sums, -1).view(*x.shape[:-1], -1)
+    return torch.cat(sums)[None]
 
 
 # ==================================================================================================

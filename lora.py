@@ -223,10 +223,7 @@ class QuantisedLinear(Linear):
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
     def multiply(self, x):  # (R, I) -> (R, O)
-        store = [getattr(self, name) for name in self.names]
-        if not torch.is_grad_enabled():
-            return F.linear(x, self.matrix(x.dtype, *store))
-        return FrozenProduct.apply(x, self.matrix, *store)
+        return FrozenProduct.apply(x, self.matrix, *(getattr(self, name) for name in self.names))
 
 
 class Int8Linear(QuantisedLinear):

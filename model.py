@@ -547,12 +547,6 @@ PUBLISHED = {"glm": "chatglm", "chatglm1": "chatglm6b"}
 # in neighbours 2i and 2i + 1, or i and i + D/4 of each of two halves
 PAIRS = {"meta": (-1, 2), "glm": (-1, 2), "chatglm": (-1, 2), "chatglm6b": (2, 2, -1)}
 IMAGES = 20000  # rows for images before all others in ChatGLM-6B's first files; no text has them
-LLAMA3_ROPE = {  # what Meta's use_scaled_rope means, but for the factor
-    "rope_type": "llama3",
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 # Meta's names of a shape: ours
 META_SHAPE = {
     "dim": "hidden_size",
@@ -610,7 +604,7 @@ def read_json_file(path, missing=None):
         return missing
     check_content(path, SMALL)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -682,17 +676,18 @@ def config_from_hf(hf):
     # rope_scaling was before, rope_parameters is since transformers 5
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     scaling = rope.pop("rope_type", rope.pop("type", "default"))
-    hf = name_chatglm1(hf)
+    # ChatGLM-6B has the model_type of its successors, and its first files have rows for images.
+    if "inner_hidden_size" in hf:
+        pieces = hf["vocab_size"] - IMAGES * (hf["vocab_size"] == 150528)
+        hf = hf | {"model_type": "chatglm1", "vocab_size": pieces}
     kind = hf.get("model_type", "llama")
     own = {"hidden_act": "silu", "partial_rotary_factor": 1.0, **NETWORKS.get(kind, {})}
     hf = own | {CHATGLM_SHAPE.get(key, key): value for key, value in hf.items()} | rope
-    if not hf.get("use_sliding_window", True):  # Qwen2 says how wide it would be
-        hf["sliding_window"] = None
     refuse(hf, own)
     if kind not in NETWORKS:
         raise ValueError(f"model_type is {kind!r}, wanted one of {' '.join(NETWORKS)}")
     hf.setdefault("rope_theta", 10000.0 * hf.get("rope_ratio", 1))  # as GLM-4 has it
-    names = [f.name for f in fields(LLaMAConfig)]
+    names = LLaMAConfig.__annotations__
     values = {name: hf[name] for name in names if hf.get(name) is not None}
     rope = {key: value for key, value in rope.items() if key not in values}
     values["rope_scaling"] = None if scaling == "default" else {"rope_type": scaling, **rope}
@@ -700,19 +695,12 @@ def config_from_hf(hf):
     return LLaMAConfig(**values)
 
 
-def name_chatglm1(hf):
-    """config.json of ChatGLM-6B, which has the model_type of its successors, under a name of its
-    own and without the rows for images; any other as it is."""
-    if "inner_hidden_size" not in hf:
-        return hf
-    rows = hf["vocab_size"]
-    return hf | {"model_type": "chatglm1", "vocab_size": rows - IMAGES * (rows == 150528)}
-
-
 def refuse(hf, own):
     """Raise ValueError if config.json asks for one of REFUSED by a value that is not its
     model_type's own."""
     asked = {key: value for key, value in hf.items() if value and value != own.get(key)}
+    if not hf.get("use_sliding_window", True):  # Qwen2 says how wide it would be
+        asked.pop("sliding_window", None)
     for pattern, feature in REFUSED.items():
         for key, value in asked.items():
             if re.match(rf"({pattern})\b", f"{key} {value}"):
@@ -721,16 +709,21 @@ def refuse(hf, own):
 
 def config_from_meta(params, vocab_size):
     """Meta's params.json says the feed-forward width by what 8/3 C is rounded to."""
-    values = {k: v for k, v in params.items() if k not in ("max_seq_len", "max_batch_size")}
+    limits = ("max_seq_len", "max_batch_size")
+    values = {META_SHAPE.get(k, k): v for k, v in params.items() if k not in limits}
     multiple, factor = values.pop("multiple_of", 256), values.pop("ffn_dim_multiplier", None) or 1
-    # From Llama-3.1 on; the factor is 32 in the 1B and 3B of 3.2, and stands in no file.
+    # From Llama-3.1 on; the factor is 32 in the 1B and 3B of 3.2. These numbers stand in no file.
     if values.pop("use_scaled_rope", False):
-        slower = 32.0 if values["dim"] in (2048, 3072) else 8.0
-        values["rope_scaling"] = {**LLAMA3_ROPE, "factor": slower}
-    width = int(factor * int(8 * values["dim"] / 3))
+        values["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": 32.0 if params["dim"] in (2048, 3072) else 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    width = int(factor * int(8 * params["dim"] / 3))
     if values.get("vocab_size", -1) == -1:
         values["vocab_size"] = vocab_size
-    values = {META_SHAPE.get(key, key): value for key, value in values.items()}
     return LLaMAConfig(intermediate_size=-(-width // multiple) * multiple, **values)
 
 

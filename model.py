@@ -50,8 +50,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -753,17 +753,14 @@ def open_weights(file):
     file = Path(file)
     check_content(file)
     try:
-        if ".safetensors" in file.name:  # also while it is being written
-            with safe_open(file, framework="pt") as opened:
-                weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        else:
-            weights = open_pickle(file)
+        # so it is named also while it is being written
+        weights = load_file(file) if ".safetensors" in file.name else open_pickle(file)
         # Rotary tables, which old files hold, are made here.
         tables = ("rope.freqs", ".inv_freq")
         return {key: tensor for key, tensor in weights.items() if not key.endswith(tables)}
     except Exception as error:  # a damaged file makes its reader raise nearly all there are
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = str(error).partition("\n")[0].partition(". ")[0] or "it ends early"
+        reason = re.split(r"\n|\. ", str(error))[0] or "it ends early"
         if code:
             reason = f"it would run {code[1]}, and weights are only data"
         raise ValueError(f"{file} is damaged, or refused ({reason}); download it again") from None

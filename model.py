@@ -40,7 +40,7 @@ import shutil
 import signal
 import sys
 import zipfile
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
@@ -826,7 +826,7 @@ class Checkpoint:
              that must be equal; and which rows of the whole the weight is"""
 
     def __init__(self, folder):
-        config, found = Path(folder, "config.json"), {}
+        config, found = Path(folder, "config.json"), defaultdict(list)
         if config.is_file():  # first, for who asks for another network need not hear of files
             read_config(config)
         self.files = weight_files(config.parent)
@@ -835,8 +835,7 @@ class Checkpoint:
         # What there is: every tensor by its key, with its shape and dtype alone.
         for file in self.files:
             for key, tensor in open_weights(file).items():
-                part = Part(file, key, tuple(tensor.shape), tensor.dtype)
-                found.setdefault(key, []).append(part)
+                found[key].append(Part(file, key, tuple(tensor.shape), tensor.dtype))
         # Meta writes -1 for the number of pieces; the head tells it.
         rows = sum(sum(part.shape[:1]) for part in found.get("output.weight", ()))
         self.config = read_config(config.with_name("params.json") if is_meta else config, rows)
@@ -858,13 +857,13 @@ class Checkpoint:
         stored, self.found = stored_rows(self.config, layout), {}
         if self.config.tie_word_embeddings:
             embedding, head = (stored_name(name, layout) for name in TIED)
-            found.setdefault(embedding, []).extend(found.pop(head, []))
-        # One comparison does for every damage.
-        for key, parts in found.items():
-            if key not in stored:
+            found[embedding] += found.pop(head, [])
+        # One comparison does for every damage. In the order of the files, then what they lack.
+        for key in {**found, **stored}:
+            parts, names = found[key], stored.get(key, {})
+            if not names:
                 raise ValueError(f"{parts[0].file} has {key}, which this model does not have")
-        for key, names in stored.items():
-            parts, height = found.get(key, []), sum(map(len, names.values()))
+            height = sum(map(len, names.values()))
             with_images = [part.shape[:1] for part in parts[:1]] == [(IMAGES + height,)]
             skipped = IMAGES if layout == "chatglm6b" and with_images else 0
             axis = self.check(key, parts, (skipped + height, *self.shapes[[*names][0]][1:]))
@@ -892,13 +891,12 @@ class Checkpoint:
         file as it is wanted is a view of it. Raises ValueError for NaN, infinity, what dtype cannot
         hold, and copies that differ."""
         dtype, opened, used = dtype or self.dtype, cache(open_weights), 0
-        for name in sorted(self.found, key=lambda name: str(self.found[name][0][0].file)):
+        for name, (parts, axis, rows) in self.found.items():
             # Files are mapped anew now and then: the pages of what was copied leave the memory.
             if used > 2**27:
                 opened.cache_clear()
                 gc.collect()  # torch.load leaves its map in a reference cycle
                 used = 0
-            parts, axis, rows = self.found[name]
             tensors = [opened(part.file)[part.key] for part in parts]
             whole = tensors[0] if axis is None else torch.cat(tensors, axis)
             if axis is None and not all(torch.equal(copy, whole) for copy in tensors[1:]):

@@ -963,8 +963,7 @@ def check_link(file):
     """The file, if it is no link out of its folder, but for those of the hub's cache. A folder that
     comes from elsewhere could else have any file read, or copied into what is published."""
     real, home = file.resolve(), file.parent.resolve()
-    blobs = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
-    if real.is_relative_to(home) or blobs:
+    if real.is_relative_to(home) or real.match("models--*/blobs/*"):
         return file
     raise ValueError(f"{file} is a link out of its folder, to {real}; put the file itself there")
 
@@ -1177,14 +1176,13 @@ def to_layout(config, tensors, layout, dtype):
 def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
     """Write a stream of (name, tensor) as Hugging Face's folder: safetensors, with an index if
     there are several; config.json, with what the folder `base` says besides; its tokenizer."""
-    folder, index, file = Path(folder), {}, "model.safetensors"
+    folder, index = Path(folder), {}
     folder.mkdir(parents=True, exist_ok=True)
     # The weights, a file at a time.
     stream = to_layout(config, tensors, config.model_type, dtype)
     for number, shard in enumerate(split_into_shards(stream, max_bytes), 1):
         file = f"model-{number:05}.safetensors"
-        save = partial(save_file, shard, metadata={"format": "pt"})
-        write_atomically(folder / file, save)
+        write_atomically(folder / file, partial(save_file, shard, metadata={"format": "pt"}))
         index |= dict.fromkeys(shard, file)
         shard.clear()  # or it would stay while the next is filled
     if number == 1:
@@ -1192,13 +1190,15 @@ def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
     else:
         write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
     # Then what describes them; a reader who finds it finds all.
-    theirs = read_json_file(check_link(Path(base or folder) / "config.json"), {})
-    # dtype and rope_parameters are what transformers 5 calls the same; auto_map names code
-    twice = ("dtype", "rope_parameters", "auto_map")
-    values = {key: value for key, value in theirs.items() if key not in twice}
-    network = f"{config.model_type.capitalize()}ForCausalLM"  # transformers' class
-    values |= asdict(config) | {"architectures": [network], "hidden_act": "silu"}
-    write_json(folder / "config.json", values | {"torch_dtype": str(dtype).removeprefix("torch.")})
+    values = read_json_file(check_link(Path(base or folder) / "config.json"), {}) | asdict(config)
+    # what transformers 5 calls torch_dtype and rope_scaling, and what names code
+    for key in ("dtype", "rope_parameters", "auto_map"):
+        values.pop(key, None)
+    values["architectures"] = [
+        f"{config.model_type.capitalize()}ForCausalLM"
+    ]  # transformers' class
+    values |= {"hidden_act": "silu", "torch_dtype": str(dtype).removeprefix("torch.")}
+    write_json(folder / "config.json", values)
     if base:
         copy_tokenizer(base, folder)
 
@@ -1222,15 +1222,14 @@ def save_model(model, folder, base=None):
     since a sharded model is gathered tensor by tensor; the first writes."""
     tensors = ((name, full_tensor(p)) for name, p in model.named_parameters())
     if processes()[0]:
-        return list(name for name, _ in tensors)
+        return [name for name, _ in tensors]
     save_hf(model.config, tensors, folder, model.embed_tokens.weight.dtype, base)
 
 
 def copy_tokenizer(base, folder):
     """Copy a base's tokenizer, in all its files, its chat template, and how it is asked, into a
     folder."""
-    names = "tokenizer*.json vocab.json merges.txt special_tokens_map.json added_tokens.json "
-    names += "chat_template* generation_config.json"
+    names = "*token*.json vocab.json merges.txt chat_template* generation_config.json"
     files = [file for name in names.split() for file in Path(base).glob(name)]
     for file in filter(Path.is_file, [*files, find_tokenizer(base)]):
         shutil.copyfile(check_link(file), Path(folder) / file.name)
@@ -1281,13 +1280,12 @@ def write_chat_template(folder, template):
                 write_json(config, read_json_file(config, {}) | {"eos_token_id": token["id"]})
     file, others = folder / "tokenizer_config.json", [*folder.glob("chat_template*")]
     settings = read_json_file(file, {})
-    own = others or "chat_template" in settings
     match template:
         case {"prompt_no_input": str(plain)}:
             plain = plain.replace("{input}", "").replace("{{", "{").replace("}}", "}")
             before, _, behind = map(to_json, plain.partition("{instruction}"))
             text = PLAIN_CHAT.replace("BEFORE", before).replace("BEHIND", behind)
-        case {"chat_template": str(text)} if text and not own:
+        case {"chat_template": str(text)} if text and not (others or "chat_template" in settings):
             pass
         case _:
             return

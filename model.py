@@ -41,6 +41,7 @@ import signal
 import sys
 import zipfile
 from collections import Counter, defaultdict, namedtuple
+from configparser import ConfigParser
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
@@ -1325,9 +1326,10 @@ def check_settings(settings):
 
 def boolean(text):
     """True or False of an option's text, as `--x`, `--x True` and `--x=false` write it."""
-    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+    value = ConfigParser.BOOLEAN_STATES.get(text.lower())
+    if value is None:
         raise argparse.ArgumentTypeError(f"{text!r}, wanted True or False")
-    return text.lower() in ("true", "1", "yes")
+    return value
 
 
 DATA = Path(__file__).parent / "data"
@@ -1344,8 +1346,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         as_written = argparse.RawDescriptionHelpFormatter
-        kwargs |= {"usage": "%(prog)s", "formatter_class": as_written}
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(usage="%(prog)s", formatter_class=as_written, allow_abbrev=False, **kwargs)
 
     def add_settings(self, *classes, **plain):
         """An option for each field of settings dataclasses, in groups under the comments that stand
@@ -1365,14 +1366,13 @@ class Parser(argparse.ArgumentParser):
                 defaults = map(shown, dict.fromkeys((f.default, plain.get(name, f.default))))
                 text += f" (default: {'; plain run: '.join(defaults)})"
                 kind = kinds.get(f.type, {"type": f.type, "choices": f.metadata.get("choices")})
-                group.add_argument(
+                option = group.add_argument(
                     f"--{name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind
                 )
+                self._option_string_actions[f"--{name.replace('_', '-')}"] = option
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        names = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in args]
-        found, unknown = super().parse_known_args(names, namespace)
+        found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].partition("=")[0]
             near = get_close_matches(word, self._option_string_actions) or ["a text in quotes"]
@@ -1511,14 +1511,14 @@ EXAMPLES = """Convert, look into, or make anew the weights of a LLaMA.
 
 def parse_arguments():
     parser = Parser(description=EXAMPLES)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    to_hf = commands.add_parser("convert", help="write either layout as Hugging Face's")
-    info = commands.add_parser("info", help="shapes, memory, and a fingerprint to compare by")
-    init = commands.add_parser("init", help="fresh weights, for `train.py --full`")
-    for command in (to_hf, info, init):
+    add = parser.add_subparsers(dest="command", required=True, parser_class=Parser).add_parser
+    info = add("info", help="shapes, memory, and a fingerprint to compare by")
+    to_hf = add("convert", help="write either layout as Hugging Face's")
+    init = add("init", help="fresh weights, for `train.py --full`")
+    for command in (info, to_hf, init):
         command.add_argument("source", help="folder of a base; init: its config or params file")
-    for command in (to_hf, init):
-        command.add_argument("output_dir", help="new folder to write")
+        if command != info:
+            command.add_argument("output_dir", help="new folder to write")
     to_hf.add_argument("--dtype", choices=DTYPES, help="cast to it (default: as stored)")
     init.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
     return parser.parse_args()

@@ -122,8 +122,8 @@ class LoRALinear(nn.Module):
 
 def linears(model):
     """{name: linear} of all blocks."""
-    modules = model.named_modules()
-    return {name: m for name, m in modules if isinstance(m, Linear) and name.startswith("layers.")}
+    modules = model.layers.named_modules(prefix="layers")
+    return {name: module for name, module in modules if isinstance(module, Linear)}
 
 
 def lora_linears(model):
@@ -136,13 +136,13 @@ def add_lora(model, config):
     are trainable afterwards. Raises ValueError if the model has an adapter already."""
     refuse_adapter(model)
     model.requires_grad_(False)
-    # All first: wrapping changes what the walk over modules meets.
-    targets = {n: m for n, m in linears(model).items() if n.rpartition(".")[2] in config.targets}
-    for name, linear in targets.items():
+    for name, linear in linears(model).items():
+        if name.rpartition(".")[2] not in config.targets:
+            continue
         if config.r > min(linear.in_features, linear.out_features):
             raise ValueError(f"r {config.r} is above the smaller side of {name}: lower it")
         model.set_submodule(name, LoRALinear(linear, config))
-    return len(targets)
+    return len(lora_linears(model))
 
 
 def refuse_adapter(model):
@@ -354,9 +354,9 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
     otherwise and, once trained, if every B is zero."""
     folder, pairs = Path(folder), file_pairs(model)
     state = {
-        f"{PREFIX}{name}.lora_{letter}.weight": tensor
+        f"{PREFIX}{name}.lora_{half}.weight": tensor
         for name, pair in pairs.items()
-        for letter, tensor in zip("AB", pair)
+        for half, tensor in pair.items()
     }
     for key, tensor in state.items():
         if not tensor.isfinite().all():
@@ -365,7 +365,7 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
                 "--learning_rate"
             )
     # An adapter that changes nothing is a mistake that would be found too late.
-    if trained and not any(b.any() for _, b in pairs.values()):
+    if trained and not any(pair["B"].any() for pair in pairs.values()):
         raise ValueError(f"{folder}: every lora_B is zero, so nothing was trained or saved")
     if processes()[0]:
         return
@@ -400,14 +400,14 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
 
 
 def file_pairs(model):
-    """{a linear's name in files: (A, B)} of an adapter, gathered, B's rows in the base's order. Two
-    linears that are one in files (GLM's gate_up_proj) stand there in blocks, with twice the rank,
-    and all others are filled up with zeros to that rank: exact."""
-    pairs, c = {}, model.config
-    stored = stored_rows(c, c.model_type)
+    """{a linear's name in files: {"A": tensor, "B": tensor}} of an adapter, gathered, B's rows in
+    the base's order. Two linears that are one in files (GLM's gate_up_proj) stand there in blocks,
+    with twice the rank, and all others are filled up with zeros to that rank: exact."""
+    pairs, layout = {}, model.config.model_type
+    stored = stored_rows(model.config, layout)
     for name, module in lora_linears(model):
         a, b = (full_tensor(p.detach()).cpu() for p in (module.lora_a, module.lora_b))
-        key = stored_name(name, c.model_type)
+        key = stored_name(name, layout)
         parts = stored[f"{key}.weight"]
         tall = b.new_zeros(sum(map(len, parts.values())), b.size(1))
         tall[parts[f"{name}.weight"]] = b
@@ -415,7 +415,7 @@ def file_pairs(model):
         pairs[key] = torch.cat((above, a)), torch.cat((left, tall), 1)
     rank = max(len(a) for a, _ in pairs.values())
     return {
-        key: (F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - len(a))))
+        key: {"A": F.pad(a, (0, 0, 0, rank - len(a))), "B": F.pad(b, (0, rank - len(a)))}
         for key, (a, b) in pairs.items()
     }
 
@@ -472,7 +472,7 @@ def load_adapter(model, folder):
         model.set_submodule(name, module.requires_grad_(False))
 
 
-def adapter_base(adapter, name="", anyway=False):
+def adapter_base(adapter, name, anyway):
     """(folder of the base named, or of the one that an adapter was trained on; the template that
     stands in its run.json, or {}). A base is known by the SHA-256 of its weights in run.json, else
     by its name in adapter_config.json. Raises ValueError naming both if it is another, unless
@@ -487,8 +487,11 @@ def adapter_base(adapter, name="", anyway=False):
     known, same = made.get("sha256", {}).get("base"), Path(noted).name == Path(name or noted).name
     if known:
         # To hash a large one takes its time: it is believed where nobody names another.
-        files = [f for f in weight_files(base) if name or f.stat().st_size < 2**30]
-        same = all(file_hash(file) in str(known) for file in files)
+        same = all(
+            file_hash(file) in str(known)
+            for file in weight_files(base)
+            if name or file.stat().st_size < 2**30
+        )
     if not same:
         text = f"adapter {adapter} was trained on {noted}, and {base} is another base"
         if not anyway:
@@ -503,10 +506,9 @@ def read_pairs(file, known):
     parts, exactly: A is shared, and each has its rows of B."""
     pairs = {}
     # lora_A.weight; in PEFT's live modules lora_A.default.weight; _orig_mod. is torch.compile's
-    pattern = rf"(?:{PREFIX})?(.*)\.lora_([AB])\.(?:\w+\.)?weight"
+    pattern = rf"(?s)(?:{PREFIX})?(.*?)(?:\.lora_([AB])\.(?:\w+\.)?weight)?"
     for key, tensor in open_weights(file).items():
-        match = re.fullmatch(pattern, key.replace("_orig_mod.", ""))
-        name, half = match.groups() if match else (key, "")
+        name, half = re.fullmatch(pattern, key.replace("_orig_mod.", "")).groups()
         parts = known.get(f"{name}.weight", {name: []})
         # Where the rows are too many or too few, `check_pair` says so of the whole.
         cut = half == "B" and [*tensor.shape[:1]] == [sum(map(len, parts.values()))]
@@ -550,8 +552,9 @@ def recover(base, difference, folder, dtype=None):
                 raise ValueError(
                     f"{difference}: {name} is {tuple(tensor.shape)}, {tuple(start.shape)} in {base}"
                 )
-            sums.append((tensor.float() + start).sum().item())
-            yield name, tensor.float() + start
+            whole = start + tensor.float()
+            sums.append(whole.sum().item())
+            yield name, whole
 
     tokenizer = difference if find_tokenizer(difference).is_file() else base
     with new_folder(folder) as new:

@@ -42,7 +42,7 @@ import sys
 import zipfile
 from collections import Counter, defaultdict, namedtuple
 from configparser import ConfigParser
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache, partial
@@ -1385,7 +1385,7 @@ class Parser(argparse.ArgumentParser):
 
 def out_of_memory(error):
     """The first line of an error of memory that ran out; "" for any other error."""
-    text = (str(error).splitlines() or ["out of memory"])[0]
+    text = str(error).partition("\n")[0] or "out of memory"
     of_torch = isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", text)
     return text if of_torch or isinstance(error, MemoryError) else ""
 
@@ -1421,7 +1421,7 @@ def stop_signals(stop=lambda number: None):
     """Within it SIGTERM, Ctrl-C and a closed terminal (SIGHUP) only put their number into the list
     that it yields, and call stop with it, so that what is under way ends first; a second one ends
     the process at once. One that is ignored, as nohup does it, stays so."""
-    caught, before = [], {}
+    caught = []
 
     def note(number, frame):
         caught.append(number)
@@ -1430,15 +1430,12 @@ def stop_signals(stop=lambda number: None):
         with suppress(OSError):  # Ctrl-C has ended `tee` too, or the terminal is gone
             os.write(2, b"\nstopping when this is done; once more to stop at once\n")
 
-    with suppress(ValueError):  # in another thread than the main one there are no handlers
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, note)
-    try:
+    with ExitStack() as handlers:
+        with suppress(ValueError):  # in another thread than the main one there are none
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    handlers.callback(signal.signal, number, signal.signal(number, note))
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # What to do about an error that Python words: {pattern of its text: advice}.

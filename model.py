@@ -283,7 +283,7 @@ class LLaMA(nn.Module):
         for i, block in enumerate(self.layers):
             # Dropped activations are made again by a second forward of the block.
             call = block
-            if i < self.recomputed and torch.is_grad_enabled():
+            if i < self.recomputed:
                 call = partial(checkpoint, block, use_reentrant=False)
             x = call(x, rope, context, keep if i + 1 == len(self.layers) else None)
         return self.norm(x)

@@ -475,7 +475,7 @@ def scale_adapter(batch, requests):
     # Rows change seldom; most steps have nothing to do here.
     if adapted != batch.adapted:
         share = torch.tensor(adapted, device=batch.model.device).view(-1, 1, 1)
-        share_rows(batch.model, None if all(adapted) else share)
+        share_rows(batch.model, 1.0 if all(adapted) else share)
         batch.adapted = adapted
 
 

@@ -157,9 +157,9 @@ def remove_adapter(model):
 
 
 def share_rows(model, share):
-    """Scale all updates by share: a tensor (B, 1, 1), row by row, or None for all rows alike."""
+    """Scale all updates by share: 1.0, or a tensor (B, 1, 1), row by row."""
     for _, module in lora_linears(model):
-        module.share = 1.0 if share is None else share
+        module.share = share
 
 
 @torch.no_grad()

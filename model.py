@@ -688,8 +688,8 @@ def config_from_hf(hf):
     if kind not in NETWORKS:
         raise ValueError(f"model_type is {kind!r}, wanted one of {' '.join(NETWORKS)}")
     hf.setdefault("rope_theta", 10000.0 * hf.get("rope_ratio", 1))  # as GLM-4 has it
-    names = LLaMAConfig.__annotations__
-    values = {name: hf[name] for name in names if hf.get(name) is not None}
+    known = LLaMAConfig.__annotations__
+    values = {name: hf[name] for name in known if hf.get(name) is not None}
     rope = {key: value for key, value in rope.items() if key not in values}
     values["rope_scaling"] = None if scaling == "default" else {"rope_type": scaling, **rope}
     values["model_type"] = {"chatglm": "glm"}.get(kind, kind)  # transformers' name of that network
@@ -845,8 +845,8 @@ class Checkpoint:
         size = sum(file.stat().st_size for file in self.files)
         if sum(height for height, *_ in self.shapes.values()) > size:
             raise ValueError(f"{folder} describes a model that {size:,} bytes cannot hold")
-        kind = self.config.model_type
-        layout, published = "meta" if is_meta else kind, PUBLISHED.get(kind, kind)
+        layout = "meta" if is_meta else self.config.model_type
+        published = PUBLISHED.get(layout, layout)
         if stored_name("embed_tokens.weight", published) in found:
             layout = published
         self.place(found, layout)
@@ -1320,7 +1320,7 @@ def check_settings(settings):
                 low = 0 if f.default == 0 else f.type is int or 1e-30
             wanted += f" from {low:g} to {high:g}"
             fits = type(value) in (int, f.type) and low <= value <= high
-        if not fits and (type(value), value) != (type(f.default), f.default):
+        if not fits and repr(value) != repr(f.default):  # True is 1, and no number
             raise ValueError(f"{f.name} is {value!r}, wanted {wanted}")
 
 

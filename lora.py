@@ -115,10 +115,6 @@ class LoRALinear(nn.Module):
         h = F.linear(h, self.lora_a.to(x.dtype)) * (self.config.scale * self.share)  # (..., r)
         return self.base(x) + F.linear(h.to(x.dtype), self.lora_b.to(x.dtype))
 
-    def delta(self):
-        """The update (alpha / r) B A as one matrix (O, I), float32."""
-        return self.config.scale * (self.lora_b @ self.lora_a)
-
 
 def linears(model):
     """{name: linear} of all blocks."""
@@ -177,7 +173,7 @@ def merge(model):
                 "the base as it was before (--base_dtype bf16)"
             )
         # Sum in float32, round once, and see what rounding left of the update.
-        weight, delta = module.base.weight, module.delta()
+        weight, delta = module.base.weight, module.config.scale * (module.lora_b @ module.lora_a)
         merged = (weight.float() + delta).to(weight.dtype)
         stored = merged.float() - weight.float()
         errors[name] = ((stored - delta).norm() / delta.norm().clamp_min(1e-30)).item()

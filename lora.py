@@ -467,8 +467,13 @@ def load_adapter(model, folder):
     # The linears of the file must be those that the settings name, and all be in the model.
     names = [] if targets else [*pairs]
     for target in targets:
-        means = [parts for key, parts in known.items() if f".{key}".endswith(f".{target}.weight")]
-        names += [name.removesuffix(".weight") for parts in means for name in parts] or [target]
+        means = [
+            name.removesuffix(".weight")
+            for key, parts in known.items()
+            if f".{key}".endswith(f".{target}.weight")
+            for name in parts
+        ]
+        names += means or [target]
     for name in sorted({*names, *pairs}):
         linear = found.get(name) if name in names else None
         check_pair(f"{file}: {name}", linear, pairs.get(name, {}), config.r)

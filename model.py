@@ -1230,7 +1230,8 @@ def save_model(model, folder, base=None):
 def copy_tokenizer(base, folder):
     """Copy a base's tokenizer, in all its files, its chat template, and how it is asked, into a
     folder."""
-    names = "*token*.json vocab.json merges.txt chat_template* generation_config.json"
+    names = "tokenizer*.json vocab.json merges.txt special_tokens_map.json added_tokens.json "
+    names += "chat_template* generation_config.json"
     files = [file for name in names.split() for file in Path(base).glob(name)]
     for file in filter(Path.is_file, [*files, find_tokenizer(base)]):
         shutil.copyfile(check_link(file), Path(folder) / file.name)

@@ -496,8 +496,9 @@ def adapter_base(adapter, name, anyway):
     noted = str(theirs.get("base_model_name_or_path") or name or "tiny")
     # This project's own base may have lain elsewhere.
     places = filter(Path.is_dir, (Path(noted), DATA / Path(noted).name))
-    base = find_base(name or next(places, noted))
-    known, same = made.get("sha256", {}).get("base"), Path(noted).name == Path(name or noted).name
+    place = name or next(places, noted)
+    base = find_base(place)
+    known, same = made.get("sha256", {}).get("base"), Path(noted).name == Path(place).name
     if known:
         # To hash a large one takes its time: it is believed where nobody names another.
         same = all(

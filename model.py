@@ -1372,8 +1372,8 @@ class Parser(argparse.ArgumentParser):
                 )
                 self._option_string_actions[f"--{name.replace('_', '-')}"] = option
 
-    def parse_known_args(self, args=None, namespace=None):
-        found, unknown = super().parse_known_args(args, namespace)
+    def parse_known_args(self, *given):
+        found, unknown = super().parse_known_args(*given)
         if unknown:
             word = unknown[0].partition("=")[0]
             near = get_close_matches(word, self._option_string_actions) or ["a text in quotes"]

@@ -52,7 +52,7 @@ def dequantised(model):
     """The same model with plain float32 linears that hold the dequantised weights."""
     plain = copy.deepcopy(model)
     for name, linear in L.linears(plain).items():
-        new = M.Linear(linear.in_features, linear.out_features)
+        new = M.Linear(linear.in_features, linear.out_features, False)
         new.weight = torch.nn.Parameter(matrix(linear), requires_grad=False)
         plain.set_submodule(name, new)
     return plain

@@ -1196,10 +1196,9 @@ def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
     # what transformers 5 calls torch_dtype and rope_scaling, and what names code
     for key in ("dtype", "rope_parameters", "auto_map"):
         values.pop(key, None)
-    values["architectures"] = [
-        f"{config.model_type.capitalize()}ForCausalLM"
-    ]  # transformers' class
-    values |= {"hidden_act": "silu", "torch_dtype": str(dtype).removeprefix("torch.")}
+    network = f"{config.model_type.capitalize()}ForCausalLM"  # transformers' class
+    values |= {"architectures": [network], "hidden_act": "silu"}
+    values["torch_dtype"] = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", values)
     if base:
         copy_tokenizer(base, folder)
@@ -1523,7 +1522,7 @@ def parse_arguments():
     init = add("init", help="fresh weights, for `train.py --full`")
     for command in (info, to_hf, init):
         command.add_argument("source", help="folder of a base; init: its config or params file")
-        if command != info:
+        if command is not info:
             command.add_argument("output_dir", help="new folder to write")
     to_hf.add_argument("--dtype", choices=DTYPES, help="cast to it (default: as stored)")
     init.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")

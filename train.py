@@ -874,14 +874,21 @@ def sum_over_processes(tensors):
 def shard(model, device, dtype):
     """FSDP2 (--shard): cut each block's weights over the processes, then those of the rest; they
     are gathered for their products and freed again. Moved to device and cast to dtype a block at a
-    time, since the base may be mapped, and exceed the device."""
+    time, since the base may be mapped, and exceed the device. Raises ValueError where torch cannot
+    cut a quantised base."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     # First the blocks, then what is left of the model: embedding, last norm and head.
     mesh = dist.init_device_mesh(device.type, (processes()[1],))
     for part in (*model.layers, model):
         move_model(part, device, dtype)
-        fully_shard(part, mesh=mesh)
+        try:
+            fully_shard(part, mesh=mesh)
+        except RuntimeError as error:  # torch 2.11 cuts floating-point parameters alone
+            raise ValueError(
+                f"torch {torch.__version__} cannot shard this base ({error}); int8 and nf4 want "
+                "torch 2.13, or take --base_dtype bf16"
+            ) from None
     register_fsdp_forward_method(model, "hidden_states")
 
 

@@ -90,19 +90,18 @@ class Fact:
     values: list
     form: dict = None  # {questions: texts with {e}, statements: texts with {e} and {v}}
 
-    def statement(self, rng=None):
-        forms = self.form["statements"]
-        form = rng.choice(forms) if rng else forms[0]
-        return form.format(e=self.entity, v=self.text)
+    def statement(self, rng):
+        return rng.choice(self.form["statements"]).format(e=self.entity, v=self.text)
 
 
-def facts(entity, forms):
-    """The facts of an entity for which there is a form, in the order of data/forms.json."""
-    kind = entity["类型"]
+def facts_of(entity, forms):
+    """{relation: fact} of an entity where there is a form, in the order of data/forms.json."""
+    kind, own = entity["类型"], {}
     for relation, form in forms.get(kind, {}).items():
         text, values = values_of(entity, relation)
         if values:
-            yield Fact(entity["中心词"], kind, relation, text, values, form)
+            own[relation] = Fact(entity["中心词"], kind, relation, text, values, form)
+    return own
 
 
 # The patterns of a disease, and the formula for each.
@@ -120,10 +119,6 @@ def values_of(entity, relation):
     pairs = unique(zip(*lists))
     text = "，".join(f"{pattern}用{formula}" for pattern, formula in pairs)
     return text, unique(chain(*pairs))
-
-
-def facts_of(entity, forms):
-    return {fact.relation: fact for fact in facts(entity, forms)}
 
 
 def values_in(facts):
@@ -206,10 +201,11 @@ def answer(asked, own, rng):
 
 def alerts(fact, about):
     """The warnings that a fact brings about answers on some relations."""
-    rules = fact.form.get("alerts", [])
-    rules = [rule for rule in rules if about & {*rule.get("about", about)}]
-    texts = [rule["text"] for rule in rules if re.search(rule["mark"], fact.text)]
-    return [text.format(e=fact.entity) for text in texts]
+    return [
+        rule["text"].format(e=fact.entity)
+        for rule in fact.form.get("alerts", [])
+        if about & {*rule.get("about", about)} and re.search(rule["mark"], fact.text)
+    ]
 
 
 # ==================================================================================================
@@ -631,29 +627,29 @@ def message(role, content):
     return {"role": role, "content": content}
 
 
-def keys_of(facts):
-    return [(fact.kind, fact.relation, value) for fact in facts for value in fact.values]
-
-
 class FactSampler:
     """Draws the facts of entities for prompts."""
 
     def __init__(self, entities, forms):
-        self.facts = {entity["中心词"]: list(facts(entity, forms)) for entity in entities}
+        self.facts = {entity["中心词"]: facts_of(entity, forms) for entity in entities}
         # {(kind, relation, value): names of the entities that have it}
         self.holders = defaultdict(set)
-        for name, own in self.facts.items():
-            for key in keys_of(own):
-                self.holders[key].add(name)
+        for fact in chain(*map(dict.values, self.facts.values())):
+            for value in fact.values:
+                self.holders[fact.kind, fact.relation, value].add(fact.entity)
 
     def under(self, name, relations):
         """The facts of an entity under some relations."""
-        return [fact for fact in self.facts.get(name, []) if fact.relation in relations]
+        own = self.facts.get(name, {})
+        return [own[relation] for relation in own if relation in relations]
 
     def partners(self, name, relations):
         """Entities of the same kind that have a value in common under one of the relations."""
-        keys = keys_of(self.under(name, relations))
-        return sorted(set().union(*map(self.holders.get, keys)) - {name})
+        found = set()
+        for fact in self.under(name, relations):
+            for value in fact.values:
+                found |= self.holders[fact.kind, fact.relation, value]
+        return sorted(found - {name})
 
     def choose(self, rng, form, name):
         """A partner's name (or the entity's own) and the facts for a job about an entity."""
@@ -662,7 +658,7 @@ class FactSampler:
         chosen = []
         for entity in unique([name, other]):
             must = self.under(entity, form["relations"])
-            rest = [fact for fact in self.facts[entity] if fact not in must]
+            rest = [fact for fact in self.facts[entity].values() if fact not in must]
             more = max(0, form["facts"] - len(must))
             chosen += must + rng.sample(rest, min(more, len(rest)))
         # A formula's herbs are entities themselves: what the prompt needs to know of those.
@@ -683,8 +679,8 @@ def knowledge_jobs(args, entities, forms, prompts):
             name
             for name, own in sampler.facts.items()
             if form["weight"]
-            and {fact.kind for fact in own} & set(form["kinds"])
-            and {fact.relation for fact in own} >= set(form["relations"])
+            and {fact.kind for fact in own.values()} & {*form["kinds"]}
+            and own.keys() >= {*form["relations"]}
             and ("share" not in form or sampler.partners(name, form["share"]))
         ]
         if pool:

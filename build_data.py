@@ -231,11 +231,10 @@ def build(args, jobs, sieve):
     for job, record in read:
         reason = record.get("reason") or sieve.reason(record, job)
         if reason:
-            rejected.append(record | {"reason": reason})
-        else:
-            kept.append(record)
+            record["reason"] = reason
+        (rejected if reason else kept).append(record)
         if args.sample:
-            print(to_json(record | {"reason": reason}, indent=1))
+            print(to_json(record, indent=1))
     # Only when the records are written may an error of the endpoint end the command.
     write_lines(beside(args.output, ".rejected.jsonl"), rejected)
     sieve.write(args, kept)
@@ -293,15 +292,13 @@ def records_of(job, items):
 def record_of_turns(turns, system=""):
     """What a record has of turns [(question, answer), ...]. As BenTsao wrote its rows: all turns
     but the last answer are the instruction."""
-    *earlier, (question, answer) = turns
-    if earlier:
-        question = render_turns([*earlier, (question, None)])
+    messages = [message("system", system)] if system else []
+    for question, answer in turns:
+        messages += [message("user", question), message("assistant", answer)]
+    if len(turns) > 1:
+        question = render_turns(turns)
     record = {"instruction": question, "input": "", "output": answer}
-    if earlier or system:
-        said = chain(*(zip(("user", "assistant"), turn) for turn in turns))
-        said = [("system", system)] * bool(system) + [*said]
-        record["messages"] = [message(*side) for side in said]
-    return record
+    return record | {"messages": messages} if len(messages) > 2 else record
 
 
 # ==================================================================================================
@@ -469,7 +466,7 @@ class Names:
             self.entities[name].add(name)
         # By longest match: 四逆汤 in 当归四逆汤 is none.
         names = sorted(self.kinds, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, names)) or "$^")
+        self.pattern = re.compile("|".join(map(re.escape, names)) )
 
     def find(self, text):
         """The set of names in a text."""
@@ -503,7 +500,7 @@ class TokenIndex:
     def like(self, tokens, share):
         """The texts that have enough tokens in common with a new one: at least a share of the sum
         of both numbers, so that equal texts share 0.5."""
-        common = Counter(chain(*(self.postings.get(token, ()) for token in tokens)))
+        common = Counter(chain(*(self.postings[token] for token in tokens)))
         found = ((shared, *self.texts[i]) for i, shared in common.items())
         # 1e-9: what rounding may have added to the bound.
         return [text for n, size, text in found if n >= share * (size + len(tokens)) - 1e-9]
@@ -829,7 +826,7 @@ class TripleSieve:
 
     schema: dict
     labelled: set
-    mark: str = "head"  # what each line that it writes holds
+    mark = "head"  # what each line that it writes holds
 
     def reason(self, record, job):
         [asked] = job.facts
@@ -863,7 +860,7 @@ class TripleSieve:
         doubts = [{"conflict": together} for together in conflicts(triples)]
         write_lines(beside(args.output, ".conflicts.jsonl"), doubts)
         print(*doubts, sep="\n")
-        found = {(one["source"], *triple) for triple, said in triples.items() for one in said}
+        found = {tuple(map(record.get, ("source", *TRIPLE))) for record in kept}
         print_scores(found, self.labelled)
 
 
@@ -909,20 +906,19 @@ class Replies(dict):
             self.file = open(path, "ab+", buffering=0)  # noqa: SIM115
             hold(self.file, path)
         data = path.read_bytes() if path.exists() else b""
-        size = 0  # bytes of complete lines
         for number, line in enumerate(data.splitlines(keepends=True), 1):
             try:
                 reply = json.loads(line)
                 self[reply["key"]] = reply
-                size += len(line)
             except (ValueError, TypeError, LookupError):
                 # Only the last line may be one that a crash cut off.
                 if line.endswith(b"\n"):
                     raise ValueError(f"{path} line {number} is no reply; delete it") from None
+                data = data.removesuffix(line)
         if not read_only:
             # What a crash cut off goes; a complete reply without its end of line gets one.
-            self.file.truncate(size)
-            if size and data[size - 1 : size] != b"\n":
+            self.file.truncate(len(data))
+            if data and not data.endswith(b"\n"):
                 self.file.write(b"\n")
 
     def append(self, reply):
@@ -981,7 +977,6 @@ class Client:
             "temperature": self.temperature,
             "max_completion_tokens": self.max_tokens,
             "response_format": {"type": "json_object"},
-            # Behind the others, which an error is searched for first.
             "model": self.model,
         }
         # {key: why it has no reply}, and the exception that ended the run.
@@ -1096,9 +1091,9 @@ class Client:
 
         cost = self.cost(self.bound([messages]), self.batch)
         for attempt in range(self.retries + 1):
-            self.stop = self.stop or self.cap_passed(1, cost)
             if self.stop:
                 return
+            self.check_caps(1, cost)
             # What a try may cost is reserved before it leaves.
             self.requests += 1
             self.reserved += cost
@@ -1123,7 +1118,7 @@ class Client:
             await self.pause(seconds)
 
         # The same prompt without a parameter is no further try.
-        if self.leave_out(self.failed.get(key), params):
+        if self.leave_out(key, params):
             return await self.send(key, messages)
         # A refusal, too, shows that the endpoint is there.
         answered = key in self.replies or status not in (200, *RETRY)
@@ -1140,12 +1135,12 @@ class Client:
             await asyncio.sleep(min(seconds, 0.5))
             seconds -= 0.5
 
-    def cap_passed(self, requests, cost):
-        """Why so many more requests, at so many dollars, must not leave; None if they may."""
+    def check_caps(self, requests, cost):
+        """Raise Stopped if so many more requests, at so many dollars, must not leave."""
         if 0 < self.max_requests < self.requests + requests:
-            return Stopped(f"max_requests {self.max_requests} reached")
+            raise Stopped(f"max_requests {self.max_requests} reached")
         if 0 < self.max_cost < self.spent + self.reserved + cost:
-            return Stopped(f"max_cost {self.max_cost} reached ({self.spent:.4f} spent)")
+            raise Stopped(f"max_cost {self.max_cost} reached ({self.spent:.4f} spent)")
 
     def store(self, key, hash, answer, params):
         """Bring the reply in a chat completion to the file, or note that it is none; what it cost
@@ -1179,18 +1174,20 @@ class Client:
             self.bar.set_postfix_str(f"${self.spent:.4f}", refresh=False)
         self.bar.update()
 
-    def leave_out(self, error, sent):
-        """Whether an endpoint refuses a request for a parameter sent that it may do without, or for
+    def leave_out(self, key, sent):
+        """Whether a prompt was refused for a parameter sent that an endpoint may do without, or for
         a reply too long for its context. No later request sends it, or asks for so much."""
+        error = self.failed.get(key, "")
         size = next(name for name in sent if name.endswith("_tokens"))
-        if re.search("context|does not fit", str(error)) and sent[size] > 99:
+        if re.search("context|does not fit", error) and sent[size] > 99:
             self.params[size] = sent[size] // 2
             return True
-        name = next((name for name in ("messages", *sent) if name in str(error)), None)
-        if name in ("temperature", "response_format", "max_completion_tokens"):
-            self.params.pop(name, None)
+        # Of several the first is at fault. Messages stand here, since they are never left out.
+        named = re.search("messages|temperature|response_format|max_completion_tokens", error)
+        if named and named[0] in sent:
+            self.params.pop(named[0], None)
             # Many servers know it by its older name.
-            if name == "max_completion_tokens":
+            if named[0] == "max_completion_tokens":
                 self.params["max_tokens"] = self.max_tokens
             return True
 
@@ -1216,9 +1213,9 @@ class Client:
     async def submit(self, prompts):
         """Upload a file of requests and note it. A batch is made as a whole: none if with it a cap
         could be passed."""
-        bound = self.bound(prompts.values())
-        cap = self.cap_passed(len(prompts), self.cost(bound, self.batch))
-        if cap:
+        try:
+            self.check_caps(len(prompts), self.cost(self.bound(prompts.values()), self.batch))
+        except Stopped as cap:
             self.stop = ValueError(f"{cap} by the batch, which is sent whole; lower --count")
             return
         requests = (
@@ -1255,7 +1252,7 @@ class Client:
             for prompt, key, answer in read_results(content.read()):
                 if key not in self.replies:
                     self.store(key, prompt, answer, noted["params"])
-                    self.leave_out(self.failed.get(key), noted["params"])
+                    self.leave_out(key, noted["params"])
         self.note.unlink()
         if batch.status != "completed":
             self.stop = ValueError(f"{batch.id} {batch.status}: {without_key(batch.errors)}")
@@ -1404,7 +1401,6 @@ def read_entity(row, rules):
     # The first kind that has one of its marks among the relations; the last has none, and fits all.
     kinds = rules["kinds"].items()
     likely = next(kind for kind, marks in kinds if not marks or set(marks) & set(row))
-    row = dict(row)
     name, kind = row.pop("中心词", None), row.pop("类型", likely)
     if not is_text(name) or not isinstance(kind, str):
         raise ValueError(f"中心词 and 类型 want a text each, got {name!r} and {kind!r}")

@@ -422,7 +422,7 @@ class Sieve:
     def write(self, args, kept):
         write_lines(args.output, kept, args.knowledge)
         if kept:
-            report(args.output, args.knowledge, beside(args.output, ".html"))
+            Stats(args.knowledge, html=beside(args.output, ".html")).run(args.output)
 
 
 def plain(text):
@@ -466,7 +466,7 @@ class Names:
             self.entities[name].add(name)
         # By longest match: 四逆汤 in 当归四逆汤 is none.
         names = sorted(self.kinds, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, names)) )
+        self.pattern = re.compile("|".join(map(re.escape, names)))
 
     def find(self, text):
         """The set of names in a text."""
@@ -1459,41 +1459,41 @@ def write_lines(path, records, *sources):
 SOURCE = {"entity": "", "kind": "", "form": "", "relations": [], "values": []}
 
 
-def report(path, knowledge, html="", tokenizer=None, template=None):
-    """Print what a file of records holds, and draw it on a page if html names one: counts by form,
-    kind, relation and department, reasons of rejection, lengths, the knowledge base covered,
-    duplicates; with a tokenizer also tokens, and rows that a cut-off would cut."""
+def report(args, path):
+    """Print what a file of records holds, and draw it on a page if args, `Stats`, names one: counts
+    by form, kind, relation and department, reasons of rejection, lengths, the knowledge base
+    covered, duplicates; with a tokenizer also tokens, and rows that a cut-off would cut."""
     records = read_instructions(path, answers=True)
     check_sources(path, records)
     rejected = beside(path, ".rejected.jsonl")
     rows = read_records(rejected) if rejected.is_file() and rejected.stat().st_size else []
-    entities = {entity["中心词"]: entity for entity in read_knowledge(knowledge)}
-    about = (entities.get(name, {}) for name in column(records, "entity"))
+    entities = {entity["中心词"]: entity for entity in read_knowledge(args.knowledge)}
+    departments = (entities.get(r["entity"], {}).get("所属科室", []) for r in records)
     sections = {
         "records": {"kept": len(records), "rejected": len(rows)},
         "reasons of rejection": counted(str(row.get("reason")).split(":")[0] for _, row in rows),
-        "forms": counted(column(records, "form")),
-        "kinds": counted(column(records, "kind")),
-        "relations": counted(chain(*column(records, "relations"))),
-        "departments": counted(chain(*(entity.get("所属科室", []) for entity in about))),
-        "characters of an answer": spread(map(len, column(records, "output")), 50),
+        "forms": counted(record["form"] for record in records),
+        "kinds": counted(record["kind"] for record in records),
+        "relations": counted(name for record in records for name in record["relations"]),
+        "departments": counted(chain(*departments)),
+        "characters of an answer": spread([len(record["output"]) for record in records], 50),
         "knowledge base": coverage(records, entities),
         "duplicates": duplicates(records),
     }
-    if tokenizer:
-        sections |= token_sections(records, tokenizer, template)
+    if args.tokenizer:
+        sections |= token_sections(args, records)
     for title, counts in sections.items():
         listed = (f"{label} {number:,}" for label, number in counts.items())
         if counts:
             print(f"{title}: {', '.join(listed)}")
-    if html:
+    if args.html:
         page = Template(read_text(f"{DATA}/stats.html"))
         # "<" is escaped, lest a text of the records ends the script that it stands in.
         data = to_json(sections).replace("<", "\\u003c")
         text = page.safe_substitute(title=escape(Path(path).name), data=data)
-        check_own(html, "<title>Records</title>")
-        write_text(html, text)
-        print(f"{html}: the same as a page")
+        check_own(args.html, "<title>Records</title>")
+        write_text(args.html, text)
+        print(f"{args.html}: the same as a page")
 
 
 def check_sources(path, records):
@@ -1513,10 +1513,6 @@ def counted(texts):
     return dict(Counter(filter(None, texts)).most_common())
 
 
-def column(records, key):
-    return [record[key] for record in records]
-
-
 def spread(numbers, width):
     """{"0 to 49": how many of the numbers, ...} in bins of a width."""
     bins = Counter(number // width * width for number in numbers)
@@ -1526,29 +1522,32 @@ def spread(numbers, width):
 def duplicates(records):
     """Records whose text another one has, and those that the sieve finds like an earlier one."""
     sieve = Sieve()
-    texts = {text_of(record) for record in records}
     repeats = sum(bool(sieve.repeated(record)) for record in records)
-    return {"exact": len(records) - len(texts), "near (4-grams)": repeats}
+    exact = len(records) - len(set(map(text_of, records)))
+    return {"exact": exact, "near (4-grams)": repeats}
 
 
 def coverage(records, entities):
     """How much of the knowledge base the records ask about and state."""
+    known = set()
     # Behind name and kind stand the relations.
-    lists = {name: chain(*islice(entity.values(), 2, None)) for name, entity in entities.items()}
-    known = {(name, value) for name, values in lists.items() for value in values}
+    for name, _, *lists in map(dict.values, entities.values()):
+        known.update((name, value) for value in chain(*lists))
     told = {(record["entity"], value) for record in records for value in record["values"]}
     return {
         "entities": len(entities),
-        "entities asked about": len(entities.keys() & column(records, "entity")),
+        "entities asked about": len(entities.keys() & {record["entity"] for record in records}),
         "values": len(known),
         "values told": len(known & told),
     }
 
 
-def token_sections(records, tokenizer, template):
+def token_sections(args, records):
     """Tokens of the rows as training makes them (BOS, prompt, answer, EOS), and what each cut-off
     would cut: a row longer than it loses the end of its answer, and a row whose prompt leaves no
     room for one token of it and EOS is left out."""
+    tokenizer = load_tokenizer(args.tokenizer)
+    template = load_template(args.prompt_template_name)
     prompts, rows, answers = [], [], Counter()
     for record in records:
         prompt, answer = render(template, *conversation(record))
@@ -1558,7 +1557,7 @@ def token_sections(records, tokenizer, template):
         answers.update(ids)
     # A character outside the vocabulary becomes several tokens, its bytes.
     parts = sum(n for id, n in answers.items() if "\ufffd" in tokenizer.decode([id]))
-    characters = sum(map(len, column(records, "output")))
+    characters = sum(len(record["output"]) for record in records)
     answer = answers.total()
     return {
         "tokens": {
@@ -1750,10 +1749,7 @@ class Stats:
     prompt_template_name: str = "med_template"  # template of the prompts then counted
     html: str = ""  # file for the report as a page
 
-    def run(self, file):
-        tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else None
-        template = load_template(self.prompt_template_name)
-        report(file, self.knowledge, self.html, tokenizer, template)
+    run = report
 
 
 def main():

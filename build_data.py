@@ -254,7 +254,7 @@ def read_replies(args, jobs, client):
     for part in (jobs[:n], jobs[n:]):
         # Ask, and where a reply cannot be parsed, ask once more. What is on the file is not asked.
         client.ask({job.key: job.messages for job in part})
-        client.ask(repairs(args, part, client.replies))
+        client.ask(dict(repairs(args, part, client.replies)))
         read += [(job, record) for job in part for record in read_reply(job, client)]
         faults = {record.get("reason") for _, record in read}
         if len(faults) == 1 and None not in faults:
@@ -273,20 +273,20 @@ def read_reply(job, client):
     try:
         if not reply:
             raise ValueError(f"no reply: {client.failed.get(job.key, client.stop)}")
-        records = records_of(job, parse_items(reply["content"], job.fields))
+        records = parse_items(reply["content"], job.fields)
+        if job.fields == TURN:
+            records = [dialogue(records)]
         return [{"id": f"{job.key}/{i}", **r, **source} for i, r in enumerate(records)]
     except ValueError as error:
         return [{"id": job.key, **source, "reason": str(error), "content": reply.get("content")}]
 
 
-def records_of(job, items):
-    """The records in a reply: one of each item, or one dialogue of which each item is a turn."""
-    if job.fields != TURN:
-        return items
+def dialogue(items):
+    """The record of which each item is a turn."""
     turns = [tuple(item.values()) for item in items]
     if not 2 <= len(turns) <= 6 or not all(map(all, turns)):
         raise ValueError(f"turns: {len(turns)}, wanted 2 to 6 and none of them empty")
-    return [record_of_turns(turns)]
+    return record_of_turns(turns)
 
 
 def record_of_turns(turns, system=""):
@@ -478,8 +478,7 @@ class Names:
         held = set().union(*map(self.entities.get, self.find(given)))
         strange = [name for name in self.find(text) if not held & self.entities[name]]
         # A longer word may hold a disease or drug (缺铁性贫血: 贫血), but no herb and no formula.
-        whole = ("中药", "方剂")
-        return sorted(n for n in strange if self.kinds[n] in whole or n not in given)
+        return sorted(n for n in strange if self.kinds[n] in ("中药", "方剂") or n not in given)
 
 
 class TokenIndex:
@@ -609,9 +608,9 @@ def set_weights(prompts, mix):
 def make_job(args, prompts, form, item, facts=(), **texts):
     """The job that asks for an item by a form, with facts and other texts in their places."""
     listed = "\n".join(f"- {fact.entity}的{fact.relation}：{fact.text}" for fact in facts)
-    system = read_text(f"{args.prompts}/system.txt")
     user = Template(prompts[form]["prompt"]).safe_substitute(texts, facts=listed)
-    messages = [message("system", system), message("user", user)]
+    system = message("system", read_text(f"{args.prompts}/system.txt"))
+    messages = [system, message("user", user)]
     return Job(f"{item}/{form}/{args.model}", form, messages, facts)
 
 
@@ -670,7 +669,7 @@ def knowledge_jobs(args, entities, forms, prompts):
     rng = random.Random(args.seed)
     sampler = FactSampler(entities, forms)
     # Which entities each prompt suits, in an order of its own.
-    pools, weights = {}, []
+    pools = {}
     for title, form in prompts.items():
         pool = [
             name
@@ -683,12 +682,12 @@ def knowledge_jobs(args, entities, forms, prompts):
         if pool:
             rng.shuffle(pool)
             pools[title] = cycle(pool)
-            weights.append(form["weight"])
     if not pools:
         raise ValueError(f"{args.knowledge}: no form in {args.prompts} suits an entity there")
     # A job's facts hang on its own key alone, not on the jobs drawn before it.
     seen = defaultdict(count)
-    for title in rng.choices(list(pools), weights, k=args.count):
+    weights = [prompts[title]["weight"] for title in pools]
+    for title in rng.choices([*pools], weights, k=args.count):
         name = next(pools[title])
         number = next(seen[title, name])
         item_rng = random.Random(f"{args.seed}/{title}/{name}/{number}")
@@ -704,7 +703,7 @@ def literature_jobs(args, prompts):
     seen = defaultdict(count)
     for where, paper in islice(cycle(papers), args.count):
         title, disease, conclusion = texts = [paper.get(key) for key in ("标题", "疾病", "结论")]
-        if not all(map(is_text, texts)):
+        if not are_texts(*texts):
             raise ValueError(f"{args.literature} {where}: wanted texts for 标题, 疾病 and 结论")
         # The values are the clauses, less those of three characters and fewer.
         values = re.findall("[^，。；]{4,}", conclusion) or [conclusion]
@@ -734,9 +733,9 @@ def self_instruct_jobs(args, prompts, seeds):
 
 
 def repairs(args, jobs, replies):
-    """Prompts that show the LLM a reply that cannot be parsed and the reason: each job once."""
+    """Yield (key, messages) of prompts that show the LLM a reply that cannot be parsed and the
+    reason: each job once."""
     form = Template(read_text(f"{args.prompts}/repair.txt"))
-    prompts = {}
     for job in jobs:
         key = f"{job.key}/repair"
         if job.key not in replies or key in replies:
@@ -747,16 +746,15 @@ def repairs(args, jobs, replies):
         except ValueError as error:
             asked = form.safe_substitute(reason=error)
             said = message("assistant", said or "（空）")
-            prompts[key] = [*job.messages, said, message("user", asked)]
-    return prompts
+            yield key, [*job.messages, said, message("user", asked)]
 
 
 # ==================================================================================================
 # Facts out of texts
 
 
-def read_texts(path, size=500):
-    """The pieces of texts, at most `size` characters each and cut behind sentences, as Facts: the
+def read_texts(path):
+    """The pieces of texts, at most 500 characters each and cut behind sentences, as Facts: the
     subject is the entity, the place is the relation, labelled triples are the values. The file is
     plain text, a paragraph a line, or holds records with a text; spo_list is read in CMeKG's form
     and in CMeIE's (Guan et al. 2020). Raises ValueError naming the place of what is neither."""
@@ -765,12 +763,12 @@ def read_texts(path, size=500):
             text, *_ = [row[k] for k in ("text", "结论", "output", "instruction") if k in row]
             labelled = [labelled_triple(item) for item in row.get("spo_list", [])]
             # A sentence that is longer is cut where it must be.
-            pieces = re.findall(rf"(?s).{{1,{size}}}(?:(?<=[。！？；\n])|$)|.{{1,{size}}}", text)
+            pieces = re.findall(r"(?s).{1,500}(?:(?<=[。！？；\n])|$)|.{1,500}", text)
         except (LookupError, TypeError, ValueError):
-            wanted = (
-                "wanted text, 结论 or output, and spo_list, if there, in CMeIE's form or CMeKG's"
-            )
-            raise ValueError(f"{path} {where}: {wanted}") from None
+            raise ValueError(
+                f"{path} {where}: wanted text, 结论 or output, and spo_list, if there, in CMeIE's "
+                "form or CMeKG's"
+            ) from None
         for piece in pieces:
             yield Fact(str(row.get("疾病") or ""), None, where, piece, labelled)
 
@@ -1046,7 +1044,6 @@ class Client:
             self.stop = Stopped("interrupted")
 
         ask_all = self.batched if self.batch else self.online
-        bounded = bound_size(MAX_REPLY * (len(todo) if self.batch else 1))
         try:
             with stop_signals(interrupt), tqdm(total=len(todo), unit="reply") as self.bar:
                 async with AsyncOpenAI(
@@ -1055,7 +1052,9 @@ class Client:
                     # Online each further try is made and counted by `send`.
                     max_retries=self.retries if self.batch else 0,
                     default_headers={"Accept-Encoding": "identity"},
-                    http_client=DefaultAsyncHttpxClient(event_hooks={"response": [bounded]}),
+                    http_client=DefaultAsyncHttpxClient(
+                        event_hooks={"response": [self.bound_size]}
+                    ),
                 ) as self.api:
                     await ask_all(todo)
         except (OpenAIError, LookupError, TypeError, AttributeError) as error:
@@ -1067,6 +1066,22 @@ class Client:
         # A full disk has no place for the records either.
         if isinstance(self.stop, OSError):
             raise self.stop
+
+    async def bound_size(self, response):
+        """Let an httpx response end in an error behind MAX_REPLY bytes, for each reply in it. What
+        is packed without being asked for stays packed: a small one could become any size."""
+        read, limit = response.aiter_raw, MAX_REPLY * (self.bar.total if self.batch else 1)
+
+        async def aiter_raw(chunk_size=None):
+            size = 0
+            async for piece in read(chunk_size):
+                size += len(piece)
+                if size > limit:
+                    raise ValueError(f"a reply of more than {limit} bytes")
+                yield piece
+
+        response.aiter_raw = aiter_raw
+        response.headers.pop("content-encoding", None)
 
     async def online(self, todo):
         """Send the prompts, `concurrency` at a time. What stops one stops all, after the replies in
@@ -1249,13 +1264,24 @@ class Client:
         # Its replies, also if it failed or expired half-way.
         for file in filter(None, (batch.output_file_id, batch.error_file_id)):
             content = await self.api.files.content(file)
-            for prompt, key, answer in read_results(content.read()):
-                if key not in self.replies:
-                    self.store(key, prompt, answer, noted["params"])
-                    self.leave_out(key, noted["params"])
+            for line in content.read().splitlines():
+                self.store_line(line, noted["params"])
         self.note.unlink()
         if batch.status != "completed":
             self.stop = ValueError(f"{batch.id} {batch.status}: {without_key(batch.errors)}")
+
+    def store_line(self, line, params):
+        """Store the reply in a line of a batch's results; what is none is told and left out."""
+        try:
+            result = json.loads(line)
+            answer = (result.get("response") or {}).get("body", result.get("error"))
+            prompt, key = result["custom_id"].split(" ", 1)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            print(f"no result: {without_key(line)}")
+            return
+        if key not in self.replies:
+            self.store(key, prompt, answer, params)
+            self.leave_out(key, params)
 
     async def find_batch(self, file, batch, params):
         """The batch noted; else that of its file, which a run made and could not note, or a new
@@ -1269,40 +1295,6 @@ class Client:
         return await self.api.with_options(max_retries=0).batches.create(
             input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h"
         )
-
-
-def read_results(content):
-    """(hash of the prompt, key, answer) of each line of a file of a batch's results; what is none
-    is told and left out."""
-    for line in content.splitlines():
-        try:
-            result = json.loads(line)
-            answer = (result.get("response") or {}).get("body", result.get("error"))
-            prompt, key = result["custom_id"].split(" ", 1)
-            yield prompt, key, answer
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            print(f"no result: {without_key(line)}")
-
-
-def bound_size(limit):
-    """A hook that lets an httpx response end in an error behind so many bytes. What is packed
-    without being asked for stays packed: a small one could become any size."""
-
-    async def bound(response):
-        read = response.aiter_raw
-
-        async def aiter_raw(chunk_size=None):
-            size = 0
-            async for piece in read(chunk_size):
-                size += len(piece)
-                if size > limit:
-                    raise ValueError(f"a reply of more than {limit} bytes")
-                yield piece
-
-        response.aiter_raw = aiter_raw
-        response.headers.pop("content-encoding", None)
-
-    return bound
 
 
 # The statuses after which a request is tried again.
@@ -1388,7 +1380,7 @@ def join_triples(path, rows):
             joined[where] = where, row
             continue
         head, relation, tail = triple = [row.get(key) for key in TRIPLE]
-        if not all(map(is_text, triple)) or relation == "中心词":
+        if not are_texts(*triple) or relation == "中心词":
             raise ValueError(f"{path} {where}: {row}, wanted texts for {TRIPLE} (no 中心词)")
         _, entity = joined.setdefault(("head", head), (where, {"中心词": head}))
         entity[relation] = tail if relation == "类型" else [*entity.get(relation, []), tail]
@@ -1402,12 +1394,12 @@ def read_entity(row, rules):
     kinds = rules["kinds"].items()
     likely = next(kind for kind, marks in kinds if not marks or set(marks) & set(row))
     name, kind = row.pop("中心词", None), row.pop("类型", likely)
-    if not is_text(name) or not isinstance(kind, str):
+    if not are_texts(name) or not isinstance(kind, str):
         raise ValueError(f"中心词 and 类型 want a text each, got {name!r} and {kind!r}")
     # CMeKG has several names for one of our relations: their values come together.
     entity = {"中心词": name, "类型": kind}
     for relation, values in row.items():
-        if not isinstance(values, list) or not values or not all(map(is_text, values)):
+        if not isinstance(values, list) or not values or not are_texts(*values):
             raise ValueError(f"{relation} of {name} is {values!r}, wanted a list of texts")
         relation = rules["relations"].get(relation, relation)
         values = entity.get(relation, []) + values
@@ -1423,8 +1415,8 @@ def kinds_of(entities):
     return {entity["中心词"]: entity["类型"] for entity in entities}
 
 
-def is_text(value):
-    return isinstance(value, str) and value.strip() != ""
+def are_texts(*values):
+    return all(isinstance(value, str) and value.strip() for value in values)
 
 
 def read_forms(path):
@@ -1644,13 +1636,10 @@ class Offline(Source):
 
     def run(self):
         forms = read_forms(self.forms)
-        train, held_out = split_entities(read_knowledge(self.knowledge), self.heldout, self.seed)
+        parts = split_entities(read_knowledge(self.knowledge), self.heldout, self.seed)
         with own_folder(self.output_dir):
-            for name, part, questions in (
-                ("train", train, self.questions),
-                ("heldout", held_out, 1),
-            ):
-                asked = single_questions(part, forms, questions, random.Random(self.seed))
+            for name, part, ways in zip(("train", "heldout"), parts, (self.questions, 1)):
+                asked = single_questions(part, forms, ways, random.Random(self.seed))
                 records = [offline_record(*one) for one in asked]
                 path = f"{self.output_dir}/{name}.jsonl"
                 check_own(path, '"entity": ')

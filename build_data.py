@@ -211,6 +211,9 @@ def alerts(fact, about):
 # ==================================================================================================
 # By an LLM: jobs are asked, replies are parsed, records are kept or rejected
 
+# What reading an object that others wrote may raise if it has another shape. Brackets nested
+# without end are a RecursionError.
+MISSHAPED = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
 # What a record keeps of its reply.
 PAID = ("prompt_hash", "model", "params", "usage", "time")
 
@@ -334,9 +337,8 @@ def parse_items(content, fields):
             item["input"] = item.get("input") or ""
             items.append({field: item[field].strip() for field in fields})
     except (ValueError, RecursionError) as error:
-        # RecursionError: brackets nested without end.
         raise ValueError(f"no JSON: {error}") from None
-    except (LookupError, TypeError, AttributeError):
+    except MISSHAPED:
         raise ValueError(f"wanted items, each with texts for {', '.join(fields)}") from None
     # A text may state no fact.
     if not items and fields != STATED:
@@ -584,7 +586,7 @@ def read_prompts(folder):
             # Each access fails, as it should, where something is missing or of another type.
             if form.setdefault("weight", 0) > 0:
                 form["kinds"], form["relations"], range(form["facts"])
-        except (LookupError, TypeError) as error:
+        except MISSHAPED as error:
             raise ValueError(
                 f"{folder}/{name}.json: {error}; wanted prompt: [lines] and, beside a weight, "
                 "kinds, relations and facts (a number)"
@@ -764,7 +766,7 @@ def read_texts(path):
             labelled = [labelled_triple(item) for item in row.get("spo_list", [])]
             # A sentence that is longer is cut where it must be.
             pieces = re.findall(r"(?s).{1,500}(?:(?<=[。！？；\n])|$)|.{1,500}", text)
-        except (LookupError, TypeError, ValueError):
+        except MISSHAPED:
             raise ValueError(
                 f"{path} {where}: wanted text, 结论 or output, and spo_list, if there, in CMeIE's "
                 "form or CMeKG's"
@@ -908,7 +910,7 @@ class Replies(dict):
             try:
                 reply = json.loads(line)
                 self[reply["key"]] = reply
-            except (ValueError, TypeError, LookupError):
+            except MISSHAPED:
                 # Only the last line may be one that a crash cut off.
                 if line.endswith(b"\n"):
                     raise ValueError(f"{path} line {number} is no reply; delete it") from None
@@ -1179,7 +1181,7 @@ class Client:
                 "batch": self.batch,
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
-        except (LookupError, TypeError, AttributeError):
+        except MISSHAPED:
             self.failed[key] = without_key(f"no chat completion: {answer}")
             return
         self.replies.append(reply)
@@ -1276,7 +1278,7 @@ class Client:
             result = json.loads(line)
             answer = (result.get("response") or {}).get("body", result.get("error"))
             prompt, key = result["custom_id"].split(" ", 1)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except MISSHAPED:
             print(f"no result: {without_key(line)}")
             return
         if key not in self.replies:
@@ -1328,7 +1330,7 @@ def tokens_used(answer):
     names = ("prompt_tokens", "completion_tokens")
     try:
         return {name: min(max(0, int(answer["usage"][name])), 10**12) for name in names}
-    except (LookupError, TypeError, ValueError, OverflowError):
+    except (*MISSHAPED, OverflowError):
         return dict.fromkeys(names, 0)
 
 
@@ -1428,7 +1430,7 @@ def read_forms(path):
             for form in relations.values():
                 "".join(form["questions"]).format(e="")
                 "".join([form["statements"][0], *form["statements"]]).format(e="", v="")
-    except (LookupError, AttributeError, TypeError, ValueError):
+    except MISSHAPED:
         raise ValueError(f"{path} holds no forms; wanted them as in data/forms.json") from None
     return forms
 

@@ -501,7 +501,7 @@ class TokenIndex:
     def like(self, tokens, share):
         """The texts that have enough tokens in common with a new one: at least a share of the sum
         of both numbers, so that equal texts share 0.5."""
-        common = Counter(chain(*(self.postings[token] for token in tokens)))
+        common = Counter(chain(*(self.postings.get(token, ()) for token in tokens)))
         found = ((shared, *self.texts[i]) for i, shared in common.items())
         # 1e-9: what rounding may have added to the bound.
         return [text for n, size, text in found if n >= share * (size + len(tokens)) - 1e-9]
@@ -677,7 +677,7 @@ def knowledge_jobs(args, entities, forms, prompts):
             name
             for name, own in sampler.facts.items()
             if form["weight"]
-            and {fact.kind for fact in own.values()} & {*form["kinds"]}
+            and any(fact.kind in form["kinds"] for fact in own.values())
             and own.keys() >= {*form["relations"]}
             and ("share" not in form or sampler.partners(name, form["share"]))
         ]
@@ -857,7 +857,7 @@ class TripleSieve:
                 triples[head, UNPAIRED, "是"] = []
         rows = [dict(zip(STATED, (*triple, said))) for triple, said in triples.items()]
         write_lines(args.output, rows, args.texts)
-        doubts = [{"conflict": together} for together in conflicts(triples)]
+        doubts = conflicts(triples)
         write_lines(beside(args.output, ".conflicts.jsonl"), doubts)
         print(*doubts, sep="\n")
         found = {tuple(map(record.get, ("source", *TRIPLE))) for record in kept}
@@ -865,8 +865,8 @@ class TripleSieve:
 
 
 def conflicts(triples):
-    """Triples that cannot all be true: two kinds of one entity, two complications of each other, an
-    indication that is contraindicated."""
+    """[{"conflict": triples that cannot all be true}, ...]: two kinds of one entity, two
+    complications of each other, an indication that is contraindicated."""
     sides = defaultdict(dict)
     for triple in triples:
         head, relation, tail = triple
@@ -875,7 +875,7 @@ def conflicts(triples):
         about = frozenset((head, relation if relation == "类型" else tail))
         if side is not None:
             sides[about][side] = triple
-    return [[*side.values()] for side in sides.values() if len(side) > 1]
+    return [{"conflict": [*side.values()]} for side in sides.values() if len(side) > 1]
 
 
 def print_scores(found, labelled):
@@ -885,8 +885,10 @@ def print_scores(found, labelled):
     found, labelled, right = (Counter(chain(*(("all", t[2]) for t in each))) for each in some)
     for relation, n in labelled.items():
         k, m = right[relation], found[relation]
-        scores = f"recall {k / n:.4f}, F1 {2 * k / (m + n):.4f}"
-        print(f"{relation}: precision {k / max(1, m):.4f}, {scores}")
+        print(
+            f"{relation}: precision {k / max(1, m):.4f}, recall {k / n:.4f}, "
+            f"F1 {2 * k / (m + n):.4f}"
+        )
 
 
 # ==================================================================================================
@@ -1138,8 +1140,9 @@ class Client:
         if self.leave_out(key, params):
             return await self.send(key, messages)
         # A refusal, too, shows that the endpoint is there.
-        answered = key in self.replies or status not in (200, *RETRY)
-        self.unanswered = 0 if answered else self.unanswered + 1
+        self.unanswered += 1
+        if key in self.replies or status not in (200, *RETRY):
+            self.unanswered = 0
         if self.unanswered >= 12:
             raise ValueError(
                 f"{self.api.base_url}: {self.unanswered} in a row without an answer, the last: "

@@ -225,6 +225,9 @@ def build(args, jobs, sieve):
     client = Client(replies_beside(args.output, sieve.mark), args)
     sys.stdout = Lasting(sys.stdout)  # who has left must not keep the records from being written
     if args.dry_run:
+        # The first prompt of each form.
+        for job in {job.form: job for job in reversed(jobs)}.values():
+            print(f"--- {job.key}", *(said["content"] for said in job.messages), sep="\n")
         client.ask({job.key: job.messages for job in jobs})
         print("--- on top of that, a reply that cannot be parsed is asked once more")
         return
@@ -1003,7 +1006,7 @@ class Client:
 
     def ask(self, prompts):
         """Ask the prompts {key: messages} that have no reply yet. `replies` holds them then, and
-        `end` tells what stopped it. A dry run shows the first prompts and the bill instead."""
+        `end` tells what stopped it. A dry run shows the bill instead."""
         todo = {}
         for key, messages in prompts.items():
             if key not in self.replies:
@@ -1014,24 +1017,17 @@ class Client:
                     "data or forms); give another --output"
                 )
         if self.dry_run:
-            self.show_bill(prompts, todo)
+            total = self.bound(todo.values())
+            tokens = f"{total['prompt_tokens']:,} tokens in and {total['completion_tokens']:,} out"
+            dollars = "dollars with --price_in and --price_out"
+            if self.price_out:
+                cost = self.cost(total, self.batch)
+                dollars = f"{cost:.2f} dollars at most; {self.spent:.4f} spent so far"
+            print(
+                f"--- {len(prompts):,} prompts, {len(todo):,} to ask: at most {tokens}, {dollars}"
+            )
         elif todo and not self.stop:
             asyncio.run(self.run(todo))
-
-    def show_bill(self, prompts, todo):
-        # One of each form, which stands in the key before the model.
-        forms = {
-            key.removesuffix(f"/{self.model}").rpartition("/")[2]: key for key in reversed([*todo])
-        }
-        for key in forms.values():
-            print(f"--- {key}", *(message["content"] for message in todo[key]), sep="\n")
-        total = self.bound(todo.values())
-        dollars = "dollars with --price_in and --price_out"
-        if self.price_out:
-            cost = self.cost(total, self.batch)
-            dollars = f"{cost:.2f} dollars at most; {self.spent:.4f} spent so far"
-        tokens = f"{total['prompt_tokens']:,} tokens in and {total['completion_tokens']:,} out"
-        print(f"--- {len(prompts):,} prompts, {len(todo):,} to ask: at most {tokens}, {dollars}")
 
     def end(self):
         """Tell what stopped the run, once the caller has written what was paid: raise what no

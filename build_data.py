@@ -564,10 +564,7 @@ class Job:
     form: str  # name of the prompt in data/prompts
     messages: list
     facts: list  # what the reply may state; empty: anything
-
-    @property
-    def fields(self):
-        return {"literature": TURN, "extract": STATED}.get(self.form, TASK)
+    fields: tuple = TASK  # of each item of the reply
 
 
 def read_prompts(folder):
@@ -616,7 +613,8 @@ def make_job(args, prompts, form, item, facts=(), **texts):
     user = Template(prompts[form]["prompt"]).safe_substitute(texts, facts=listed)
     system = message("system", read_text(f"{args.prompts}/system.txt"))
     messages = [system, message("user", user)]
-    return Job(f"{item}/{form}/{args.model}", form, messages, facts)
+    fields = {"literature": TURN, "extract": STATED}.get(form, TASK)
+    return Job(f"{item}/{form}/{args.model}", form, messages, facts, fields)
 
 
 def read_text(path):

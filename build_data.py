@@ -225,12 +225,7 @@ def build(args, jobs, sieve):
     client = Client(replies_beside(args.output, sieve.mark), args)
     sys.stdout = Lasting(sys.stdout)  # who has left must not keep the records from being written
     if args.dry_run:
-        # The first prompt of each form.
-        for job in {job.form: job for job in reversed(jobs)}.values():
-            print(f"--- {job.key}", *(said["content"] for said in job.messages), sep="\n")
-        client.ask({job.key: job.messages for job in jobs})
-        print("--- on top of that, a reply that cannot be parsed is asked once more")
-        return
+        return show_jobs(jobs, client)
     # The sieve compares each record with those kept before it: the order of the jobs counts.
     kept, rejected = [], []
     read = read_replies(args, jobs, client)
@@ -251,6 +246,14 @@ def build(args, jobs, sieve):
         raise ValueError(
             f"nothing was kept; {args.output} has no records, *.rejected.jsonl says why"
         )
+
+
+def show_jobs(jobs, client):
+    """Print the first prompt of each form, and the bill."""
+    for job in {job.form: job for job in reversed(jobs)}.values():
+        print(f"--- {job.key}", *(said["content"] for said in job.messages), sep="\n")
+    client.ask({job.key: job.messages for job in jobs})
+    print("--- on top of that, a reply that cannot be parsed is asked once more")
 
 
 def read_replies(args, jobs, client):
@@ -1459,15 +1462,16 @@ def report(args, path):
     rejected = beside(path, ".rejected.jsonl")
     rows = read_records(rejected) if rejected.is_file() and rejected.stat().st_size else []
     entities = {entity["中心词"]: entity for entity in read_knowledge(args.knowledge)}
-    departments = (entities.get(r["entity"], {}).get("所属科室", []) for r in records)
+    names = column(records, "entity")
+    departments = (entities.get(name, {}).get("所属科室", []) for name in names)
     sections = {
         "records": {"kept": len(records), "rejected": len(rows)},
         "reasons of rejection": counted(str(row.get("reason")).split(":")[0] for _, row in rows),
-        "forms": counted(record["form"] for record in records),
-        "kinds": counted(record["kind"] for record in records),
-        "relations": counted(name for record in records for name in record["relations"]),
+        "forms": counted(column(records, "form")),
+        "kinds": counted(column(records, "kind")),
+        "relations": counted(chain(*column(records, "relations"))),
         "departments": counted(chain(*departments)),
-        "characters of an answer": spread([len(record["output"]) for record in records], 50),
+        "characters of an answer": spread(map(len, column(records, "output")), 50),
         "knowledge base": coverage(records, entities),
         "duplicates": duplicates(records),
     }
@@ -1504,6 +1508,10 @@ def counted(texts):
     return dict(Counter(filter(None, texts)).most_common())
 
 
+def column(records, key):
+    return [record[key] for record in records]
+
+
 def spread(numbers, width):
     """{"0 to 49": how many of the numbers, ...} in bins of a width."""
     bins = Counter(number // width * width for number in numbers)
@@ -1527,7 +1535,7 @@ def coverage(records, entities):
     told = {(record["entity"], value) for record in records for value in record["values"]}
     return {
         "entities": len(entities),
-        "entities asked about": len(entities.keys() & {record["entity"] for record in records}),
+        "entities asked about": len(entities.keys() & column(records, "entity")),
         "values": len(known),
         "values told": len(known & told),
     }
@@ -1548,7 +1556,7 @@ def token_sections(args, records):
         answers.update(ids)
     # A character outside the vocabulary becomes several tokens, its bytes.
     parts = sum(n for id, n in answers.items() if "\ufffd" in tokenizer.decode([id]))
-    characters = sum(len(record["output"]) for record in records)
+    characters = sum(map(len, column(records, "output")))
     answer = answers.total()
     return {
         "tokens": {

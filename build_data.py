@@ -90,19 +90,18 @@ class Fact:
     values: list
     form: dict = None  # {questions: texts with {e}, statements: texts with {e} and {v}}
 
-    def statement(self, rng=None):
-        forms = self.form["statements"]
-        form = rng.choice(forms) if rng else forms[0]
-        return form.format(e=self.entity, v=self.text)
+    def statement(self, rng):
+        return rng.choice(self.form["statements"]).format(e=self.entity, v=self.text)
 
 
-def facts(entity, forms):
-    """The facts of an entity for which there is a form, in the order of data/forms.json."""
-    kind = entity["类型"]
+def facts_of(entity, forms):
+    """{relation: fact} of an entity where there is a form, in the order of data/forms.json."""
+    kind, own = entity["类型"], {}
     for relation, form in forms.get(kind, {}).items():
         text, values = values_of(entity, relation)
         if values:
-            yield Fact(entity["中心词"], kind, relation, text, values, form)
+            own[relation] = Fact(entity["中心词"], kind, relation, text, values, form)
+    return own
 
 
 # The patterns of a disease, and the formula for each.
@@ -120,10 +119,6 @@ def values_of(entity, relation):
     pairs = unique(zip(*lists))
     text = "，".join(f"{pattern}用{formula}" for pattern, formula in pairs)
     return text, unique(chain(*pairs))
-
-
-def facts_of(entity, forms):
-    return {fact.relation: fact for fact in facts(entity, forms)}
 
 
 def values_in(facts):
@@ -206,15 +201,19 @@ def answer(asked, own, rng):
 
 def alerts(fact, about):
     """The warnings that a fact brings about answers on some relations."""
-    rules = fact.form.get("alerts", [])
-    rules = [rule for rule in rules if about & {*rule.get("about", about)}]
-    texts = [rule["text"] for rule in rules if re.search(rule["mark"], fact.text)]
-    return [text.format(e=fact.entity) for text in texts]
+    return [
+        rule["text"].format(e=fact.entity)
+        for rule in fact.form.get("alerts", [])
+        if about & {*rule.get("about", about)} and re.search(rule["mark"], fact.text)
+    ]
 
 
 # ==================================================================================================
 # By an LLM: jobs are asked, replies are parsed, records are kept or rejected
 
+# What reading an object that others wrote may raise if it has another shape. Brackets nested
+# without end are a RecursionError.
+MISSHAPED = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
 # What a record keeps of its reply.
 PAID = ("prompt_hash", "model", "params", "usage", "time")
 
@@ -226,20 +225,17 @@ def build(args, jobs, sieve):
     client = Client(replies_beside(args.output, sieve.mark), args)
     sys.stdout = Lasting(sys.stdout)  # who has left must not keep the records from being written
     if args.dry_run:
-        client.ask({job.key: job.messages for job in jobs})
-        print("--- on top of that, a reply that cannot be parsed is asked once more")
-        return
+        return show_jobs(jobs, client)
     # The sieve compares each record with those kept before it: the order of the jobs counts.
     kept, rejected = [], []
     read = read_replies(args, jobs, client)
     for job, record in read:
         reason = record.get("reason") or sieve.reason(record, job)
         if reason:
-            rejected.append(record | {"reason": reason})
-        else:
-            kept.append(record)
+            record["reason"] = reason
+        (rejected if reason else kept).append(record)
         if args.sample:
-            print(to_json(record | {"reason": reason}, indent=1))
+            print(to_json(record, indent=1))
     # Only when the records are written may an error of the endpoint end the command.
     write_lines(beside(args.output, ".rejected.jsonl"), rejected)
     sieve.write(args, kept)
@@ -252,6 +248,14 @@ def build(args, jobs, sieve):
         )
 
 
+def show_jobs(jobs, client):
+    """Print the first prompt of each form, and the bill."""
+    for job in {job.form: job for job in reversed(jobs)}.values():
+        print(f"--- {job.key}", *(said["content"] for said in job.messages), sep="\n")
+    client.ask({job.key: job.messages for job in jobs})
+    print("--- on top of that, a reply that cannot be parsed is asked once more")
+
+
 def read_replies(args, jobs, client):
     """[(job, record), ...] of the replies to jobs, which are asked."""
     # A dozen first: where these fail alike, so would the others. A batch is made as a whole.
@@ -259,7 +263,7 @@ def read_replies(args, jobs, client):
     for part in (jobs[:n], jobs[n:]):
         # Ask, and where a reply cannot be parsed, ask once more. What is on the file is not asked.
         client.ask({job.key: job.messages for job in part})
-        client.ask(repairs(args, part, client.replies))
+        client.ask(dict(repairs(args, part, client.replies)))
         read += [(job, record) for job in part for record in read_reply(job, client)]
         faults = {record.get("reason") for _, record in read}
         if len(faults) == 1 and None not in faults:
@@ -278,34 +282,32 @@ def read_reply(job, client):
     try:
         if not reply:
             raise ValueError(f"no reply: {client.failed.get(job.key, client.stop)}")
-        records = records_of(job, parse_items(reply["content"], job.fields))
+        records = parse_items(reply["content"], job.fields)
+        if job.fields == TURN:
+            records = [dialogue(records)]
         return [{"id": f"{job.key}/{i}", **r, **source} for i, r in enumerate(records)]
     except ValueError as error:
         return [{"id": job.key, **source, "reason": str(error), "content": reply.get("content")}]
 
 
-def records_of(job, items):
-    """The records in a reply: one of each item, or one dialogue of which each item is a turn."""
-    if job.fields != TURN:
-        return items
+def dialogue(items):
+    """The record of which each item is a turn."""
     turns = [tuple(item.values()) for item in items]
     if not 2 <= len(turns) <= 6 or not all(map(all, turns)):
         raise ValueError(f"turns: {len(turns)}, wanted 2 to 6 and none of them empty")
-    return [record_of_turns(turns)]
+    return record_of_turns(turns)
 
 
 def record_of_turns(turns, system=""):
     """What a record has of turns [(question, answer), ...]. As BenTsao wrote its rows: all turns
     but the last answer are the instruction."""
-    *earlier, (question, answer) = turns
-    if earlier:
-        question = render_turns([*earlier, (question, None)])
+    messages = [message("system", system)] if system else []
+    for question, answer in turns:
+        messages += [message("user", question), message("assistant", answer)]
+    if len(turns) > 1:
+        question = render_turns(turns[:-1], question)
     record = {"instruction": question, "input": "", "output": answer}
-    if earlier or system:
-        said = chain(*(zip(("user", "assistant"), turn) for turn in turns))
-        said = [("system", system)] * bool(system) + [*said]
-        record["messages"] = [message(*side) for side in said]
-    return record
+    return record | {"messages": messages} if len(messages) > 2 else record
 
 
 # ==================================================================================================
@@ -341,9 +343,8 @@ def parse_items(content, fields):
             item["input"] = item.get("input") or ""
             items.append({field: item[field].strip() for field in fields})
     except (ValueError, RecursionError) as error:
-        # RecursionError: brackets nested without end.
         raise ValueError(f"no JSON: {error}") from None
-    except (LookupError, TypeError, AttributeError):
+    except MISSHAPED:
         raise ValueError(f"wanted items, each with texts for {', '.join(fields)}") from None
     # A text may state no fact.
     if not items and fields != STATED:
@@ -429,7 +430,7 @@ class Sieve:
     def write(self, args, kept):
         write_lines(args.output, kept, args.knowledge)
         if kept:
-            report(args.output, args.knowledge, beside(args.output, ".html"))
+            Stats(args.knowledge, html=beside(args.output, ".html")).run(args.output)
 
 
 def plain(text):
@@ -473,7 +474,7 @@ class Names:
             self.entities[name].add(name)
         # By longest match: 四逆汤 in 当归四逆汤 is none.
         names = sorted(self.kinds, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, names)) or "$^")
+        self.pattern = re.compile("|".join(map(re.escape, names)))
 
     def find(self, text):
         """The set of names in a text."""
@@ -485,8 +486,7 @@ class Names:
         held = set().union(*map(self.entities.get, self.find(given)))
         strange = [name for name in self.find(text) if not held & self.entities[name]]
         # A longer word may hold a disease or drug (缺铁性贫血: 贫血), but no herb and no formula.
-        whole = ("中药", "方剂")
-        return sorted(n for n in strange if self.kinds[n] in whole or n not in given)
+        return sorted(n for n in strange if self.kinds[n] in ("中药", "方剂") or n not in given)
 
 
 class TokenIndex:
@@ -567,10 +567,7 @@ class Job:
     form: str  # name of the prompt in data/prompts
     messages: list
     facts: list  # what the reply may state; empty: anything
-
-    @property
-    def fields(self):
-        return {"literature": TURN, "extract": STATED}.get(self.form, TASK)
+    fields: tuple = TASK  # of each item of the reply
 
 
 def read_prompts(folder):
@@ -592,7 +589,7 @@ def read_prompts(folder):
             # Each access fails, as it should, where something is missing or of another type.
             if form.setdefault("weight", 0) > 0:
                 form["kinds"], form["relations"], range(form["facts"])
-        except (LookupError, TypeError) as error:
+        except MISSHAPED as error:
             raise ValueError(
                 f"{folder}/{name}.json: {error}; wanted prompt: [lines] and, beside a weight, "
                 "kinds, relations and facts (a number)"
@@ -616,10 +613,11 @@ def set_weights(prompts, mix):
 def make_job(args, prompts, form, item, facts=(), **texts):
     """The job that asks for an item by a form, with facts and other texts in their places."""
     listed = "\n".join(f"- {fact.entity}的{fact.relation}：{fact.text}" for fact in facts)
-    system = read_text(f"{args.prompts}/system.txt")
     user = Template(prompts[form]["prompt"]).safe_substitute(texts, facts=listed)
-    messages = [message("system", system), message("user", user)]
-    return Job(f"{item}/{form}/{args.model}", form, messages, facts)
+    system = message("system", read_text(f"{args.prompts}/system.txt"))
+    messages = [system, message("user", user)]
+    fields = {"literature": TURN, "extract": STATED}.get(form, TASK)
+    return Job(f"{item}/{form}/{args.model}", form, messages, facts, fields)
 
 
 def read_text(path):
@@ -631,29 +629,29 @@ def message(role, content):
     return {"role": role, "content": content}
 
 
-def keys_of(facts):
-    return [(fact.kind, fact.relation, value) for fact in facts for value in fact.values]
-
-
 class FactSampler:
     """Draws the facts of entities for prompts."""
 
     def __init__(self, entities, forms):
-        self.facts = {entity["中心词"]: list(facts(entity, forms)) for entity in entities}
+        self.facts = {entity["中心词"]: facts_of(entity, forms) for entity in entities}
         # {(kind, relation, value): names of the entities that have it}
         self.holders = defaultdict(set)
-        for name, own in self.facts.items():
-            for key in keys_of(own):
-                self.holders[key].add(name)
+        for fact in chain(*map(dict.values, self.facts.values())):
+            for value in fact.values:
+                self.holders[fact.kind, fact.relation, value].add(fact.entity)
 
     def under(self, name, relations):
         """The facts of an entity under some relations."""
-        return [fact for fact in self.facts.get(name, []) if fact.relation in relations]
+        own = self.facts.get(name, {})
+        return [own[relation] for relation in own if relation in relations]
 
     def partners(self, name, relations):
         """Entities of the same kind that have a value in common under one of the relations."""
-        keys = keys_of(self.under(name, relations))
-        return sorted(set().union(*map(self.holders.get, keys)) - {name})
+        found = set()
+        for fact in self.under(name, relations):
+            for value in fact.values:
+                found |= self.holders[fact.kind, fact.relation, value]
+        return sorted(found - {name})
 
     def choose(self, rng, form, name):
         """A partner's name (or the entity's own) and the facts for a job about an entity."""
@@ -662,7 +660,7 @@ class FactSampler:
         chosen = []
         for entity in unique([name, other]):
             must = self.under(entity, form["relations"])
-            rest = [fact for fact in self.facts[entity] if fact not in must]
+            rest = [fact for fact in self.facts[entity].values() if fact not in must]
             more = max(0, form["facts"] - len(must))
             chosen += must + rng.sample(rest, min(more, len(rest)))
         # A formula's herbs are entities themselves: what the prompt needs to know of those.
@@ -677,25 +675,25 @@ def knowledge_jobs(args, entities, forms, prompts):
     rng = random.Random(args.seed)
     sampler = FactSampler(entities, forms)
     # Which entities each prompt suits, in an order of its own.
-    pools, weights = {}, []
+    pools = {}
     for title, form in prompts.items():
         pool = [
             name
             for name, own in sampler.facts.items()
             if form["weight"]
-            and {fact.kind for fact in own} & set(form["kinds"])
-            and {fact.relation for fact in own} >= set(form["relations"])
+            and any(fact.kind in form["kinds"] for fact in own.values())
+            and own.keys() >= {*form["relations"]}
             and ("share" not in form or sampler.partners(name, form["share"]))
         ]
         if pool:
             rng.shuffle(pool)
             pools[title] = cycle(pool)
-            weights.append(form["weight"])
     if not pools:
         raise ValueError(f"{args.knowledge}: no form in {args.prompts} suits an entity there")
     # A job's facts hang on its own key alone, not on the jobs drawn before it.
     seen = defaultdict(count)
-    for title in rng.choices(list(pools), weights, k=args.count):
+    weights = [prompts[title]["weight"] for title in pools]
+    for title in rng.choices([*pools], weights, k=args.count):
         name = next(pools[title])
         number = next(seen[title, name])
         item_rng = random.Random(f"{args.seed}/{title}/{name}/{number}")
@@ -711,7 +709,7 @@ def literature_jobs(args, prompts):
     seen = defaultdict(count)
     for where, paper in islice(cycle(papers), args.count):
         title, disease, conclusion = texts = [paper.get(key) for key in ("标题", "疾病", "结论")]
-        if not all(map(is_text, texts)):
+        if not are_texts(*texts):
             raise ValueError(f"{args.literature} {where}: wanted texts for 标题, 疾病 and 结论")
         # The values are the clauses, less those of three characters and fewer.
         values = re.findall("[^，。；]{4,}", conclusion) or [conclusion]
@@ -741,9 +739,9 @@ def self_instruct_jobs(args, prompts, seeds):
 
 
 def repairs(args, jobs, replies):
-    """Prompts that show the LLM a reply that cannot be parsed and the reason: each job once."""
+    """Yield (key, messages) of prompts that show the LLM a reply that cannot be parsed and the
+    reason: each job once."""
     form = Template(read_text(f"{args.prompts}/repair.txt"))
-    prompts = {}
     for job in jobs:
         key = f"{job.key}/repair"
         if job.key not in replies or key in replies:
@@ -754,16 +752,15 @@ def repairs(args, jobs, replies):
         except ValueError as error:
             asked = form.safe_substitute(reason=error)
             said = message("assistant", said or "（空）")
-            prompts[key] = [*job.messages, said, message("user", asked)]
-    return prompts
+            yield key, [*job.messages, said, message("user", asked)]
 
 
 # ==================================================================================================
 # Facts out of texts
 
 
-def read_texts(path, size=500):
-    """The pieces of texts, at most `size` characters each and cut behind sentences, as Facts: the
+def read_texts(path):
+    """The pieces of texts, at most 500 characters each and cut behind sentences, as Facts: the
     subject is the entity, the place is the relation, labelled triples are the values. The file is
     plain text, a paragraph a line, or holds records with a text; spo_list is read in CMeKG's form
     and in CMeIE's (Guan et al. 2020). Raises ValueError naming the place of what is neither."""
@@ -772,12 +769,12 @@ def read_texts(path, size=500):
             text, *_ = [row[k] for k in ("text", "结论", "output", "instruction") if k in row]
             labelled = [labelled_triple(item) for item in row.get("spo_list", [])]
             # A sentence that is longer is cut where it must be.
-            pieces = re.findall(rf"(?s).{{1,{size}}}(?:(?<=[。！？；\n])|$)|.{{1,{size}}}", text)
-        except (LookupError, TypeError, ValueError):
-            wanted = (
-                "wanted text, 结论 or output, and spo_list, if there, in CMeIE's form or CMeKG's"
-            )
-            raise ValueError(f"{path} {where}: {wanted}") from None
+            pieces = re.findall(r"(?s).{1,500}(?:(?<=[。！？；\n])|$)|.{1,500}", text)
+        except MISSHAPED:
+            raise ValueError(
+                f"{path} {where}: wanted text, 结论 or output, and spo_list, if there, in CMeIE's "
+                "form or CMeKG's"
+            ) from None
         for piece in pieces:
             yield Fact(str(row.get("疾病") or ""), None, where, piece, labelled)
 
@@ -833,7 +830,7 @@ class TripleSieve:
 
     schema: dict
     labelled: set
-    mark: str = "head"  # what each line that it writes holds
+    mark = "head"  # what each line that it writes holds
 
     def reason(self, record, job):
         [asked] = job.facts
@@ -864,16 +861,16 @@ class TripleSieve:
                 triples[head, UNPAIRED, "是"] = []
         rows = [dict(zip(STATED, (*triple, said))) for triple, said in triples.items()]
         write_lines(args.output, rows, args.texts)
-        doubts = [{"conflict": together} for together in conflicts(triples)]
+        doubts = conflicts(triples)
         write_lines(beside(args.output, ".conflicts.jsonl"), doubts)
         print(*doubts, sep="\n")
-        found = {(one["source"], *triple) for triple, said in triples.items() for one in said}
+        found = {tuple(map(record.get, ("source", *TRIPLE))) for record in kept}
         print_scores(found, self.labelled)
 
 
 def conflicts(triples):
-    """Triples that cannot all be true: two kinds of one entity, two complications of each other, an
-    indication that is contraindicated."""
+    """[{"conflict": triples that cannot all be true}, ...]: two kinds of one entity, two
+    complications of each other, an indication that is contraindicated."""
     sides = defaultdict(dict)
     for triple in triples:
         head, relation, tail = triple
@@ -882,7 +879,7 @@ def conflicts(triples):
         about = frozenset((head, relation if relation == "类型" else tail))
         if side is not None:
             sides[about][side] = triple
-    return [[*side.values()] for side in sides.values() if len(side) > 1]
+    return [{"conflict": [*side.values()]} for side in sides.values() if len(side) > 1]
 
 
 def print_scores(found, labelled):
@@ -892,8 +889,10 @@ def print_scores(found, labelled):
     found, labelled, right = (Counter(chain(*(("all", t[2]) for t in each))) for each in some)
     for relation, n in labelled.items():
         k, m = right[relation], found[relation]
-        scores = f"recall {k / n:.4f}, F1 {2 * k / (m + n):.4f}"
-        print(f"{relation}: precision {k / max(1, m):.4f}, {scores}")
+        print(
+            f"{relation}: precision {k / max(1, m):.4f}, recall {k / n:.4f}, "
+            f"F1 {2 * k / (m + n):.4f}"
+        )
 
 
 # ==================================================================================================
@@ -913,20 +912,19 @@ class Replies(dict):
             self.file = open(path, "ab+", buffering=0)  # noqa: SIM115
             hold(self.file, path)
         data = path.read_bytes() if path.exists() else b""
-        size = 0  # bytes of complete lines
         for number, line in enumerate(data.splitlines(keepends=True), 1):
             try:
                 reply = json.loads(line)
                 self[reply["key"]] = reply
-                size += len(line)
-            except (ValueError, TypeError, LookupError):
+            except MISSHAPED:
                 # Only the last line may be one that a crash cut off.
                 if line.endswith(b"\n"):
                     raise ValueError(f"{path} line {number} is no reply; delete it") from None
+                data = data.removesuffix(line)
         if not read_only:
             # What a crash cut off goes; a complete reply without its end of line gets one.
-            self.file.truncate(size)
-            if size and data[size - 1 : size] != b"\n":
+            self.file.truncate(len(data))
+            if data and not data.endswith(b"\n"):
                 self.file.write(b"\n")
 
     def append(self, reply):
@@ -985,7 +983,6 @@ class Client:
             "temperature": self.temperature,
             "max_completion_tokens": self.max_tokens,
             "response_format": {"type": "json_object"},
-            # Behind the others, which an error is searched for first.
             "model": self.model,
         }
         # {key: why it has no reply}, and the exception that ended the run.
@@ -1010,7 +1007,7 @@ class Client:
 
     def ask(self, prompts):
         """Ask the prompts {key: messages} that have no reply yet. `replies` holds them then, and
-        `end` tells what stopped it. A dry run shows the first prompts and the bill instead."""
+        `end` tells what stopped it. A dry run shows the bill instead."""
         todo = {}
         for key, messages in prompts.items():
             if key not in self.replies:
@@ -1021,24 +1018,17 @@ class Client:
                     "data or forms); give another --output"
                 )
         if self.dry_run:
-            self.show_bill(prompts, todo)
+            total = self.bound(todo.values())
+            tokens = f"{total['prompt_tokens']:,} tokens in and {total['completion_tokens']:,} out"
+            dollars = "dollars with --price_in and --price_out"
+            if self.price_out:
+                cost = self.cost(total, self.batch)
+                dollars = f"{cost:.2f} dollars at most; {self.spent:.4f} spent so far"
+            print(
+                f"--- {len(prompts):,} prompts, {len(todo):,} to ask: at most {tokens}, {dollars}"
+            )
         elif todo and not self.stop:
             asyncio.run(self.run(todo))
-
-    def show_bill(self, prompts, todo):
-        # One of each form, which stands in the key before the model.
-        forms = {
-            key.removesuffix(f"/{self.model}").rpartition("/")[2]: key for key in reversed([*todo])
-        }
-        for key in forms.values():
-            print(f"--- {key}", *(message["content"] for message in todo[key]), sep="\n")
-        total = self.bound(todo.values())
-        dollars = "dollars with --price_in and --price_out"
-        if self.price_out:
-            cost = self.cost(total, self.batch)
-            dollars = f"{cost:.2f} dollars at most; {self.spent:.4f} spent so far"
-        tokens = f"{total['prompt_tokens']:,} tokens in and {total['completion_tokens']:,} out"
-        print(f"--- {len(prompts):,} prompts, {len(todo):,} to ask: at most {tokens}, {dollars}")
 
     def end(self):
         """Tell what stopped the run, once the caller has written what was paid: raise what no
@@ -1055,7 +1045,6 @@ class Client:
             self.stop = Stopped("interrupted")
 
         ask_all = self.batched if self.batch else self.online
-        bounded = bound_size(MAX_REPLY * (len(todo) if self.batch else 1))
         try:
             with stop_signals(interrupt), tqdm(total=len(todo), unit="reply") as self.bar:
                 async with AsyncOpenAI(
@@ -1064,7 +1053,9 @@ class Client:
                     # Online each further try is made and counted by `send`.
                     max_retries=self.retries if self.batch else 0,
                     default_headers={"Accept-Encoding": "identity"},
-                    http_client=DefaultAsyncHttpxClient(event_hooks={"response": [bounded]}),
+                    http_client=DefaultAsyncHttpxClient(
+                        event_hooks={"response": [self.bound_size]}
+                    ),
                 ) as self.api:
                     await ask_all(todo)
         except (OpenAIError, LookupError, TypeError, AttributeError) as error:
@@ -1076,6 +1067,22 @@ class Client:
         # A full disk has no place for the records either.
         if isinstance(self.stop, OSError):
             raise self.stop
+
+    async def bound_size(self, response):
+        """Let an httpx response end in an error behind MAX_REPLY bytes, for each reply in it. What
+        is packed without being asked for stays packed: a small one could become any size."""
+        read, limit = response.aiter_raw, MAX_REPLY * (self.bar.total if self.batch else 1)
+
+        async def aiter_raw(chunk_size=None):
+            size = 0
+            async for piece in read(chunk_size):
+                size += len(piece)
+                if size > limit:
+                    raise ValueError(f"a reply of more than {limit} bytes")
+                yield piece
+
+        response.aiter_raw = aiter_raw
+        response.headers.pop("content-encoding", None)
 
     async def online(self, todo):
         """Send the prompts, `concurrency` at a time. What stops one stops all, after the replies in
@@ -1100,9 +1107,9 @@ class Client:
 
         cost = self.cost(self.bound([messages]), self.batch)
         for attempt in range(self.retries + 1):
-            self.stop = self.stop or self.cap_passed(1, cost)
             if self.stop:
                 return
+            self.check_caps(1, cost)
             # What a try may cost is reserved before it leaves.
             self.requests += 1
             self.reserved += cost
@@ -1127,11 +1134,12 @@ class Client:
             await self.pause(seconds)
 
         # The same prompt without a parameter is no further try.
-        if self.leave_out(self.failed.get(key), params):
+        if self.leave_out(key, params):
             return await self.send(key, messages)
         # A refusal, too, shows that the endpoint is there.
-        answered = key in self.replies or status not in (200, *RETRY)
-        self.unanswered = 0 if answered else self.unanswered + 1
+        self.unanswered += 1
+        if key in self.replies or status not in (200, *RETRY):
+            self.unanswered = 0
         if self.unanswered >= 12:
             raise ValueError(
                 f"{self.api.base_url}: {self.unanswered} in a row without an answer, the last: "
@@ -1144,12 +1152,12 @@ class Client:
             await asyncio.sleep(min(seconds, 0.5))
             seconds -= 0.5
 
-    def cap_passed(self, requests, cost):
-        """Why so many more requests, at so many dollars, must not leave; None if they may."""
+    def check_caps(self, requests, cost):
+        """Raise Stopped if so many more requests, at so many dollars, must not leave."""
         if 0 < self.max_requests < self.requests + requests:
-            return Stopped(f"max_requests {self.max_requests} reached")
+            raise Stopped(f"max_requests {self.max_requests} reached")
         if 0 < self.max_cost < self.spent + self.reserved + cost:
-            return Stopped(f"max_cost {self.max_cost} reached ({self.spent:.4f} spent)")
+            raise Stopped(f"max_cost {self.max_cost} reached ({self.spent:.4f} spent)")
 
     def store(self, key, hash, answer, params):
         """Bring the reply in a chat completion to the file, or note that it is none; what it cost
@@ -1173,7 +1181,7 @@ class Client:
                 "batch": self.batch,
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
-        except (LookupError, TypeError, AttributeError):
+        except MISSHAPED:
             self.failed[key] = without_key(f"no chat completion: {answer}")
             return
         self.replies.append(reply)
@@ -1183,18 +1191,20 @@ class Client:
             self.bar.set_postfix_str(f"${self.spent:.4f}", refresh=False)
         self.bar.update()
 
-    def leave_out(self, error, sent):
-        """Whether an endpoint refuses a request for a parameter sent that it may do without, or for
+    def leave_out(self, key, sent):
+        """Whether a prompt was refused for a parameter sent that an endpoint may do without, or for
         a reply too long for its context. No later request sends it, or asks for so much."""
+        error = self.failed.get(key, "")
         size = next(name for name in sent if name.endswith("_tokens"))
-        if re.search("context|does not fit", str(error)) and sent[size] > 99:
+        if re.search("context|does not fit", error) and sent[size] > 99:
             self.params[size] = sent[size] // 2
             return True
-        name = next((name for name in ("messages", *sent) if name in str(error)), None)
-        if name in ("temperature", "response_format", "max_completion_tokens"):
-            self.params.pop(name, None)
+        # Of several the first is at fault. Messages stand here, since they are never left out.
+        named = re.search("messages|temperature|response_format|max_completion_tokens", error)
+        if named and named[0] in sent:
+            self.params.pop(named[0], None)
             # Many servers know it by its older name.
-            if name == "max_completion_tokens":
+            if named[0] == "max_completion_tokens":
                 self.params["max_tokens"] = self.max_tokens
             return True
 
@@ -1220,9 +1230,9 @@ class Client:
     async def submit(self, prompts):
         """Upload a file of requests and note it. A batch is made as a whole: none if with it a cap
         could be passed."""
-        bound = self.bound(prompts.values())
-        cap = self.cap_passed(len(prompts), self.cost(bound, self.batch))
-        if cap:
+        try:
+            self.check_caps(len(prompts), self.cost(self.bound(prompts.values()), self.batch))
+        except Stopped as cap:
             self.stop = ValueError(f"{cap} by the batch, which is sent whole; lower --count")
             return
         requests = (
@@ -1256,13 +1266,24 @@ class Client:
         # Its replies, also if it failed or expired half-way.
         for file in filter(None, (batch.output_file_id, batch.error_file_id)):
             content = await self.api.files.content(file)
-            for prompt, key, answer in read_results(content.read()):
-                if key not in self.replies:
-                    self.store(key, prompt, answer, noted["params"])
-                    self.leave_out(self.failed.get(key), noted["params"])
+            for line in content.read().splitlines():
+                self.store_line(line, noted["params"])
         self.note.unlink()
         if batch.status != "completed":
             self.stop = ValueError(f"{batch.id} {batch.status}: {without_key(batch.errors)}")
+
+    def store_line(self, line, params):
+        """Store the reply in a line of a batch's results; what is none is told and left out."""
+        try:
+            result = json.loads(line)
+            answer = (result.get("response") or {}).get("body", result.get("error"))
+            prompt, key = result["custom_id"].split(" ", 1)
+        except MISSHAPED:
+            print(f"no result: {without_key(line)}")
+            return
+        if key not in self.replies:
+            self.store(key, prompt, answer, params)
+            self.leave_out(key, params)
 
     async def find_batch(self, file, batch, params):
         """The batch noted; else that of its file, which a run made and could not note, or a new
@@ -1276,40 +1297,6 @@ class Client:
         return await self.api.with_options(max_retries=0).batches.create(
             input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h"
         )
-
-
-def read_results(content):
-    """(hash of the prompt, key, answer) of each line of a file of a batch's results; what is none
-    is told and left out."""
-    for line in content.splitlines():
-        try:
-            result = json.loads(line)
-            answer = (result.get("response") or {}).get("body", result.get("error"))
-            prompt, key = result["custom_id"].split(" ", 1)
-            yield prompt, key, answer
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            print(f"no result: {without_key(line)}")
-
-
-def bound_size(limit):
-    """A hook that lets an httpx response end in an error behind so many bytes. What is packed
-    without being asked for stays packed: a small one could become any size."""
-
-    async def bound(response):
-        read = response.aiter_raw
-
-        async def aiter_raw(chunk_size=None):
-            size = 0
-            async for piece in read(chunk_size):
-                size += len(piece)
-                if size > limit:
-                    raise ValueError(f"a reply of more than {limit} bytes")
-                yield piece
-
-        response.aiter_raw = aiter_raw
-        response.headers.pop("content-encoding", None)
-
-    return bound
 
 
 # The statuses after which a request is tried again.
@@ -1343,7 +1330,7 @@ def tokens_used(answer):
     names = ("prompt_tokens", "completion_tokens")
     try:
         return {name: min(max(0, int(answer["usage"][name])), 10**12) for name in names}
-    except (LookupError, TypeError, ValueError, OverflowError):
+    except (*MISSHAPED, OverflowError):
         return dict.fromkeys(names, 0)
 
 
@@ -1395,7 +1382,7 @@ def join_triples(path, rows):
             joined[where] = where, row
             continue
         head, relation, tail = triple = [row.get(key) for key in TRIPLE]
-        if not all(map(is_text, triple)) or relation == "中心词":
+        if not are_texts(*triple) or relation == "中心词":
             raise ValueError(f"{path} {where}: {row}, wanted texts for {TRIPLE} (no 中心词)")
         _, entity = joined.setdefault(("head", head), (where, {"中心词": head}))
         entity[relation] = tail if relation == "类型" else [*entity.get(relation, []), tail]
@@ -1408,14 +1395,13 @@ def read_entity(row, rules):
     # The first kind that has one of its marks among the relations; the last has none, and fits all.
     kinds = rules["kinds"].items()
     likely = next(kind for kind, marks in kinds if not marks or set(marks) & set(row))
-    row = dict(row)
     name, kind = row.pop("中心词", None), row.pop("类型", likely)
-    if not is_text(name) or not isinstance(kind, str):
+    if not are_texts(name) or not isinstance(kind, str):
         raise ValueError(f"中心词 and 类型 want a text each, got {name!r} and {kind!r}")
     # CMeKG has several names for one of our relations: their values come together.
     entity = {"中心词": name, "类型": kind}
     for relation, values in row.items():
-        if not isinstance(values, list) or not values or not all(map(is_text, values)):
+        if not isinstance(values, list) or not values or not are_texts(*values):
             raise ValueError(f"{relation} of {name} is {values!r}, wanted a list of texts")
         relation = rules["relations"].get(relation, relation)
         values = entity.get(relation, []) + values
@@ -1431,8 +1417,8 @@ def kinds_of(entities):
     return {entity["中心词"]: entity["类型"] for entity in entities}
 
 
-def is_text(value):
-    return isinstance(value, str) and value.strip() != ""
+def are_texts(*values):
+    return all(isinstance(value, str) and value.strip() for value in values)
 
 
 def read_forms(path):
@@ -1444,7 +1430,7 @@ def read_forms(path):
             for form in relations.values():
                 "".join(form["questions"]).format(e="")
                 "".join([form["statements"][0], *form["statements"]]).format(e="", v="")
-    except (LookupError, AttributeError, TypeError, ValueError):
+    except MISSHAPED:
         raise ValueError(f"{path} holds no forms; wanted them as in data/forms.json") from None
     return forms
 
@@ -1467,41 +1453,42 @@ def write_lines(path, records, *sources):
 SOURCE = {"entity": "", "kind": "", "form": "", "relations": [], "values": []}
 
 
-def report(path, knowledge, html="", tokenizer=None, template=None):
-    """Print what a file of records holds, and draw it on a page if html names one: counts by form,
-    kind, relation and department, reasons of rejection, lengths, the knowledge base covered,
-    duplicates; with a tokenizer also tokens, and rows that a cut-off would cut."""
+def report(args, path):
+    """Print what a file of records holds, and draw it on a page if args, `Stats`, names one: counts
+    by form, kind, relation and department, reasons of rejection, lengths, the knowledge base
+    covered, duplicates; with a tokenizer also tokens, and rows that a cut-off would cut."""
     records = read_instructions(path, answers=True)
     check_sources(path, records)
     rejected = beside(path, ".rejected.jsonl")
     rows = read_records(rejected) if rejected.is_file() and rejected.stat().st_size else []
-    entities = {entity["中心词"]: entity for entity in read_knowledge(knowledge)}
-    about = (entities.get(name, {}) for name in column(records, "entity"))
+    entities = {entity["中心词"]: entity for entity in read_knowledge(args.knowledge)}
+    names = column(records, "entity")
+    departments = (entities.get(name, {}).get("所属科室", []) for name in names)
     sections = {
         "records": {"kept": len(records), "rejected": len(rows)},
         "reasons of rejection": counted(str(row.get("reason")).split(":")[0] for _, row in rows),
         "forms": counted(column(records, "form")),
         "kinds": counted(column(records, "kind")),
         "relations": counted(chain(*column(records, "relations"))),
-        "departments": counted(chain(*(entity.get("所属科室", []) for entity in about))),
+        "departments": counted(chain(*departments)),
         "characters of an answer": spread(map(len, column(records, "output")), 50),
         "knowledge base": coverage(records, entities),
         "duplicates": duplicates(records),
     }
-    if tokenizer:
-        sections |= token_sections(records, tokenizer, template)
+    if args.tokenizer:
+        sections |= token_sections(args, records)
     for title, counts in sections.items():
         listed = (f"{label} {number:,}" for label, number in counts.items())
         if counts:
             print(f"{title}: {', '.join(listed)}")
-    if html:
+    if args.html:
         page = Template(read_text(f"{DATA}/stats.html"))
         # "<" is escaped, lest a text of the records ends the script that it stands in.
         data = to_json(sections).replace("<", "\\u003c")
         text = page.safe_substitute(title=escape(Path(path).name), data=data)
-        check_own(html, "<title>Records</title>")
-        write_text(html, text)
-        print(f"{html}: the same as a page")
+        check_own(args.html, "<title>Records</title>")
+        write_text(args.html, text)
+        print(f"{args.html}: the same as a page")
 
 
 def check_sources(path, records):
@@ -1534,16 +1521,17 @@ def spread(numbers, width):
 def duplicates(records):
     """Records whose text another one has, and those that the sieve finds like an earlier one."""
     sieve = Sieve()
-    texts = {text_of(record) for record in records}
     repeats = sum(bool(sieve.repeated(record)) for record in records)
-    return {"exact": len(records) - len(texts), "near (4-grams)": repeats}
+    exact = len(records) - len(set(map(text_of, records)))
+    return {"exact": exact, "near (4-grams)": repeats}
 
 
 def coverage(records, entities):
     """How much of the knowledge base the records ask about and state."""
+    known = set()
     # Behind name and kind stand the relations.
-    lists = {name: chain(*islice(entity.values(), 2, None)) for name, entity in entities.items()}
-    known = {(name, value) for name, values in lists.items() for value in values}
+    for name, _, *lists in map(dict.values, entities.values()):
+        known.update((name, value) for value in chain(*lists))
     told = {(record["entity"], value) for record in records for value in record["values"]}
     return {
         "entities": len(entities),
@@ -1553,10 +1541,12 @@ def coverage(records, entities):
     }
 
 
-def token_sections(records, tokenizer, template):
+def token_sections(args, records):
     """Tokens of the rows as training makes them (BOS, prompt, answer, EOS), and what each cut-off
     would cut: a row longer than it loses the end of its answer, and a row whose prompt leaves no
     room for one token of it and EOS is left out."""
+    tokenizer = load_tokenizer(args.tokenizer)
+    template = load_template(args.prompt_template_name)
     prompts, rows, answers = [], [], Counter()
     for record in records:
         prompt, answer = render(template, *conversation(record))
@@ -1653,13 +1643,10 @@ class Offline(Source):
 
     def run(self):
         forms = read_forms(self.forms)
-        train, held_out = split_entities(read_knowledge(self.knowledge), self.heldout, self.seed)
+        parts = split_entities(read_knowledge(self.knowledge), self.heldout, self.seed)
         with own_folder(self.output_dir):
-            for name, part, questions in (
-                ("train", train, self.questions),
-                ("heldout", held_out, 1),
-            ):
-                asked = single_questions(part, forms, questions, random.Random(self.seed))
+            for name, part, ways in zip(("train", "heldout"), parts, (self.questions, 1)):
+                asked = single_questions(part, forms, ways, random.Random(self.seed))
                 records = [offline_record(*one) for one in asked]
                 path = f"{self.output_dir}/{name}.jsonl"
                 check_own(path, '"entity": ')
@@ -1758,10 +1745,7 @@ class Stats:
     prompt_template_name: str = "med_template"  # template of the prompts then counted
     html: str = ""  # file for the report as a page
 
-    def run(self, file):
-        tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else None
-        template = load_template(self.prompt_template_name)
-        report(file, self.knowledge, self.html, tokenizer, template)
+    run = report
 
 
 def main():

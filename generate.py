@@ -26,8 +26,6 @@ import hmac
 import json
 import os
 import re
-import select
-import signal
 import socket
 import sys
 import time
@@ -37,12 +35,12 @@ from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from hashlib import sha256
 from heapq import heappop, heappush
 from http import HTTPStatus
 from io import StringIO
-from itertools import chain, count, cycle, zip_longest
+from itertools import count, cycle
 from pathlib import Path
 from urllib.parse import unquote
 from uuid import uuid4
@@ -66,10 +64,12 @@ from model import (
     find_tokenizer,
     hold,
     load_model,
+    log_if_read,
     printable,
     read_json_file,
     run,
     setting,
+    stop_signals,
     to_json,
     write_hashes,
     write_json,
@@ -88,6 +88,7 @@ class Tokenizer:
 
     unsettled = "\ufffd"  # what the end of a growing text may be that the next id changes
     leading = ""  # what an answer begins with and nobody wants to see
+    bos_id = property(lambda self: next(iter(self.opening), None))  # opening: ids before a prompt
 
     def __init__(self, path, more=b""):
         model = Path(path).read_bytes() + more
@@ -97,8 +98,7 @@ class Tokenizer:
         ids = range(self.vocab_size)
         self.special = {self.pieces.id_to_piece(i): i for i in ids if self.pieces.is_control(i)}
         self.texts = {*ids} - {*self.special.values()}
-        self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
-        self.opening = [self.bos_id]  # of a prompt
+        self.opening, self.eos_id = [self.pieces.bos_id()], self.pieces.eos_id()
 
     def encode(self, text, bos=False, eos=False):
         """Ids of a text. Raises ValueError for half a character, which is no Unicode text."""
@@ -118,8 +118,7 @@ class Tokenizer:
 def render_prompt(tokenizer, template, messages, several=False):
     """Ids of the prompt that asks for the next answer in a conversation, [{role, content}, ...].
     Asking, chatting and serving make it here, and training makes the same of the same parts."""
-    answered = messages[-1]["role"] == "assistant"
-    prompt, _ = render(template, messages[:-1] if answered else messages, several)
+    prompt, _ = render(template, asked(messages), several)
     return encode_rendered(tokenizer, prompt)[0]
 
 
@@ -160,8 +159,8 @@ class Decoding:
 
     def each(self):
         """The Decoding of each of n answers."""
-        seeds = [None] * self.n if self.seed is None else range(self.seed, self.seed + self.n)
-        return [replace(self, n=1, seed=seed) for seed in seeds]
+        seed = self.seed
+        return [replace(self, n=1, seed=seed if seed is None else seed + i) for i in range(self.n)]
 
 
 def penalise(logits, ids, decoding):
@@ -284,20 +283,20 @@ class Batch:
         if not self.rows:
             return
         # One forward for all: the last id of each row, behind so many positions.
-        scale_adapter(self, [row.request for row in self.rows])
+        scale_adapter(self, [row.request.adapted for row in self.rows])
         fed = [[r.ids[-1], len(r.ids) - 1, len(r.request.prompt_ids) - 1] for r in self.rows]
         longest = max(length for _, length, _ in fed)
         logits = self.forward(torch.tensor(fed, device=self.model.device), longest)  # (B, V)
         # One choice for all; beams then choose among themselves.
         chosen = self.choose(logits)
         for request in {row.request for row in self.rows}:
-            at = [i for i, row in enumerate(self.rows) if row.request is request]
-            if len(at) > 1:
-                step_beams(self, at, logits[at])
+            i, *others = at = [i for i, row in enumerate(self.rows) if row.request is request]
+            if others:
+                step_beams(self, request, at, logits[at])
             else:
-                ids = self.rows[at[0]].ids
-                ids.append(chosen[at[0]])
-                note_logprobs(request, logits[at[0], None], ids[-1:])
+                ids = self.rows[i].ids
+                ids.append(chosen[i])
+                note_logprobs(request, logits[i, None], ids[-1:])
                 request.ids, request.finish_reason = self.outcome(request, ids)
 
     def release(self):
@@ -320,7 +319,7 @@ class Batch:
         device, first = self.model.device, len(self.rows)
         if seed is not None:
             request.generator = torch.Generator(device).manual_seed(seed)
-        scale_adapter(self, [request])
+        scale_adapter(self, [request.adapted])
         # In chunks, which bound the memory of the activations; a prefix that sees itself in one.
         (*ids, _) = prompt = request.prompt_ids
         prefix = len(ids) * self.model.config.prefix_lm
@@ -348,8 +347,7 @@ class Batch:
             # Only rows that sample, or whose logits change, need a look of their own.
             d = row.request.decoding
             if d.temperature or d.repetition_penalty != 1 or d.no_repeat_ngram_size:
-                scores = penalise(logits[i], row.ids, d)
-                chosen[i] = sample(scores, d, row.request.generator)
+                chosen[i] = sample(penalise(logits[i], row.ids, d), d, row.request.generator)
         return chosen.tolist()  # the one wait for the device
 
     def outcome(self, request, ids):
@@ -385,28 +383,27 @@ def generate_ids(model, prompt_ids, max_new_tokens, eos_id=None, **decoding):
 # Beams
 
 
-def step_beams(batch, at, logits):
-    """One step of beam search over the n rows `at` of one request with logits (n, V), as
+def step_beams(batch, request, at, logits):
+    """One step of beam search over the n rows `at` of a request with logits (n, V), as
     transformers does it with early_stopping False: of the 2n best candidates by sum of
     log-probabilities (more with several ids of EOS, so that n of them do not end), those among the
     first n that end are ranked, by sum / length ** length_penalty, and the best n that do not end
     go on. It is over when n are ranked and the best that goes on, ending now, would beat none."""
     beams = [batch.rows[i] for i in at]
-    request = beams[0].request
     n = len(at)
     # Each candidate is a beam and one id more: n V of them, of which a few are looked at.
     scores = [
         penalise(logprobs, beam.ids, request.decoding) + beam.score
         for logprobs, beam in zip(logits.log_softmax(-1), beams)
     ]
-    best = torch.stack(scores).flatten().topk(max(2, 1 + len(batch.eos_ids)) * n)
+    best = torch.cat(scores).topk(max(2, 1 + len(batch.eos_ids)) * n)
     first = len(request.prompt_ids) - 1
     length = len(beams[0].ids)
     scale = (length - first) ** request.decoding.length_penalty
 
     # Candidates that end are ranked, the others go on; both best first.
     going = []
-    for rank, (score, index) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
+    for rank, (score, index) in enumerate(zip(*map(torch.Tensor.tolist, best))):
         parent, token = divmod(index, logits.size(1))
         beam = Row(request, beams[parent].ids + [token], score, at[parent])
         if not batch.outcome(request, beam.ids)[1]:
@@ -451,17 +448,19 @@ def show_logprobs(tokenizer, request, top, chat):
 
     if top is None:
         return None
-    content = []
-    for own, *best in request.logprobs:
-        content.append(token(*own) | {"top_logprobs": [token(*each) for each in best[:top]]})
+    content = [
+        token(*own) | {"top_logprobs": [token(*each) for each in best[:top]]}
+        for own, *best in request.logprobs
+    ]
     if chat:
         return {"content": content}
-    # Of two likely ids with one text the likelier one stays.
-    likely = [reversed(each["top_logprobs"]) for each in content]
     return {
         "tokens": [each["token"] for each in content],
         "token_logprobs": [each["logprob"] for each in content],
-        "top_logprobs": [{t["token"]: t["logprob"] for t in each} for each in likely],
+        # Of two likely ids with one text the likelier one stays.
+        "top_logprobs": [
+            {t["token"]: t["logprob"] for t in reversed(each["top_logprobs"])} for each in content
+        ],
     }
 
 
@@ -469,13 +468,13 @@ def show_logprobs(tokenizer, request, top, chat):
 # Rows that ask the base
 
 
-def scale_adapter(batch, requests):
-    """Scale the adapter's update in each of the rows that run next: by 0 for the base alone."""
-    adapted = [request.adapted for request in requests]
+def scale_adapter(batch, adapted):
+    """Scale the adapter's update in each of the rows that run next: by 0 for the base alone, where
+    adapted is False."""
     # Rows change seldom; most steps have nothing to do here.
     if adapted != batch.adapted:
-        share = torch.tensor(adapted, device=batch.model.device).view(-1, 1, 1)
-        share_rows(batch.model, None if all(adapted) else share)
+        share = torch.tensor(adapted, device=batch.model.device)[:, None, None]
+        share_rows(batch.model, 1.0 if all(adapted) else share)
         batch.adapted = adapted
 
 
@@ -551,14 +550,13 @@ def visible(text, stop=(), ended=True):
         return text[: min(starts)]
     text = text.rstrip("\ufffd")
     held = 0 if ended else max(map(len, stop), default=1) - 1
-    return text[: max(0, len(text) - held)]
+    return text[: -held or None]
 
 
 def stream(tokenizer, request, step=lambda: None):
     """Yield a request's text in pieces as it grows; step() makes one id more. The whole text at
     once if it has ended."""
-    shown = 0
-    ended = False
+    shown, ended = 0, None
     while not ended:
         if not request.finish_reason:
             step()
@@ -612,8 +610,7 @@ def expand(match):
         runs = re.finditer(kind, kinds_of_characters())
         return "".join(f"\\U{run.start():08x}-\\U{run.end() - 1:08x}" for run in runs)
 
-    inside = re.sub(r"\\(?:[sS]|[pP]\{(\w)\})", ranges, match[0])
-    return inside if match[0][0] == "[" else f"[{inside}]"
+    return "[" + re.sub(r"\\(?:[sS]|[pP]\{(\w)\})", ranges, match[1] or match[2]) + "]"
 
 
 END = "\0"  # no letter
@@ -636,7 +633,7 @@ class BytePairs:
         self.texts = {id: piece for piece, id in self.ids.items()}
         self.merged = lru_cache(1 << 16)(self.merge)
         # In a group, so that split() keeps what it finds.
-        escapes = r"\[(?:\\.|[^]])+\]|\\(?:[sS]|[pP]\{\w\})"
+        escapes = r"\[((?:\\.|[^]])+)\]|(\\(?:[sS]|[pP]\{\w\}))"
         self.words = re.compile(f"({re.sub(escapes, expand, self.pattern)})")
         made = {pair.replace(self.between, "") for pair in self.ranks}.union(LETTERS.values())
         if self.words.groups > 1 or made - self.ids.keys():
@@ -695,7 +692,6 @@ class ByteTokenizer(Tokenizer):
         pieces.texts |= {id: spell(name.encode()) for name, id in special.items()}
         self.texts = pieces.texts.keys() - special.values() | {*shown}
         self.opening, self.eos_id = [special[name] for name in opening], special[end]
-        self.bos_id = next(iter(self.opening), None)
         self.vocab_size = max(pieces.texts) + 1
 
 
@@ -753,7 +749,7 @@ def read_tiktoken(path, kind):
     ids = {spell(b64decode(piece)): int(rank) for piece, rank in lines}
     names = BEHIND[kind].split()
     special = dict(zip(names, count(len(ids))))
-    opening = [name for name in names if name in ("<|begin_of_text|>", "[gMASK]", "<sop>")]
+    opening = re.findall(r"<\|begin_of_text\|>|\[gMASK\]|<sop>", BEHIND[kind])
     end = names[names[0] in opening]  # the first, but for BOS
     return ByteTokenizer(BytePairs(ids, ids, "", WORDS, ids), special, opening, end)
 
@@ -771,20 +767,21 @@ class ChatGLMTokenizer(Tokenizer):
         self.special |= zip(names.split(), count(self.vocab_size))
         self.vocab_size += len(names.split())
         self.opening = [self.special["[gMASK]"], self.special["sop"]]
-        self.bos_id = self.opening[0]
 
 
 def old_pieces():
     """What ChatGLM-6B's code added in memory to the text pieces of its first ice_text.model, as
     fields of SentencePiece's protobuf: tokens, tabs and blanks, bytes, and byte_fallback."""
-    names = "[MASK] [gMASK] [sMASK] <unused_0> <sop> <eop> <ENC> <dBLOCK>"
-    added = [(name, 3) for name in names.split()] + [("<|tab|>", 4)]
-    added += [(f"<|blank_{n}|>", 4) for n in range(2, 81)]
-    added += [(f"<0x{byte:02X}>", 6) for byte in range(256)]
+    kinds = {
+        3: "[MASK] [gMASK] [sMASK] <unused_0> <sop> <eop> <ENC> <dBLOCK>".split(),
+        4: ["<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81))],
+        6: [f"<0x{byte:02X}>" for byte in range(256)],
+    }
     more = b""
-    for text, kind in added:
-        piece = b"\n%c%b\x15\0\0\0\0\x18%c" % (len(text), text.encode(), kind)
-        more += b"\n%c%b" % (len(piece), piece)
+    for kind, texts in kinds.items():
+        for text in texts:
+            piece = b"\n%c%b\x15\0\0\0\0\x18%c" % (len(text), text.encode(), kind)
+            more += b"\n%c%b" % (len(piece), piece)
     return more + b"\x12\x03\x98\x02\x01"
 
 
@@ -796,7 +793,7 @@ class ChatGLM6BTokenizer(Tokenizer):
 
     def __init__(self, path):
         super().__init__(path, b"" if b"[gMASK]" in Path(path).read_bytes() else old_pieces())
-        self.bos_id, self.eos_id, self.opening = None, self.special["<eop>"], []
+        self.eos_id, self.opening = self.special["<eop>"], []
 
     def encode(self, text, bos=False, eos=False):
         text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
@@ -820,8 +817,7 @@ def load_tokenizer(folder):
         raise ValueError(f"no tokenizer in {folder}; wanted one of {' '.join(TOKENIZERS)}")
     check_content(file, SMALL)
     names = ("config.json", "tokenizer_config.json", "added_tokens.json")
-    files = [Path(folder, name) for name in names]
-    config, settings, added = (read_json_file(f, {}) for f in files)
+    config, settings, added = (read_json_file(Path(folder, name), {}) for name in names)
     kind = config.get("model_type", "llama")
     try:
         if file.suffix == ".json":
@@ -833,10 +829,11 @@ def load_tokenizer(folder):
         else:
             tokenizer = ChatGLMTokenizer(file) if kind == "chatglm" else Tokenizer(file)
         # Tokens added since, such as Alpaca's [PAD].
-        for name in added.keys() - tokenizer.special:
-            tokenizer.special[name] = added[name]
-            tokenizer.texts.discard(added[name])
-            tokenizer.vocab_size = max(tokenizer.vocab_size, added[name] + 1)
+        for name, id in added.items():
+            if name not in tokenizer.special:
+                tokenizer.special[name] = id
+                tokenizer.texts.discard(id)
+                tokenizer.vocab_size = max(tokenizer.vocab_size, id + 1)
     except Exception as error:  # a damaged file makes its reader raise nearly all there are
         raise ValueError(f"{file} is no tokenizer that is known here ({error!r:.300})") from None
     if -1 in (tokenizer.bos_id, tokenizer.eos_id):
@@ -848,9 +845,7 @@ def load_tokenizer(folder):
 # Templates: a conversation as texts and special tokens
 
 # tokens that end an answer besides EOS, in the vocabularies that have them
-ENDS = (
-    "<|im_end|> <|endoftext|> <|eot_id|> <|eom_id|> <|end_of_text|> <|user|> <|observation|>"
-).split()
+ENDS = "<|im_end|> <|endoftext|> <|eot_id|> <|eom_id|> <|end_of_text|> <|user|> <|observation|>"
 # The texts of a template that has none of its own: BenTsao's, with several turns in one
 # instruction.
 FORMS = {
@@ -863,17 +858,14 @@ FORMS = {
     "answer": "{assistant}",
     "last": "{assistant}{eos}",
     "thoughts": "",
-    "thinking": False,
-    "default_system": None,
     "special": (),
-    "trim": (),
 }
 
 
 def eos_ids(tokenizer):
     """The ids that end an answer."""
-    ends = tokenizer.special.keys() & ENDS
-    return sorted({tokenizer.eos_id, *(tokenizer.special[name] for name in ends)})
+    ends = {id for name, id in tokenizer.special.items() if name in ENDS.split()}
+    return sorted(ends | {tokenizer.eos_id})
 
 
 def load_template(name):
@@ -899,14 +891,14 @@ def load_template(name):
 def check_template(path, template):
     """The template with what it leaves open. Raises ValueError for one that loses a part of a
     conversation."""
-    roles = ["system", "user", "assistant", "user", "assistant"]
-    trial = [{"role": role, "content": role.upper()} for role in roles]
+    roles = "system user assistant user assistant".split()
+    trial = [{"role": role, "content": f"{role.upper()} {i}"} for i, role in enumerate(roles)]
     try:
         if "prompt" not in template:
             template.setdefault("prompt_input", template["prompt_no_input"])
         for trial[3]["input"] in "", "?":
             text = "".join(render(template, trial))
-            if any(text.count(role.upper()) < roles.count(role) for role in roles):
+            if any(message["content"] not in text for message in trial):
                 raise ValueError(f"a conversation becomes {text!r}")
     except Exception as error:  # values of other kinds make Python raise nearly all there are
         raise ValueError(
@@ -919,11 +911,12 @@ def check_template(path, template):
 def default_template(tokenizer):
     """The name of the template whose special tokens a tokenizer has, of several the one with most;
     med_template if there is none."""
-    special = {"med_template": ()}
+    counts = {"med_template": 0}
     for path in (DATA / "templates").glob("*.json"):
-        special[path.stem] = read_json_file(path).get("special", ())
-    fits = [name for name in special if {*special[name]} <= tokenizer.special.keys()]
-    return max(fits, key=lambda name: len(special[name]))
+        special = read_json_file(path).get("special", ())
+        if tokenizer.special.keys() >= {*special}:
+            counts[path.stem] = len(special)
+    return max(counts, key=counts.get)
 
 
 # In a rendered text these stand around the name of a special token, before what is a target of
@@ -931,65 +924,67 @@ def default_template(tokenizer):
 SPECIAL, TARGET, CONTEXT = "\ud800", "\ud801", "\ud802"
 
 
-def fill(forms, name, fields):
-    """A text of a template with its fields. Special tokens are looked for in the template's own
-    text, and never in what somebody wrote."""
-    names = "|".join(map(re.escape, forms["special"])) or "(?!)"
-    return re.sub(names, rf"{SPECIAL}\g<0>{SPECIAL}", forms[name]).format(**fields)
-
-
 def render(template, messages, several=False):
     """(prompt, answer) of a conversation as texts with the marks above; the answer is empty where
     the last message is a question. several: in the form of several turns, even if there is one.
     Raises ValueError for half a character."""
-    forms, asked = FORMS | template, messages[-1]["role"] == "user"
-    texts = message_texts(forms, messages)
-    fields = {name: SPECIAL + name + SPECIAL for name in ("bos", "eos")}
-    fields |= {"system": "", "turns": ""}
-    system = texts.pop(0) if messages[0]["role"] == "system" else forms["default_system"]
-    if system is not None:
-        fields["system"] = fill(forms, "system", fields | {"system": system})
+    forms, question = FORMS | template, asked(messages)[-1]
+    input, answered = question.get("input", ""), question is not messages[-1]
+    forms.setdefault("prompt", "{bos}" + forms["prompt_input" if input else "prompt_no_input"])
+    special = "|".join(map(re.escape, forms["special"])) or "(?!)"
+    system, *texts = message_texts(template, messages)
+    fields = {
+        "bos": f"{SPECIAL}bos{SPECIAL}",
+        "eos": f"{SPECIAL}eos{SPECIAL}",
+        "system": system,
+        "turns": "",
+        "input": input,
+    }
+
+    def fill(name):
+        # Special tokens are looked for in the template's own text, not in what somebody wrote.
+        return re.sub(special, rf"{SPECIAL}\g<0>{SPECIAL}", forms[name]).format(**fields)
 
     # One question after the other: the one before goes to the turns, without its thoughts.
-    fields["opening"] = fields["system"]
-    for i, (user, text) in enumerate(zip_longest(texts[::2], texts[1::2], fillvalue="")):
+    fields["system"] = fields["opening"] = "" if system is None else fill("system")
+    for i, (user, text) in enumerate(zip(texts[::2], [*texts[1::2], ""])):
         if i:
-            fields["answer"] = TARGET + fill(forms, "answer", fields) + CONTEXT
-            fields["turns"] += fill(forms, "turn", fields)
+            fields["answer"] = TARGET + fill("answer") + CONTEXT
+            fields["turns"] += fill("turn")
             fields["opening"] = ""
         thoughts, text = split_thoughts(forms, text)
         fields |= {"user": user, "thoughts": thoughts, "assistant": text, "i": i, "n": i + 1}
-    prompt = render_question(forms, fields, messages[-2 + asked].get("input", ""), several)
+    last = fill("question" if several or fields["turns"] else "lone")
+    fields["instruction"] = fields["turns"] + last
+    prompt, block = fill("prompt"), fill("thoughts")
 
     # Thoughts are learnt. That there are none belongs to the prompt, and is not.
-    block = fill(forms, "thoughts", fields)
-    fields["assistant"] = text.lstrip("\n") if block else text
-    answer = "" if asked else fill(forms, "last", fields)
+    if block:
+        fields["assistant"] = text.lstrip("\n")
+    answer = fill("last") * answered
     if thoughts:
         answer = block + answer
-    elif not (asked and forms["thinking"]):
+    elif answered or not forms.get("thinking"):
         prompt += block
     return prompt, answer
 
 
-def message_texts(forms, messages):
-    """The texts of messages. Raises ValueError for half a character, which may be one of our
-    marks."""
-    "".join(m["content"] + m.get("input", "") for m in messages).encode()
-    trim = forms["trim"]
-    return [m["content"].strip() if m["role"] in trim else m["content"] for m in messages]
+def asked(messages):
+    """The messages up to the last question."""
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def render_question(forms, fields, input, several):
-    """The prompt, when all but the last question's input stands in fields."""
-    fields["input"] = input
-    if input and "prompt" in forms:
-        fields["user"] += "\n" + input
-    last = fill(forms, "question" if several or fields["turns"] else "lone", fields)
-    fields["instruction"] = fields["turns"] + last
-    if "prompt" in forms:
-        return fill(forms, "prompt", fields)
-    return fields["bos"] + fill(forms, "prompt_input" if input else "prompt_no_input", fields)
+def message_texts(template, messages):
+    """The system text or None, and the other texts of messages. Raises ValueError for half a
+    character, which may be one of our marks."""
+    to_json(messages).encode()
+    texts = [template.get("default_system")] * (messages[0]["role"] != "system")
+    for m in messages:
+        text = m["content"].strip() if m["role"] in template.get("trim", ()) else m["content"]
+        # A chat has no other place for an input than its question.
+        input = "prompt" in template and m.get("input")
+        texts.append(f"{text}\n{input}" if input else text)
+    return texts
 
 
 def split_thoughts(forms, text):
@@ -1006,23 +1001,19 @@ def encode_rendered(tokenizer, text, first=True):
     Texts are encoded from one special token to the next. first: nothing stands before them. Raises
     ValueError for a special token that the tokenizer lacks."""
     ids, mask, is_target = [], [], False
-
-    def special(name):
-        id = tokenizer.special.get(name)
-        found = {name: [id], "bos": tokenizer.opening, "eos": [tokenizer.eos_id]}[name]
-        if found == [None]:
-            raise ValueError(
-                f"the template wants {name}, which the base's tokenizer does not have; choose "
-                "another template"
-            )
-        return found
-
+    special = {name: [id] for name, id in tokenizer.special.items()}
+    special |= {"bos": tokenizer.opening, "eos": [tokenizer.eos_id]}
     for i, part in enumerate(text.split(SPECIAL)):
         at_start = first and ids in ([], tokenizer.opening)
         encode = tokenizer.encode if at_start else tokenizer.encode_answer
-        encode = special if i % 2 else encode
+        encode = special.get if i % 2 else encode
         texts, before, start = re.split(f"[{TARGET}{CONTEXT}]", part), "", 0
         new = encode("".join(texts))
+        if new is None:
+            raise ValueError(
+                f"the template wants {part}, which the base's tokenizer does not have; choose "
+                "another template"
+            )
         targets = [False] * len(new)
         for j, piece in enumerate(texts):
             is_target ^= j > 0
@@ -1043,19 +1034,17 @@ def encode_rendered(tokenizer, text, first=True):
 # Records in all their forms
 
 
-def render_turns(turns):
-    """Turns [(user, bot), ..., (user, None)] as one instruction, in the form of BenTsao's
+def render_turns(earlier, question):
+    """Turns [(user, bot), ...] and a question as one instruction, in the form of BenTsao's
     literature rows. The leading space is theirs, and changes ids."""
-    *earlier, (question, _) = turns
     said = [f" <user>: {user} <bot>: {bot}" for user, bot in earlier]
     return "".join(said) + f" <user>: {question}"
 
 
 def split_turns(instruction):
     """[user, bot, ..., user], the texts of an instruction in that form; else [instruction]."""
-    if instruction.startswith("<user>: "):  # BenTsao's infer_literature.py leaves the space out
-        instruction = " " + instruction
-    start, *parts = re.split(" <(user|bot)>: ", instruction)
+    # BenTsao's infer_literature.py leaves the first space out.
+    start, *parts = re.split("(?:^| )<(user|bot)>: ", instruction)
     # A mark that stands where none belongs is text.
     in_turn = not start and re.fullmatch("(userbot)*user", "".join(parts[::2]))
     return parts[1::2] if in_turn else [instruction]
@@ -1101,40 +1090,38 @@ def read_records(path, names=()):
     if not str(path).startswith("/dev/"):  # as a shell's <(...) is
         check_content(path)
     try:
-        rows = dict(rows_of(path.read_text(encoding="utf-8-sig"), path.suffix, names))
+        rows = dict(rows_of(path, path.read_text(encoding="utf-8-sig"), names))
     except UnicodeDecodeError as error:
         kind = KINDS.get(path.read_bytes()[:2], f"not UTF-8 ({error}); try iconv -f GBK -t UTF-8")
         raise ValueError(f"{path} is {kind}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from None
     for where, row in (rows or {"is empty and": None}).items():
         if isinstance(row, str):
-            rows[where] = row = {"instruction": row}
-        if not isinstance(row, dict):
+            rows[where] = {"instruction": row}
+        elif not isinstance(row, dict):
             raise ValueError(f"{path} {where} holds a {type(row).__name__}, wanted an object")
     return [*rows.items()]
 
 
-def rows_of(text, suffix, names):
+def rows_of(path, text, names):
     """Yield (place, row) of a file's text. Raises ValueError naming the place."""
     in_array = re.match(r'\s*(\[|\{[^{}]*"data"\s*:\s*\[\s*\{)', text)
-    is_json = text.lstrip()[:1] in ("", "{") or suffix in (".json", ".jsonl") and not names
+    is_json = text.lstrip()[:1] in ("", "{")
     # `where` says how far reading has come, for the error below.
     where = "as an array"
     try:
         if in_array:
             array = json.loads(text)
             yield from number("record", array if in_array[1] == "[" else array["data"])
-        elif is_json or not names and suffix not in (".csv", ".tsv"):
-            read = json.loads if is_json else str.strip
+        elif not is_json and (names or path.suffix in (".csv", ".tsv")):
+            where = "as a table"
+            yield from table_rows(text, names)
+        else:
+            read = json.loads if is_json or path.suffix in (".json", ".jsonl") else str.strip
             for where, line in number("line", text.split("\n")):
                 if line.strip():
                     yield where, read(line)
-        else:
-            where = "as a table"
-            yield from table_rows(text, names)
     except (ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{where} is not JSON or CSV: {error}") from None
+        raise ValueError(f"{path} {where} is not JSON or CSV: {error}") from None
 
 
 def number(kind, rows):
@@ -1175,9 +1162,9 @@ def read_chat(messages):
         role, text = ROLES[m.get("role", m.get("from"))], m.get("content", m.get("value"))
         # OpenAI's other form of a text is a list of parts.
         if isinstance(text, list) and text:
-            others = {part["type"] for part in text} - {"text"}
-            if others:
-                raise ValueError(f"{min(others)} in a message; this model reads text alone")
+            for part in text:
+                if part["type"] != "text":
+                    raise ValueError(f"{part['type']} in a message; this model reads text alone")
             text = "\n".join(part["text"] for part in text)
         if m.get("reasoning_content"):
             text = f"<think>\n{m['reasoning_content']}\n</think>\n\n{text}"
@@ -1191,30 +1178,24 @@ def read_chat(messages):
     return found
 
 
-def row_texts(row):
-    """[question, answer, question, ...] of a record without messages."""
-    earlier = [text for user, bot in row.get("history") or () for text in (user, bot)]
-    # Med-ChatGLM's own labels go: the template brings others.
-    question = re.sub(r"(?s)^问题：(.*)\n回答: $", r"\1", row["instruction"])
-    return [*earlier, *split_turns(question), row.get("output")]
-
-
 def read_messages(row):
     """The messages of a record in any form of `read_instructions`; the last is a user's where a
     question waits for its answer, and the last question has the record's input. Raises ValueError
     for a record in none of them."""
     try:
-        messages = row.get("messages") or row.get("conversations")
-        ours = row if messages else our_keys(row)
-        input = ours.get("input")
+        ours, messages = row, row.get("messages") or row.get("conversations")
         if not messages:
-            said = zip(cycle(("user", "assistant")), row_texts(ours))
+            ours = our_keys(row)
+            texts = [text for user, bot in ours.get("history") or () for text in (user, bot)]
+            # Med-ChatGLM's own labels go: the template brings others.
+            question = re.sub(r"(?s)^问题：(.*)\n回答: $", r"\1", ours["instruction"])
+            texts += [*split_turns(question), ours.get("output")]
+            said = zip(cycle(("user", "assistant")), texts)
             messages = [{"role": role, "content": text} for role, text in said]
         messages = read_chat(messages)
-        if input:
-            question = messages[-1 - (messages[-1]["role"] == "assistant")]
-            question["input"] = "" + input
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        if ours.get("input"):
+            asked(messages)[-1]["input"] = "" + ours["input"]
+    except Exception as error:  # values of other kinds make Python raise nearly all there are
         raise ValueError(
             f"keys {', '.join(row)}; wanted texts as instruction and output (and input), question "
             "and answer, 问题 and 答案 or the like, or messages or conversations of user and "
@@ -1249,25 +1230,22 @@ def read_instructions(path, answers=False):
             raise ValueError(f"{path} {where}: {error}") from None
         records.append((row, messages))
     # One conversation makes the whole file one of conversations.
-    roles = [[m["role"] for m in messages] for _, messages in records]
-    conversations = any(own.count("user") > 1 for own in roles)
+    conversations = "assistant" in [m["role"] for _, said in records for m in said[:-1]]
     return [make_instruction(row, messages, conversations) for row, messages in records]
 
 
 def make_instruction(row, messages, conversations):
     """A record as instruction, input and output; conversations: the instruction in the form of
     BenTsao's literature rows. `messages` has the turns where these do not tell them."""
-    answered = messages[-1]["role"] == "assistant"
-    asked = messages[:-1] if answered else messages
-    question = asked[-1]
+    question, last = asked(messages)[-1], messages[-1]
     several = conversations and not question["content"].startswith(" <user>: ")
     if several and "input" in question:
         question["content"] += "\n" + question.pop("input")
-    text = render({}, asked, several)[0]
-    text = re.sub(f"{SPECIAL}bos{SPECIAL}|[{TARGET}{CONTEXT}]", "", text)
+    prompt, _ = render({}, messages, several)
+    text = re.sub(f"{SPECIAL}bos{SPECIAL}|[{TARGET}{CONTEXT}]", "", prompt)
     record = {**row, "instruction": text, "input": question.get("input", "")}
-    if answered:
-        record["output"] = messages[-1]["content"]
+    if last is not question:
+        record["output"] = last["content"]
     return record if read_messages(record) == messages else record | {"messages": messages}
 
 
@@ -1275,9 +1253,9 @@ def make_instruction(row, messages, conversations):
 # Models
 
 
-def log(*texts):
+def log(text=""):
     """To stderr: only answers go to stdout."""
-    print(*map(printable, texts), file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr)
 
 
 def pick_device(name):
@@ -1331,10 +1309,13 @@ def load_base(path, device, dtype, base_dtype="auto"):
         )
     # Wrong ids in config.json are common, and would end no answer.
     theirs = read_json_file(path / "config.json", {})
-    for key, ours in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
-        said = theirs.get(key)
+    for key in ("bos", "eos"):
+        ours, said = getattr(tokenizer, f"{key}_id"), theirs.get(f"{key}_token_id")
         if None not in (ours, said) and ours not in (said if isinstance(said, list) else [said]):
-            log(f"warning: {path}/config.json has {key} {said}, {file} {ours}, which is followed")
+            log(
+                f"warning: {path}/config.json has {key}_token_id {said}, {file} {ours}, which is "
+                "followed"
+            )
     if base_dtype in ("auto", *DTYPES):
         model = load_model(path, device, DTYPES.get(base_dtype, dtype))
     else:
@@ -1368,21 +1349,14 @@ def new_batch(model, tokenizer, requests, rows, compile=False):
     return batch
 
 
-def finish(model, tokenizer, requests, rows, compile=False, **bar):
-    """Yield each of requests, in their order, once it has ended; `rows` are decoded together, and
-    a bar goes to stderr."""
+def answer_batch(model, tokenizer, requests, rows, compile=False, **bar):
+    """Yield the texts of requests, in their order, as they end; `rows` are decoded together, and a
+    bar goes to stderr."""
     batch = requests and new_batch(model, tokenizer, requests, rows, compile)
     for request in tqdm(requests, unit="answer", dynamic_ncols=True, **bar):
         while not request.finish_reason:
             batch.step()
-        yield request
-
-
-def answer_batch(model, tokenizer, prompts, decoding, rows, label=""):
-    """The answers to prompts (lists of ids), as texts in their order; a bar goes to stderr."""
-    requests = [Request(ids, decoding) for ids in prompts]
-    ended = finish(model, tokenizer, requests, rows, desc=label)
-    return ["".join(stream(tokenizer, request)) for request in ended]
+        yield "".join(stream(tokenizer, request))
 
 
 def count_answers(path, lines):
@@ -1390,9 +1364,9 @@ def count_answers(path, lines):
     off. Raises ValueError, and leaves the file as it is, if something else stands there."""
     *kept, torn = Path(path).read_bytes().split(b"\n")
     with suppress(ValueError, TypeError, LookupError):
-        same = all(json.loads(have)["key"] == line["key"] for have, line in zip(kept, lines))
+        same = all(json.loads(have)["key"] == lines[i]["key"] for i, have in enumerate(kept))
         # So the next line begins, and what a user has there does not.
-        start = [*(to_json(line)[:-1] for line in lines), "\n"][len(kept)].encode()
+        start = torn and to_json(lines[len(kept)])[:-1].encode()
         if same and torn[: len(start)] == start[: len(torn)]:
             os.truncate(path, os.path.getsize(path) - len(torn))
             return len(kept)
@@ -1407,8 +1381,7 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
     file output ("": stdout): the record with answer, finish_reason, index, and a key that stands
     for prompt, decoding and model. Started again it goes on. Raises ValueError as `count_answers`
     does."""
-    requests = []
-    lines = []
+    requests, lines, done = [], [], 0
     weights = fingerprint(model)
     for question in questions:
         prompt = render_prompt(tokenizer, template, *conversation(question))
@@ -1416,17 +1389,15 @@ def answer_file(model, tokenizer, template, questions, decoding, output, rows, c
             key = sha256(f"{prompt} {each} {weights}".encode()).hexdigest()[:16]
             lines.append({**question, "index": len(lines), "key": key})
             requests.append(Request(prompt, each))
-    done = 0
     with open(output, "a", encoding="utf-8") if output else nullcontext(sys.stdout) as file:
         # What is in the file already is not asked again; a pipe holds nothing.
         if Path(output).is_file():
             hold(file, output)
             done = count_answers(output, lines)
-        rest = requests[done:]
-        ended = finish(model, tokenizer, rest, rows, compile, initial=done, total=len(lines))
-        for line, request in zip(lines[done:], ended):
-            answer = "".join(stream(tokenizer, request))
-            line |= {"answer": answer, "finish_reason": request.finish_reason}
+        rest, bar = requests[done:], {"initial": done, "total": len(lines)}
+        texts = answer_batch(model, tokenizer, rest, rows, compile, **bar)
+        for line, request, text in zip(lines[done:], rest, texts):
+            line |= {"answer": text, "finish_reason": request.finish_reason}
             print(to_json(line), file=file, flush=True)
 
 
@@ -1458,17 +1429,17 @@ def chat(answer, prompt_of, multi, room, about, opening=()):
         import readline  # noqa: F401  (gives input() its line editing)
     log(f"{about}\n{DISCLAIMER}\n{COMMANDS}\n{MEMORY[multi]}")
     mark = "> " * (sys.stdin.isatty() and sys.stdout.isatty())
-    turns, saved = [], set()  # of a turn the messages of a question and its answer
+    said, saved = [], set()  # messages behind the opening; files
     while True:
         try:
             line = input(mark).strip()
-            if line and not obey(line, opening, turns, about, saved):
+            if line and not obey(line, opening, said, about, saved):
                 question = {"role": "user", "content": line}
-                prompt = fitting_prompt(opening, turns * multi, question, prompt_of, room)
-                # What is said stands in `turns` at once, also of an answer that is stopped.
-                turns.append([question, {"role": "assistant", "content": ""}])
+                prompt = fitting_prompt(opening, [*said * multi, question], prompt_of, room)
+                # An answer stands there as it grows, also one that is stopped.
+                said += [question, {"role": "assistant", "content": ""}]
                 for text in answer(prompt):
-                    turns[-1][1]["content"] += text
+                    said[-1]["content"] += text
         except KeyboardInterrupt:  # ends the answer or the line, not the chat
             log()
         except EOFError:
@@ -1479,36 +1450,36 @@ def chat(answer, prompt_of, multi, room, about, opening=()):
             log(f"error: {error}")
 
 
-def obey(line, opening, turns, about, saved):
-    """Carry out a line that is a command; False if it is a question. saved: the files, written
-    here, that may be written again. Raises EOFError to end."""
+def obey(line, opening, said, about, saved):
+    """Carry out a line that is a command; False if it is a question. said: the messages behind the
+    opening; saved: the files, written here, that may be written again. Raises EOFError to end."""
     command, _, path = line.partition(" ")
     path = path.strip() or "chat.json"
     if line in EXITS:
         raise EOFError
-    said = {"/model": about, "/help": COMMANDS, "/save": f"saved in {path}", "/reset": "begun anew"}
+    told = {"/model": about, "/help": COMMANDS, "/save": f"saved in {path}", "/reset": "begun anew"}
     if command == "/save":
         # A record that can be trained on: OpenAI's messages.
         if path not in saved:
             check_own(path)
-        write_json(path, [{"messages": [*opening, *chain(*turns)]}])
+        write_json(path, [{"messages": [*opening, *said]}])
         saved.add(path)
     elif command == "/reset":
-        turns.clear()
+        said.clear()
     elif not re.fullmatch("/[a-z]+", command):
         return False
-    log(said.get(command, f"there is no {command}. {COMMANDS}"))
+    log(told.get(command, f"there is no {command}. {COMMANDS}"))
     return True
 
 
-def fitting_prompt(opening, turns, question, prompt_of, room):
-    """The prompt for a question behind as many of the last turns as fit into room tokens with it.
-    Raises ValueError if it does not fit alone."""
-    for first in range(len(turns) + 1):
-        prompt = prompt_of([*opening, *chain(*turns[first:]), question])
+def fitting_prompt(opening, messages, prompt_of, room):
+    """The prompt for a question, the last of messages, behind as many of the turns before it, of
+    two messages each, as fit into room tokens. Raises ValueError if it does not fit alone."""
+    for first in range(0, len(messages), 2):
+        prompt = prompt_of([*opening, *messages[first:]])
         if len(prompt) <= room:
             if first:
-                log(f"[without the oldest {first} turns]")
+                log(f"[without the oldest {first // 2} turns]")
             return prompt
     raise ValueError(f"the question has more than {room} tokens; give more --context")
 
@@ -1524,6 +1495,7 @@ ERRORS = {429: "rate_limit_error", 4: "invalid_request_error", 5: "server_error"
 HEADERS = {
     "Server": "TCM-LLM",
     "Connection": "close",
+    "Content_Type": "application/json",  # but where another is told
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "frame-ancestors 'none'",  # the rest stands in the page
 }
@@ -1541,40 +1513,36 @@ class Refused(ValueError):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+@dataclass
 class Server:
     """OpenAI's completions API and a page, in one event loop: a connection costs no thread, and one
     on which no whole request has come no place. The steps of the one batch are made in a thread:
     who waits for an answer asks for the next step, or gets the one that runs. The base and its
-    adapter answer side by side, in rows of the same cache.
+    adapter answer side by side, in rows of the same cache."""
 
-    names      the models on offer: the adapter's, and "base"
-    prompt_of  makes the ids of a prompt of messages
-    options    the Options: among them what clients leave open"""
+    batch: Batch
+    tokenizer: Tokenizer
+    names: list  # of the models on offer: the adapter's, and "base"
+    prompt_of: callable  # makes the ids of a prompt of messages
+    options: Decoding  # the Options: among them what clients leave open
+    about: str = ""  # which base, adapter and template answer
 
     limit = 64  # requests that may wait
     seconds = 10  # for a client to send a request, and to read what was sent
     patience = 512  # later connections, too, end the time for a request
-    stopping = False
-    about = ""  # which base, adapter and template answer
+    stopping = ()  # the signals that want it to end
+    pending = None  # the step that runs, or ran last
 
-    def __init__(self, batch, tokenizer, names, prompt_of, options):
-        self.batch = batch
-        self.tokenizer = tokenizer
-        self.names = names
-        self.prompt_of = prompt_of
+    def __post_init__(self):
+        options = self.options
         # What clients leave open.
-        self.defaults = {f.name: getattr(options, f.name) for f in fields(Decoding)} | {"n": 1}
-        self.api_key = options.api_key
-        self.origins = options.allow_origin
-        # Is the model used to turns before a question? The page then sends them, as a chat does.
-        self.memory = options.single_or_multi == "multi"
+        self.defaults = {f.name: getattr(options, f.name) for f in fields(Decoding)}
         # Open as long as the server is; lines are flushed as they end.
         self.ratings = options.ratings and open(options.ratings, "a", 1, "utf-8")  # noqa: SIM115
         # Only this worker touches the model.
         self.worker = ThreadPoolExecutor(1)
-        self.pending = None
         self.large = asyncio.Lock()  # of whom reads a large body's text
-        self.readers = []  # of the latest connections
+        self.latest = []  # Exchanges
         self.answering = set()  # the Exchanges with a whole request
         self.asked = set()  # the Requests that wait or have rows
         self.socket = socket.create_server((options.host, options.port), backlog=128)
@@ -1595,7 +1563,8 @@ class Server:
             "owned_by": "local",
             "defaults": self.defaults,
             "about": self.about,
-            "memory": self.memory,
+            # Is it used to turns before a question? The page then sends them, as a chat does.
+            "memory": self.options.single_or_multi == "multi",
             "ratings": self.ratings != "",
         }
         models = {name: {"id": name, **card} for name in self.names}
@@ -1628,19 +1597,15 @@ class Server:
                 raise Refused(f"{name:.100}: {error}", param=name) from None
         return replace(body, model=body.model or self.names[0])
 
-    def make_requests(self, sent, wanted):
-        """(Body, a Request for each of n answers to each prompt) of what a client sent, with the
-        field that is wanted: "messages" or "prompt"."""
-        given, prompt = sent.keys() & {"messages", "prompt"}, sent.pop("prompt", None)
+    def make_requests(self, sent, chat):
+        """(Body, a Request for each of n answers to each prompt) of what a client sent: messages
+        in a chat, else a prompt or several."""
+        wanted = "messages" if chat else "prompt"
+        given = sent.pop(wanted, None)
         body = self.read_body(sent)
         self.cards(body.model)
         try:
-            if given != {wanted}:
-                raise ValueError(f"{wanted} wanted, and not both messages and prompt")
-            if body.messages is None:
-                prompts = self.read_prompts(prompt)
-            else:
-                prompts = [self.prompt_of(read_question(body.messages))]
+            prompts = [self.prompt_of(read_question(given))] if chat else self.read_prompts(given)
             if not 0 < len(prompts) * body.n <= self.limit:
                 raise ValueError(f"{len(prompts)} prompts, wanted 1 to {self.limit} answers")
         except (ValueError, RecursionError) as error:
@@ -1652,9 +1617,8 @@ class Server:
             for each in replace(body, max_new_tokens=min(room, body.max_new_tokens)).each():
                 # The first id of a prompt follows nothing.
                 first = [[(id, None)] for id in ids[:1] * body.echo]
-                request = Request(ids, each, body.model != "base")
-                request.logprobs = None if body.logprobs is None else first
-                requests.append(request)
+                noted = None if body.logprobs is None else first
+                requests.append(Request(ids, each, body.model != "base", logprobs=noted))
         return body, requests
 
     def read_prompts(self, prompt):
@@ -1664,11 +1628,11 @@ class Server:
         match prompt:
             case str():
                 return [self.tokenizer.encode(prompt, bos=True)]
-            case [*ids] if {*map(type, ids)} == {int}:
-                if {*ids} <= {*range(size)}:
-                    return [ids]
-            case [*parts]:
-                return [ids for part in parts for ids in self.read_prompts(part)]
+            case list() if {*map(type, prompt)} == {int}:
+                if 0 <= min(prompt) <= max(prompt) < size:
+                    return [prompt]
+            case list():
+                return [ids for part in prompt for ids in self.read_prompts(part)]
         raise ValueError(f"prompt wanted: a text, a list of ids from 0 to {size - 1}, or several")
 
     def submit(self, requests):
@@ -1703,8 +1667,7 @@ class Server:
         """Wait for a step of the batch: the one that runs, or the next. All who wait for it get an
         error in it."""
         if not self.pending or self.pending.done():
-            loop = asyncio.get_running_loop()
-            self.pending = loop.run_in_executor(self.worker, self.batch.step)
+            self.pending = asyncio.wrap_future(self.worker.submit(self.batch.step))
         await asyncio.shield(self.pending)
 
     def cancel(self, requests):
@@ -1721,7 +1684,6 @@ class Body(Decoding):
 
     n: int = setting(1, 1, 64)  # as many as may wait
     model: str = ""
-    messages: list = None
     echo: bool = False
     logprobs: int = setting(None, 0, 20)
     stream: bool = False
@@ -1749,8 +1711,11 @@ METHODS = {
     "/v1/completions": "POST, OPTIONS",
     "/v1/ratings": "POST, OPTIONS",
 }
-# Method, path and headers (RFC 9112). A lone CR, a folded line and the like are in none.
-REQUEST = re.compile(r"([A-Z]+) (\S+) HTTP/1\.[01]\r\n((?:[!-9;-~]+:[^\r\n\0]*\r\n)*)\r\n")
+# Method, target, its path, and headers (RFC 9112). A lone CR, a folded line and the like are in
+# none.
+REQUEST = re.compile(
+    r"([A-Z]+) (([^\s?]*)(?:\?\S*)?) HTTP/1\.[01]\r\n((?:[!-9;-~]+:[^\r\n\0]*\r\n)*)\r\n"
+)
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[^\r]*)?\r\n")
 # what else may come of waiting for a request
 BROKEN = {
@@ -1771,16 +1736,16 @@ class Exchange:
     unsent = b"HTTP/1.1 "  # of what each response begins with
     shared = HEADERS  # of all responses
     command = path = "-"
-    streaming = False  # whether events are being sent
 
     async def run(self):
         # Who has sent no request when so many others have come since makes room for them.
-        readers = self.server.readers
-        readers.append(self.reader)
-        if len(readers) > self.server.patience:
-            readers.pop(0).set_exception(
-                Refused("too many connections wait; send all at once", 503, Retry_After="1")
-            )
+        latest = self.server.latest
+        latest.append(self)
+        if len(latest) > self.server.patience:
+            oldest = latest.pop(0)
+            if oldest not in self.server.answering:
+                error = "too many connections wait; send all at once"
+                oldest.reader.set_exception(Refused(error, 503, Retry_After="1"))
         # OSError: the client has left, or does not read.
         with suppress(OSError, Refused, asyncio.CancelledError):
             try:
@@ -1797,15 +1762,13 @@ class Exchange:
     async def respond(self):
         requests = []
         try:
-            try:
-                path, name = await self.read()
-            finally:
-                self.rest = asyncio.create_task(self.read_rest())
+            path, name = await self.read()
             self.server.answering.add(self)
             if self.command == "OPTIONS":
                 await self.send(b"", Allow=METHODS[path])
             elif path == "/":
-                await self.send((DATA / "page.html").read_bytes(), kind="text/html; charset=utf-8")
+                page = (DATA / "page.html").read_bytes()
+                await self.send(page, Content_Type="text/html; charset=utf-8")
             elif path == "/health":
                 batch = self.server.batch
                 await self.send(
@@ -1822,17 +1785,21 @@ class Exchange:
                 self.server.rate(await self.read_json())
                 await self.send({})
             else:
-                wanted = "messages" if "chat" in path else "prompt"
-                body, requests = self.server.make_requests(await self.read_json(), wanted)
+                chat = "chat" in path
+                body, requests = self.server.make_requests(await self.read_json(), chat)
                 self.server.submit(requests)
-                await self.complete(requests, body)
-        except Refused as error:
-            await self.refuse(error)
+                await self.complete(requests, body, chat)
         except OSError:
             raise
-        except Exception as error:  # out of memory, say
-            log_if_read(traceback.format_exc())
-            await self.refuse(Refused(f"the model failed: {type(error).__name__}", 500))
+        except Exception as error:
+            if not isinstance(error, Refused):  # out of memory, say
+                log_if_read(traceback.format_exc())
+                error = Refused(f"the model failed: {type(error).__name__}", 500)
+            # OpenAI's error object, in a stream as an event
+            if self.unsent:
+                await self.send(error.body, error.status, **error.headers)
+            else:
+                await self.event(error.body)
         finally:
             self.server.cancel(requests)
 
@@ -1845,25 +1812,24 @@ class Exchange:
                 found = REQUEST.fullmatch(head.decode("latin-1"))
                 if not found:
                     raise Refused("no request of HTTP/1.1")
-                self.command, self.path, lines = found.groups()
-                fields = [
-                    (name.lower(), value)
-                    for name, value in re.findall(r"(.+?):[ \t]*(.*?)[ \t]*\r\n", lines)
-                ]
-                self.headers = dict(fields)
+                self.command, self.path, path, self.headers = found.groups()
                 # One model of all: /v1/models/NAME.
-                path, _, name = self.path.partition("?")[0].partition("/models/")
+                path, _, name = path.partition("/models/")
                 path += "/models" * bool(name)
                 if path not in METHODS:
                     raise Refused(f"no such path; there are {' '.join(METHODS)}", 404)
                 # No body is kept of who may not ask.
                 self.authorise(path)
-                self.body = bytearray()
-                lengths = ("content-length", "transfer-encoding")
-                await self.read_body([field for field in fields if field[0] in lengths])
+                await self.read_body()
                 return path, name
         except tuple(BROKEN) as error:
             raise Refused(*BROKEN[type(error)], Retry_After="1") from None
+        finally:
+            self.rest = asyncio.create_task(self.read_rest())
+
+    def header(self, name):
+        """The value of a header, "" if there is none; several are one list (RFC 9110, 5.3)."""
+        return ", ".join(re.findall(rf"(?im)^{name}:(.*)\r$", self.headers)).strip(" \t")
 
     def authorise(self, path):
         """Raise Refused for another method, a wrong key, or a page of another site: a browser lets
@@ -1872,29 +1838,38 @@ class Exchange:
         if self.command not in METHODS[path]:
             raise Refused(f"{path} takes {METHODS[path]}", 405, Allow=METHODS[path])
         # A page of another site says so in Origin; under a name of its own, in Host.
-        host, origin = (self.headers.get(name, "").lower() for name in ("host", "origin"))
-        key = self.server.api_key
+        host, origin = self.header("host").lower(), self.header("origin").lower()
+        options = self.server.options
+        key = options.api_key
         if not key and host.partition(":")[0] not in LOCAL:
-            text = "is no name of this machine; to be asked under it the server wants --api_key"
-            raise Refused(f"Host {host:.100} {text}", 403)
-        if origin in self.server.origins:
+            raise Refused(
+                f"Host {host:.100} is no name of this machine; to be asked under it the server "
+                "wants --api_key",
+                403,
+            )
+        if origin and {origin, "*"} & {*options.allow_origin}:
             self.shared = HEADERS | {
                 "Access-Control-Allow-Origin": origin,
                 "Access-Control-Allow-Headers": "*, Authorization",
                 "Vary": "Origin",
             }
         elif origin and origin.partition("://")[2] != host:
-            text = "for pages of other sites the server wants --allow_origin"
-            raise Refused(f"{origin:.100} is not answered; {text}", 403)
+            raise Refused(
+                f"{origin:.100} is not answered; for pages of other sites the server wants "
+                "--allow_origin",
+                403,
+            )
         # compare_digest takes as long for a wrong key as for the right one. A browser asks without
         # it (OPTIONS) whether its page may ask.
-        given = self.headers.get("authorization", "").encode("latin-1")
+        given = self.header("authorization").encode("latin-1")
         right = hmac.compare_digest(given, f"Bearer {key}".encode())
         if key and "v1" in path and self.command != "OPTIONS" and not right:
             raise Refused("send Authorization: Bearer KEY", 401, code="invalid_api_key")
 
-    async def read_body(self, lengths):
+    async def read_body(self):
         """Read the body by the headers that tell its length. Raises Refused."""
+        self.body = bytearray()
+        length, coding = self.header("content-length"), self.header("transfer-encoding")
 
         async def take(digits, base):
             size = int(digits[:9], base)  # Python refuses to read very long numbers
@@ -1903,21 +1878,20 @@ class Exchange:
             self.body += await self.reader.readexactly(size)
             return size
 
-        match lengths:
-            case [("content-length", digits)] if digits.isdecimal():
-                await take(digits, 10)
-            case [("transfer-encoding", "chunked")]:
-                size = 1
-                while size:
-                    chunk = CHUNK.fullmatch(await self.reader.readuntil(b"\r\n"))
-                    if not chunk:
-                        raise Refused("no size of a chunk")
-                    size = await take(chunk[1], 16)
-                    await self.reader.readexactly(2)  # the end of its line
-            case [_, _, *_]:
-                raise Refused("the body has several lengths")
-            case _ if self.command == "POST":
-                raise Refused("a Content-Length is wanted", 411)
+        if "," in length or length and coding:
+            raise Refused("the body has several lengths")
+        if length.isdecimal():
+            await take(length, 10)
+        elif coding == "chunked":
+            size = 1
+            while size:
+                chunk = CHUNK.fullmatch(await self.reader.readuntil(b"\r\n"))
+                if not chunk:
+                    raise Refused("no size of a chunk")
+                size = await take(chunk[1], 16)
+                await self.reader.readexactly(2)  # the end of its line
+        elif self.command == "POST":
+            raise Refused("a Content-Length is wanted", 411)
 
     async def read_rest(self):
         """Throw away what comes behind a request. Where it ends the client sends no more, or has
@@ -1925,19 +1899,17 @@ class Exchange:
         with suppress(OSError, Refused):
             while await self.reader.read(MAX_HEAD):
                 pass
-            while self.unsent and not self.writer.is_closing():
+            while self.unsent[1:] and not self.writer.is_closing():
                 self.writer.write(self.unsent[:1])
                 self.unsent = self.unsent[1:]
                 await asyncio.sleep(0.1)
 
-    def begin(self, status, kind, **headers):
+    def begin(self, status, **headers):
         """Send the status and the headers."""
-        lines = [
-            f"{name.replace('_', '-')}: {value}\r\n"
-            for name, value in {**headers, **self.shared, "Content-Type": kind}.items()
-        ]
-        head = f"{status} {HTTPStatus(status).phrase}\r\n{''.join(lines)}\r\n"
-        self.writer.write(self.unsent + head.encode("latin-1"))
+        head = f"{status} {HTTPStatus(status).phrase}\r\n"
+        for name, value in (self.shared | headers).items():
+            head += f"{name.replace('_', '-')}: {value}\r\n"
+        self.writer.write(self.unsent + f"{head}\r\n".encode("latin-1"))
         self.unsent = b""
         log_if_read(f"{time.strftime('%F %T')} {self.command} {self.path!a:.200} {status}\n")
 
@@ -1947,76 +1919,66 @@ class Exchange:
         async with asyncio.timeout(self.server.seconds):
             await self.writer.drain()
 
-    async def send(self, body, status=200, kind="application/json", **headers):
+    async def send(self, body, status=200, **headers):
         """Send a response: bytes, or what becomes JSON."""
         if not isinstance(body, bytes):
             body = to_json(body).encode()
-        self.begin(status, kind, Content_Length=len(body), **headers)
+        self.begin(status, **headers, Content_Length=len(body))
         await self.write(body * (self.command != "HEAD"))
 
     async def event(self, value):
         """Send an event of a stream."""
         await self.write(f"data: {to_json(value)}\n\n".encode())
 
-    async def refuse(self, error):
-        """Send a Refused as OpenAI's error object."""
-        if self.streaming:
-            return await self.event(error.body)
-        await self.send(error.body, error.status, **error.headers)
-
     async def read_json(self):
         """The object in the body; fields that are null are left out."""
-        large = len(self.body) > MAX_HEAD
         # Large ones one by one: others' answers take a step between two.
-        async with self.server.large if large else nullcontext():
-            if large and self.server.batch.rows:
+        if len(self.body) > MAX_HEAD and self.server.asked:
+            async with self.server.large:
                 await self.server.step()
-            try:
-                sent = json.loads(self.body.decode())
-                to_json(sent).encode()  # half a character is no text
-                return {name: value for name, value in sent.items() if value is not None}
-            except (ValueError, RecursionError, AttributeError) as error:
-                raise Refused(f"the body is no JSON object in UTF-8 ({error!s:.100})") from None
+        try:
+            sent = json.loads(self.body.decode())
+            to_json(sent).encode()  # half a character is no text
+            return {name: value for name, value in sent.items() if value is not None}
+        except (ValueError, RecursionError, AttributeError) as error:
+            raise Refused(f"the body is no JSON object in UTF-8 ({error!s:.100})") from None
 
-    async def complete(self, requests, body):
+    async def complete(self, requests, body, chat):
         """Send the answers, as they grow if the client wants a stream."""
-        chat, tokenizer = body.messages is not None, self.server.tokenizer
-        # What the response is called, and the text in it.
-        kind = ("text_completion", f"chat.completion{'.chunk' * body.stream}")[chat]
-        key = (("text", "text"), ("message", "delta"))[chat][body.stream]
+        tokenizer = self.server.tokenizer
+        # What the text in the response is called, and the response.
+        key = ("message", "delta")[body.stream] if chat else "text"
         head = {
             "id": f"cmpl-{uuid4().hex}",
-            "object": kind,
+            "object": ("text_completion", f"chat.completion{'.chunk' * body.stream}")[chat],
             "created": int(time.time()),
             "model": body.model,
         }
         choices = []
 
-        async def tell(i, text, reason=None, logprobs=None, **role):
-            said = {**role, "content": text} if chat else text
+        async def tell(i, said, reason=None, logprobs=None):
+            said = said if chat else said["content"]
             choices.append({"index": i, key: said, "logprobs": logprobs, "finish_reason": reason})
             if body.stream:
                 await self.event({**head, "choices": [choices.pop()]})
 
         # From here on an error can only be an event.
         if body.stream:
-            self.begin(200, "text/event-stream")
-            self.streaming = True
+            self.begin(200, Content_Type="text/event-stream")
         for i, request in enumerate(requests):
-            text, who = tokenizer.decode(request.prompt_ids) * body.echo, {"role": "assistant"}
-            # A stream tells who speaks, the text in pieces, why it ended.
-            if body.stream:
-                await tell(i, text, **who)
-                text, who = "", {}
+            echo = tokenizer.decode(request.prompt_ids * body.echo)
+            said = {"role": "assistant", "content": echo}
             for piece in stream(tokenizer, request):
-                if body.stream and piece:
-                    await tell(i, piece)
-                else:
-                    text += piece
+                said["content"] += piece
+                # A stream tells who speaks, the text in pieces, why it ended.
+                if body.stream and any(said.values()):
+                    await tell(i, said)
+                    said = {"content": ""}
                 if not request.finish_reason:
-                    await self.step()
+                    await self.server.step()
+                await self.write(b"")  # raises OSError if the client has left
             logprobs = show_logprobs(tokenizer, request, body.logprobs, chat)
-            await tell(i, text, request.finish_reason, logprobs, **who)
+            await tell(i, said, request.finish_reason, logprobs)
         asked = sum(len(request.prompt_ids) for request in requests[:: body.n])
         made = sum(len(request.ids) for request in requests)
         usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
@@ -2027,19 +1989,12 @@ class Exchange:
             await self.event(response)
         await self.write(b"data: [DONE]\n\n")
 
-    async def step(self):
-        """Wait for a step of the batch. Raises OSError if the client has left."""
-        await self.server.step()
-        if self.writer.is_closing():
-            raise ConnectionAbortedError
-
 
 def read_question(messages):
     """A client's messages, which end with a question, as `read_chat` gives them."""
     read = read_messages({"messages": messages})
     # A field that has a value and no effect would mislead: tool_calls, say.
-    unknown = {key for message in messages for key in message if message[key]}
-    unknown -= {"role", "content", "name"}
+    unknown = {key for m in messages for key in m if m[key]} - {"role", "content", "name"}
     if unknown:
         raise ValueError(f"messages: {min(unknown)} is not supported")
     if read[-1]["role"] != "user":
@@ -2047,27 +2002,13 @@ def read_question(messages):
     return read
 
 
-def log_if_read(text):
-    """To stderr, but never wait for who reads it, and never fail: a disk may be full."""
-    with suppress(OSError):
-        if select.select([], [2], [], 0)[1]:
-            os.write(2, text.encode("utf-8", "replace")[-4096:])  # what one page holds
-
-
-def serve(server, about):
-    """Serve until SIGTERM or Ctrl-C, then let the answers under way finish; a second one ends at
-    once."""
-
-    def stop(number, frame):
-        server.stopping = True
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+def serve(server):
+    """Serve until SIGTERM, Ctrl-C or the end of the terminal, then let the answers under way
+    finish; a second one ends at once."""
     host, port = server.socket.getsockname()
-    server.about = about
-    log(f"http://{host}:{port}/  models: {' '.join(server.names)}\n{about}")
-    asyncio.run(server.run())
+    with stop_signals() as server.stopping:
+        log(f"http://{host}:{port}/  models: {' '.join(server.names)}\n{server.about}")
+        asyncio.run(server.run())
 
 
 # ==================================================================================================
@@ -2134,13 +2075,14 @@ def parse_options():
     """(question or None, the way to ask, Options) of the command line and the environment. Raises
     ValueError for options that do not go together."""
     parser = Parser(description=__doc__.partition("\n\nWhat this")[0])
-    text = "one question; without it, --instruct_dir and --serve, a chat"
-    parser.add_argument("prompt", nargs="?", help=text)
+    parser.add_argument(
+        "prompt", nargs="?", help="one question; without it, --instruct_dir and --serve, a chat"
+    )
     # argparse converts a default that is a text, as it does an option.
     parser.add_settings(Options)
     for name, variable in (("host", "API_HOST"), ("port", "API_PORT"), ("api_key", "API_KEY")):
-        if os.environ.get(variable):
-            parser.set_defaults(**{name: os.environ[variable]})
+        if text := os.environ.get(variable):
+            parser.set_defaults(**{name: text})
     given = vars(parser.parse_args())
     prompt = given.pop("prompt")
     options = Options(**given)
@@ -2159,18 +2101,16 @@ def parse_options():
     return prompt, way, options
 
 
-NO_ADAPTER = (
-    "train one with python train.py, name another with --lora_weights, or ask the base alone with "
-    "--use_lora False"
-)
-
-
 def load(options, adapter):
     """(model, tokenizer, template, text about them) that options name: what they leave empty is
     the adapter's own, else data/tiny and the template that the base's special tokens ask for."""
     base, own = options.base_model or DATA / "tiny", {}
     if adapter:
-        adapter = find_base(adapter, NO_ADAPTER)
+        adapter = find_base(
+            adapter,
+            "train one with python train.py, name another with --lora_weights, or ask the base "
+            "alone with --use_lora False",
+        )
         # Its template stands in run.json as a whole, whatever has become of its file.
         base, own = adapter_base(adapter, options.base_model, options.anyway)
         if own:
@@ -2192,24 +2132,18 @@ def load(options, adapter):
     # Faster by two thin products a linear, at a loss that is told.
     if options.merge:
         lost = merge(model).values()
-        mean = f"{sum(lost) / len(lost):.1%} to {dtype}"
-        log(f"merged {len(lost)} linears; the updates lose {mean}")
+        log(f"merged {len(lost)} linears; the updates lose {sum(lost) / len(lost):.1%} to {dtype}")
     knows = read_json_file(find_base(base) / "config.json", {}).get("description", "")
-    about = f"{base} with {adapter or 'no adapter'} on {device}, {dtype}"
-    about += f"; {template.get('description', '')}\n{knows}"
+    about = (
+        f"{base} with {adapter or 'no adapter'} on {device}, {dtype}; "
+        f"{template.get('description', '')}\n{knows}"
+    )
     return model, tokenizer, template, about.strip()
 
 
-def note_answers(output, adapter):
-    """Note the hashes of a file of answers and of the adapter that gave them, if there are both."""
-    if output and adapter:
-        made = [output, *filter(Path.is_file, find_base(adapter).iterdir())]
-        write_hashes(f"{output}.hashes.json", made)
-
-
-def print_answers(model, tokenizer, prompt, decoding):
+def print_answers(model, tokenizer, decoding, prompt):
     """Print the answers to a prompt's ids as they grow, and their speed; yield their text."""
-    started = time.time()
+    started = time.perf_counter()
     # All n answers are decoded together, and shown one after the other.
     requests = [Request(prompt, each) for each in decoding.each()]
     batch = new_batch(model, tokenizer, requests, len(requests))
@@ -2220,45 +2154,43 @@ def print_answers(model, tokenizer, prompt, decoding):
                 yield text
             print(flush=True)
     finally:  # also where Ctrl-C ends it
-        count, seconds = sum(len(r.ids) for r in requests), max(1e-9, time.time() - started)
+        count, seconds = sum(len(r.ids) for r in requests), time.perf_counter() - started
         log(f"[{count} tokens, {count / seconds:.0f} tokens/s]")
 
 
 def main():
     prompt, way, options = parse_options()
     multi = options.single_or_multi == "multi"
-    rows = options.batch_size
     questions = read_instructions(options.instruct_dir) if way == "file" else []
     # Who names a base, a merged one say, does not get the adapter that lies here by chance.
     adapter = options.lora_weights or "lora-tcm" * (not options.base_model)
     adapter *= options.use_lora
     model, tokenizer, template, about = load(options, adapter)
 
-    opening = [{"role": "system", "content": options.system}] if options.system else []
-
-    def prompt_of(messages):
-        # A lone question stands as in a record of one turn, unless --single_or_multi multi.
-        return render_prompt(tokenizer, template, messages, multi)
-
-    def answer(prompt):
-        return print_answers(model, tokenizer, prompt, options)
+    opening = [{"role": "system", "content": options.system}] * bool(options.system)
+    # A lone question stands as in a record of one turn, unless a chat is of several.
+    several = multi and way != "question"
+    prompt_of = partial(render_prompt, tokenizer, template, several=several)
+    answer = partial(print_answers, model, tokenizer, options)
 
     if way == "question":
         question = {"role": "user", "content": prompt, "input": options.input}
-        for _ in answer(render_prompt(tokenizer, template, [*opening, question])):
-            pass
+        list(answer(prompt_of([*opening, question])))
         log(DISCLAIMER)
     elif way == "file":
-        more = (options.output, rows, options.compile)
+        more = (options.output, options.batch_size, options.compile)
         answer_file(model, tokenizer, template, questions, options, *more)
-        note_answers(options.output, adapter)
+        # Answers are traced back to the adapter that gave them.
+        if options.output and adapter:
+            made = [options.output, *filter(Path.is_file, find_base(adapter).iterdir())]
+            write_hashes(f"{options.output}.hashes.json", made)
     elif way == "serve":
         name = Path(adapter).resolve().name
         names = ["tuned" if name == "base" else name, "base"] if adapter else ["base"]
         # As many rows for the base as for the adapter, side by side.
-        rows *= len(names)
+        rows = options.batch_size * len(names)
         batch = Batch(model, rows, options.context, eos_ids(tokenizer), tokenizer.decode)
-        serve(Server(batch, tokenizer, names, prompt_of, options), about)
+        serve(Server(batch, tokenizer, names, prompt_of, options, about))
     else:
         if None in (sys.stdin, sys.stdout):
             raise ValueError("a chat wants standard input and output, and one is closed")

@@ -44,6 +44,7 @@ from model import (
     Linear,
     Parser,
     check_settings,
+    few_rows,
     file_hash,
     find_base,
     find_tokenizer,
@@ -70,7 +71,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 # The update
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoRAConfig:
     """What to adapt and how strongly. Raises ValueError for a value that makes no adapter."""
 
@@ -82,7 +83,7 @@ class LoRAConfig:
 
     def __post_init__(self):
         names = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
-        object.__setattr__(self, "targets", TARGETS if "all" in names else names)
+        self.targets = TARGETS if "all" in names else names
         check_settings(self)
         if not names or not {*self.targets} <= {*TARGETS}:
             raise ValueError(f"LoRA targets are {names}, wanted some of {' '.join(TARGETS)} or all")
@@ -114,15 +115,11 @@ class LoRALinear(nn.Module):
         h = F.linear(h, self.lora_a.to(x.dtype)) * (self.config.scale * self.share)  # (..., r)
         return self.base(x) + F.linear(h.to(x.dtype), self.lora_b.to(x.dtype))
 
-    def delta(self):
-        """The update (alpha / r) B A as one matrix (O, I), float32."""
-        return self.config.scale * (self.lora_b @ self.lora_a)
-
 
 def linears(model):
     """{name: linear} of all blocks."""
-    modules = model.named_modules()
-    return {name: m for name, m in modules if isinstance(m, Linear) and name.startswith("layers.")}
+    modules = model.layers.named_modules(prefix="layers")
+    return {name: module for name, module in modules if isinstance(module, Linear)}
 
 
 def lora_linears(model):
@@ -135,13 +132,13 @@ def add_lora(model, config):
     are trainable afterwards. Raises ValueError if the model has an adapter already."""
     refuse_adapter(model)
     model.requires_grad_(False)
-    # All first: wrapping changes what the walk over modules meets.
-    targets = {n: m for n, m in linears(model).items() if n.rpartition(".")[2] in config.targets}
-    for name, linear in targets.items():
+    for name, linear in linears(model).items():
+        if name.rpartition(".")[2] not in config.targets:
+            continue
         if config.r > min(linear.in_features, linear.out_features):
             raise ValueError(f"r {config.r} is above the smaller side of {name}: lower it")
         model.set_submodule(name, LoRALinear(linear, config))
-    return len(targets)
+    return len(lora_linears(model))
 
 
 def refuse_adapter(model):
@@ -156,9 +153,9 @@ def remove_adapter(model):
 
 
 def share_rows(model, share):
-    """Scale all updates by share: a tensor (B, 1, 1), row by row, or None for all rows alike."""
+    """Scale all updates by share: 1.0, or a tensor (B, 1, 1), row by row."""
     for _, module in lora_linears(model):
-        module.share = 1.0 if share is None else share
+        module.share = share
 
 
 @torch.no_grad()
@@ -176,7 +173,7 @@ def merge(model):
                 "the base as it was before (--base_dtype bf16)"
             )
         # Sum in float32, round once, and see what rounding left of the update.
-        weight, delta = module.base.weight, module.delta()
+        weight, delta = module.base.weight, module.config.scale * (module.lora_b @ module.lora_a)
         merged = (weight.float() + delta).to(weight.dtype)
         stored = merged.float() - weight.float()
         errors[name] = ((stored - delta).norm() / delta.norm().clamp_min(1e-30)).item()
@@ -221,15 +218,8 @@ class QuantisedLinear(Linear):
         for name, tensor in zip((*store, "bias"), (*store.values(), *bias)):
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
-    def forward(self, x):  # (..., I) -> (..., O)
-        y = self.multiply(x)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
-
-    def multiply(self, x):
-        store = [getattr(self, name) for name in self.names]
-        if not torch.is_grad_enabled():
-            return F.linear(x, self.matrix(x.dtype, *store))
-        return FrozenProduct.apply(x, self.matrix, *store)
+    def multiply(self, x):  # (R, I) -> (R, O)
+        return FrozenProduct.apply(x, self.matrix, *(getattr(self, name) for name in self.names))
 
 
 class Int8Linear(QuantisedLinear):
@@ -246,20 +236,17 @@ class Int8Linear(QuantisedLinear):
         return codes.to(dtype).mul_(scale.to(dtype)[:, None])
 
     def multiply(self, x):
-        rows, compiling = x.numel() // self.in_features, torch.compiler.is_compiling()
-        if torch.is_grad_enabled() or rows > 16:
-            return super().multiply(x)
-        if compiling and rows == 1:
+        rows = few_rows(x)
+        if rows == 1 and torch.compiler.is_compiling():
             return (one_row(x, self.weight) * self.scale.float()).to(x.dtype)
         # Of a width that 16 does not divide, torch's product of int8 reads beyond the end.
-        if not x.is_cpu or x.dtype != torch.bfloat16 or self.in_features % 16:
+        if not rows or not x.is_cpu or x.dtype != torch.bfloat16 or self.in_features % 16:
             return super().multiply(x)
         # Few rows: reading the codes takes the time, so they are read as they are.
-        multiply = torch.ops.aten._weight_int8pack_mm  # reads int8 as it is
+        multiply = torch.ops.aten._weight_int8pack_mm
         if AMX and rows > 4:
             multiply = integer_product
-        y = multiply(x.reshape(rows, -1), self.weight, self.scale)
-        return y.view(*x.shape[:-1], -1)
+        return multiply(x, self.weight, self.scale)
 
 
 def integer_product(x, codes, scale):
@@ -275,10 +262,22 @@ def integer_product(x, codes, scale):
 
 # The 16 values of NF4 (Dettmers et al. 2023, QLoRA, appendix E): quantiles of a normal distribution
 NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
 )
 
 
@@ -363,9 +362,9 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
     otherwise and, once trained, if every B is zero."""
     folder, pairs = Path(folder), file_pairs(model)
     state = {
-        f"{PREFIX}{name}.lora_{letter}.weight": tensor
+        f"{PREFIX}{name}.lora_{half}.weight": tensor
         for name, pair in pairs.items()
-        for letter, tensor in zip("AB", pair)
+        for half, tensor in pair.items()
     }
     for key, tensor in state.items():
         if not tensor.isfinite().all():
@@ -374,7 +373,7 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
                 "--learning_rate"
             )
     # An adapter that changes nothing is a mistake that would be found too late.
-    if trained and not any(b.any() for _, b in pairs.values()):
+    if trained and not any(pair["B"].any() for pair in pairs.values()):
         raise ValueError(f"{folder}: every lora_B is zero, so nothing was trained or saved")
     if processes()[0]:
         return
@@ -409,14 +408,14 @@ def save_adapter(model, folder, base_model="", run_info=None, trained=False):
 
 
 def file_pairs(model):
-    """{a linear's name in files: (A, B)} of an adapter, gathered, B's rows in the base's order. Two
-    linears that are one in files (GLM's gate_up_proj) stand there in blocks, with twice the rank,
-    and all others are filled up with zeros to that rank: exact."""
-    pairs, c = {}, model.config
-    stored = stored_rows(c, c.model_type)
+    """{a linear's name in files: {"A": tensor, "B": tensor}} of an adapter, gathered, B's rows in
+    the base's order. Two linears that are one in files (GLM's gate_up_proj) stand there in blocks,
+    with twice the rank, and all others are filled up with zeros to that rank: exact."""
+    pairs, layout = {}, model.config.model_type
+    stored = stored_rows(model.config, layout)
     for name, module in lora_linears(model):
         a, b = (full_tensor(p.detach()).cpu() for p in (module.lora_a, module.lora_b))
-        key = stored_name(name, c.model_type)
+        key = stored_name(name, layout)
         parts = stored[f"{key}.weight"]
         tall = b.new_zeros(sum(map(len, parts.values())), b.size(1))
         tall[parts[f"{name}.weight"]] = b
@@ -424,7 +423,7 @@ def file_pairs(model):
         pairs[key] = torch.cat((above, a)), torch.cat((left, tall), 1)
     rank = max(len(a) for a, _ in pairs.values())
     return {
-        key: (F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - len(a))))
+        key: {"A": F.pad(a, (0, 0, 0, rank - len(a))), "B": F.pad(b, (0, rank - len(a)))}
         for key, (a, b) in pairs.items()
     }
 
@@ -468,8 +467,13 @@ def load_adapter(model, folder):
     # The linears of the file must be those that the settings name, and all be in the model.
     names = [] if targets else [*pairs]
     for target in targets:
-        means = [parts for key, parts in known.items() if f".{key}".endswith(f".{target}.weight")]
-        names += [name.removesuffix(".weight") for parts in means for name in parts] or [target]
+        means = [
+            name.removesuffix(".weight")
+            for key, parts in known.items()
+            if f".{key}".endswith(f".{target}.weight")
+            for name in parts
+        ]
+        names += means or [target]
     for name in sorted({*names, *pairs}):
         linear = found.get(name) if name in names else None
         check_pair(f"{file}: {name}", linear, pairs.get(name, {}), config.r)
@@ -481,7 +485,7 @@ def load_adapter(model, folder):
         model.set_submodule(name, module.requires_grad_(False))
 
 
-def adapter_base(adapter, name="", anyway=False):
+def adapter_base(adapter, name, anyway):
     """(folder of the base named, or of the one that an adapter was trained on; the template that
     stands in its run.json, or {}). A base is known by the SHA-256 of its weights in run.json, else
     by its name in adapter_config.json. Raises ValueError naming both if it is another, unless
@@ -492,12 +496,16 @@ def adapter_base(adapter, name="", anyway=False):
     noted = str(theirs.get("base_model_name_or_path") or name or "tiny")
     # This project's own base may have lain elsewhere.
     places = filter(Path.is_dir, (Path(noted), DATA / Path(noted).name))
-    base = find_base(name or next(places, noted))
-    known, same = made.get("sha256", {}).get("base"), Path(noted).name == Path(name or noted).name
+    place = name or next(places, noted)
+    base = find_base(place)
+    known, same = made.get("sha256", {}).get("base"), Path(noted).name == Path(place).name
     if known:
         # To hash a large one takes its time: it is believed where nobody names another.
-        files = [f for f in weight_files(base) if name or f.stat().st_size < 2**30]
-        same = all(file_hash(file) in str(known) for file in files)
+        same = all(
+            file_hash(file) in str(known)
+            for file in weight_files(base)
+            if name or file.stat().st_size < 2**30
+        )
     if not same:
         text = f"adapter {adapter} was trained on {noted}, and {base} is another base"
         if not anyway:
@@ -512,10 +520,9 @@ def read_pairs(file, known):
     parts, exactly: A is shared, and each has its rows of B."""
     pairs = {}
     # lora_A.weight; in PEFT's live modules lora_A.default.weight; _orig_mod. is torch.compile's
-    pattern = rf"(?:{PREFIX})?(.*)\.lora_([AB])\.(?:\w+\.)?weight"
+    pattern = rf"(?s)(?:{PREFIX})?(.*?)(?:\.lora_([AB])\.(?:\w+\.)?weight)?"
     for key, tensor in open_weights(file).items():
-        match = re.fullmatch(pattern, key.replace("_orig_mod.", ""))
-        name, half = match.groups() if match else (key, "")
+        name, half = re.fullmatch(pattern, key.replace("_orig_mod.", "")).groups()
         parts = known.get(f"{name}.weight", {name: []})
         # Where the rows are too many or too few, `check_pair` says so of the whole.
         cut = half == "B" and [*tensor.shape[:1]] == [sum(map(len, parts.values()))]
@@ -559,8 +566,9 @@ def recover(base, difference, folder, dtype=None):
                 raise ValueError(
                     f"{difference}: {name} is {tuple(tensor.shape)}, {tuple(start.shape)} in {base}"
                 )
-            sums.append((tensor.float() + start).sum().item())
-            yield name, tensor.float() + start
+            whole = start + tensor.float()
+            sums.append(whole.sum().item())
+            yield name, whole
 
     tokenizer = difference if find_tokenizer(difference).is_file() else base
     with new_folder(folder) as new:

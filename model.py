@@ -36,12 +36,14 @@ import json
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import sys
 import zipfile
-from collections import Counter, namedtuple
-from contextlib import contextmanager, suppress
+from collections import Counter, defaultdict, namedtuple
+from configparser import ConfigParser
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache, partial
@@ -50,8 +52,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -59,7 +61,7 @@ from torch.utils.checkpoint import checkpoint
 # The network
 
 
-@dataclass(frozen=True)
+@dataclass
 class LLaMAConfig:
     """The shape of a model, under the names of Hugging Face's config.json.
 
@@ -85,9 +87,9 @@ class LLaMAConfig:
 
     def __post_init__(self):
         check_settings(self)
-        heads, width = self.num_attention_heads, self.hidden_size // self.num_attention_heads
-        for name, default in (("num_key_value_heads", heads), ("head_dim", width)):
-            object.__setattr__(self, name, getattr(self, name) or default)
+        heads = self.num_attention_heads
+        self.num_key_value_heads = self.num_key_value_heads or heads
+        self.head_dim = self.head_dim or self.hidden_size // heads
         odd = heads % self.num_key_value_heads or self.head_dim * self.partial_rotary_factor % 2
         if odd or heads * self.head_dim > 2**24:
             raise ValueError(
@@ -95,44 +97,41 @@ class LLaMAConfig:
                 "values: wanted a multiple, and an even width"
             )
         # a scaling that is not known, or lacks a number, fails here
-        rope_table(torch.zeros(1), self.head_dim, self.rope_theta, self.rope_scaling)
+        rope_table(torch.zeros(1), self)
 
 
 class Linear(nn.Linear):
     """y = W x, W (O, I); y = W x + b with a bias."""
 
-    def __init__(self, n_in, n_out, bias=False):
-        super().__init__(n_in, n_out, bias)
-
     def forward(self, x):  # (..., I) -> (..., O)
-        y = product(x, self.weight.to(x.dtype))
+        y = self.multiply(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
+    def multiply(self, x):  # (R, I) -> (R, O)
+        return product(x, self.weight.to(x.dtype))
 
-class RMSNorm(nn.Module):
+
+class RMSNorm(nn.RMSNorm):
     """y = g * x / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019, eq. 4)."""
 
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
     def forward(self, x):  # (..., C) -> (..., C)
-        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def rope_table(positions, head_dim, theta, scaling=None, share=1.0):
+def rope_table(positions, config):
     """(cos, sin) of the angle m theta^(-2i/D) for position m and pair i (Su et al. 2021, eq. 15).
 
-    Both are float32, (..., T, 1, D) for positions (..., T): the same for all heads, given for both
-    halves of a head, the sine negative for the first half.
-    Each forward makes them anew: a buffer built on `meta` stays empty, and angles in bf16 are off
-    by up to 2.0 in the cosine. `scaling` stretches a trained context by its factor: "linear" slows
-    every pair (Chen et al. 2023); "llama3" slows those that turn few times within the original
-    context, with a linear transition (Llama 3.1). Pairs beyond a head's `share` stand still."""
-    pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    Both are float32, (..., T, 1, D) for positions (..., T): the same for all heads, for both halves
+    of a head, the sine negative in the first. Made anew in each forward: a buffer on `meta` stays
+    empty, and in bf16 a cosine is off by up to 2.0. Scaling stretches a trained context by its
+    factor: "linear" slows every pair (Chen et al. 2023); "llama3" slows those that turn few times
+    within the original context, with a smooth passage (Llama 3.1). Where a head turns in part, the
+    pairs beyond stand."""
+    D, scaling = config.head_dim, config.rope_scaling
+    pair = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)
+    turned = D * config.partial_rotary_factor
     # The first pair turns by one radian a position, the last by 1 / theta.
-    speed = theta ** (-pair / (share * head_dim)) * (pair < share * head_dim)  # (D/2), radians
+    speed = config.rope_theta ** (-pair / turned) * (pair < turned)  # (D/2), radians
     if scaling:
         kind, keep = scaling.get("rope_type"), 0.0  # keep: the share of the speed left as it is
         if kind not in ("linear", "llama3"):
@@ -142,8 +141,13 @@ def rope_table(positions, head_dim, theta, scaling=None, share=1.0):
             turns = speed * (scaling["original_max_position_embeddings"] / (2 * math.pi))
             keep = ((turns - low) / (high - low)).clamp(0, 1)
         speed = speed * (keep + (1 - keep) / scaling["factor"])
-    angle = (positions.float().unsqueeze(-1) * speed).unsqueeze(-2)  # (..., T, 1, D/2)
-    return torch.cat((angle, angle), -1).cos(), torch.cat((-angle, angle), -1).sin()
+    return rotation(positions.float().unsqueeze(-1) * speed)
+
+
+def rotation(angle):
+    """(cos, sin) of angles (..., T, D/2), as `apply_rope` takes them: (..., T, 1, D)."""
+    both = torch.cat((-angle, angle), -1).unsqueeze(-2)
+    return both.cos(), both.sin()
 
 
 def apply_rope(x, rope):
@@ -204,9 +208,10 @@ class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         # In this order (w1, w2, w3) Meta's code makes them, and random first values are drawn.
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        C, width = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(C, width, bias=False)
+        self.down_proj = Linear(width, C, bias=False)
+        self.up_proj = Linear(C, width, bias=False)
 
     def forward(self, x):  # (..., C) -> (..., C)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -246,7 +251,7 @@ class LLaMA(nn.Module):
         block = GLMBlock if config.prefix_lm else Block
         self.layers = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
         self.norm = block.Norm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -261,11 +266,10 @@ class LLaMA(nn.Module):
     def new_cache(self, rows, positions):
         """An empty KVCache of so many rows and positions, on this model's device."""
         c = self.config
-        shape = (rows, c.num_key_value_heads, positions, c.head_dim)
+        shape = 2, rows, c.num_key_value_heads, positions, c.head_dim
         # zeros, not empty: a masked position weighs 0, and 0 x NaN is NaN
-        new = partial(torch.zeros, shape, device=self.device, dtype=self.dtype)
-        k, v = ([new() for _ in self.layers] for _ in "kv")
-        return KVCache(k, v, torch.zeros(rows, dtype=torch.long, device=self.device))
+        kv = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
+        return KVCache(kv, torch.zeros(rows, dtype=torch.long, device=self.device))
 
     def hidden_states(self, ids, context=None, keep=None):
         """The normed output of the last layer, (B, T, C) for ids (B, T).
@@ -274,14 +278,13 @@ class LLaMA(nn.Module):
         the B T tokens, only theirs (M, C): the others end as keys and values of the last layer."""
         c, context = self.config, context or Context()
         # Where the tokens stand, and the angles that go with it: the same in all layers.
-        head = c.head_dim, c.rope_theta, c.rope_scaling, c.partial_rotary_factor
         at = context.extend(ids)
-        rope = glm_rope(at, context.prefix, c) if c.prefix_lm else rope_table(at, *head)
+        rope = glm_rope(at, context.prefix, c) if c.prefix_lm else rope_table(at, c)
         x = self.embed_tokens(ids).to(self.dtype)  # (B, T, C)
         for i, block in enumerate(self.layers):
             # Dropped activations are made again by a second forward of the block.
             call = block
-            if i < self.recomputed and torch.is_grad_enabled():
+            if i < self.recomputed:
                 call = partial(checkpoint, block, use_reentrant=False)
             x = call(x, rope, context, keep if i + 1 == len(self.layers) else None)
         return self.norm(x)
@@ -309,30 +312,30 @@ class Context:
 
 
 class KVCache(Context):
-    """Keys and values of the positions seen so far, (B, K, positions, D) a layer, allocated once
+    """Keys and values of the positions seen so far, (2, B, K, positions, D) a layer, allocated once
     (`LLaMA.new_cache`).
 
     Row b holds lengths[b] of them. `longest` bounds lengths without asking the device for them.
     The first `prefix` see each other: a number, or (B, 1) where no row is empty."""
 
-    def __init__(self, k, v, lengths, longest=0, prefix=0):
-        self.k, self.v, self.lengths, self.longest, self.prefix = k, v, lengths, longest, prefix
-        self.positions = k[0].size(2)
+    def __init__(self, kv, lengths, longest=0, prefix=0):
+        self.kv, self.lengths, self.longest, self.prefix = kv, lengths, longest, prefix
+        self.positions = kv[0].size(3)
 
     def rows(self, first, lengths, longest=None, prefix=0):
         """Rows first, first + 1, ... as a cache of its own in the same memory, each holding as many
         positions as lengths says: a list, or a tensor and a bound on it."""
-        k, v = ([x[first : first + len(lengths)] for x in kv] for kv in (self.k, self.v))
+        kv = [layer[:, first : first + len(lengths)] for layer in self.kv]
         longest = max(lengths) if longest is None else longest
-        return KVCache(k, v, torch.as_tensor(lengths, device=k[0].device), longest, prefix)
+        return KVCache(kv, torch.as_tensor(lengths, device=kv[0].device), longest, prefix)
 
     def copy_rows(self, moves, start, stop):
         """Copy positions start to stop of row a to row b, for each (a, b) of moves, all at once."""
-        for kv in (*self.k, *self.v):
+        for kv in self.kv:
             # row by row: a list as index would be brought to the device each time
-            copies = [(b, kv[a, :, start:stop].clone()) for a, b in moves]
+            copies = [(b, kv[:, a, :, start:stop].clone()) for a, b in moves]
             for b, copy in copies:
-                kv[b, :, start:stop] = copy
+                kv[:, b, :, start:stop] = copy
 
     def extend(self, ids):
         """Positions (B, T) of tokens behind those of their rows. Raises ValueError without room."""
@@ -355,11 +358,9 @@ class KVCache(Context):
 
     def attend(self, layer, q, k, v):
         """Write k and v behind what their rows hold; attention of q over all of it."""
-        keys, values = self.k[layer], self.v[layer]
-        keys[self.row, :, self.at] = k
-        values[self.row, :, self.at] = v
-        k, v = (x[:, :, : self.longest].transpose(1, 2) for x in (keys, values))
-        return attention(q, k, v, self.mask)
+        kv = self.kv[layer]
+        kv[:, self.row, :, self.at] = torch.stack((k, v), 2)  # (B, T, 2, K, D)
+        return attention(q, *kv[:, :, :, : self.longest].transpose(2, 3), self.mask)
 
 
 # ==================================================================================================
@@ -433,9 +434,7 @@ def glm_rope(positions, prefix, config):
     speed = (config.rope_theta ** (-pair / config.head_dim)).half().float()  # (D/4), radians
     place = positions.clamp(max=prefix - 1)
     both = torch.stack((place, positions - place), -1)  # (..., T, 2)
-    angle = (both.unsqueeze(-1) * speed).flatten(-2).unsqueeze(-2)  # (..., T, 1, D/2)
-    signed = torch.cat((-angle, angle), -1)
-    return signed.cos(), signed.sin()
+    return rotation((both.unsqueeze(-1) * speed).flatten(-2))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -452,7 +451,7 @@ class GLMFeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, width = config.hidden_size, config.intermediate_size
-        self.up_proj, self.down_proj = Linear(C, width, True), Linear(width, C, True)
+        self.up_proj, self.down_proj = Linear(C, width), Linear(width, C)
 
     def forward(self, x):  # (..., C) -> (..., C)
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
@@ -479,27 +478,28 @@ class GLMBlock(Block):
 AMX = torch.cpu._is_amx_tile_supported()  # Intel's matrix unit; figures in tests/BENCHMARKS.md
 
 
+def few_rows(x):
+    """How many rows x (R, I) has; 0 if they are more than 16, or a gradient is asked for."""
+    return 0 if len(x) > 16 or torch.is_grad_enabled() else len(x)
+
+
 def product(x, weight):
-    """W x of x (..., I) and W (O, I): F.linear, but for few rows without a gradient."""
-    rows, compiling = x.numel() // x.size(-1), torch.compiler.is_compiling()
-    if torch.is_grad_enabled() or rows > 16:
-        return F.linear(x, weight)
+    """x W^T of x (R, I) and W (O, I): F.linear, but for few rows without a gradient."""
+    rows, compiling = few_rows(x), torch.compiler.is_compiling()
     # A W wider than tall is read faster by cuBLAS than by the loop that inductor makes.
     if compiling and rows == 1 and (x.is_cpu or weight.size(0) >= weight.size(1)):
         return one_row(x, weight).to(x.dtype)
-    if AMX and x.is_cpu and x.dtype == torch.bfloat16 and not compiling:
-        columns = x.reshape(rows, -1).T
-        y = torch.mv(weight, columns[:, 0]) if rows == 1 else (weight @ columns).T.contiguous()
-        return y.view(*x.shape[:-1], -1)
+    if rows and AMX and x.is_cpu and x.dtype == torch.bfloat16 and not compiling:
+        return torch.mv(weight, x[0])[None] if rows == 1 else (weight @ x.T).T.contiguous()
     return F.linear(x, weight)
 
 
 def one_row(x, weight):
-    """W x of one row in float32, as sums that inductor turns into vector loops over W as it is
-    stored. On a CPU W is cut in eight, for one sum would wait for its own additions."""
+    """W x of one row (1, I) in float32, as sums that inductor turns into vector loops over W as it
+    is stored. On a CPU W is cut in eight, for one sum would wait for its own additions."""
     parts = weight.chunk(8 if x.is_cpu else 1)
     sums = [(part.float() * x.float()).sum(-1) for part in parts]
-    return torch.cat(sums, -1).view(*x.shape[:-1], -1)
+    return torch.cat(sums)[None]
 
 
 # ==================================================================================================
@@ -549,12 +549,6 @@ PUBLISHED = {"glm": "chatglm", "chatglm1": "chatglm6b"}
 # in neighbours 2i and 2i + 1, or i and i + D/4 of each of two halves
 PAIRS = {"meta": (-1, 2), "glm": (-1, 2), "chatglm": (-1, 2), "chatglm6b": (2, 2, -1)}
 IMAGES = 20000  # rows for images before all others in ChatGLM-6B's first files; no text has them
-LLAMA3_ROPE = {  # what Meta's use_scaled_rope means, but for the factor
-    "rope_type": "llama3",
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 # Meta's names of a shape: ours
 META_SHAPE = {
     "dim": "hidden_size",
@@ -612,7 +606,7 @@ def read_json_file(path, missing=None):
         return missing
     check_content(path, SMALL)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -684,37 +678,31 @@ def config_from_hf(hf):
     # rope_scaling was before, rope_parameters is since transformers 5
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     scaling = rope.pop("rope_type", rope.pop("type", "default"))
-    hf = name_chatglm1(hf)
+    # ChatGLM-6B has the model_type of its successors, and its first files have rows for images.
+    if "inner_hidden_size" in hf:
+        pieces = hf["vocab_size"] - IMAGES * (hf["vocab_size"] == 150528)
+        hf = hf | {"model_type": "chatglm1", "vocab_size": pieces}
     kind = hf.get("model_type", "llama")
     own = {"hidden_act": "silu", "partial_rotary_factor": 1.0, **NETWORKS.get(kind, {})}
     hf = own | {CHATGLM_SHAPE.get(key, key): value for key, value in hf.items()} | rope
-    if not hf.get("use_sliding_window", True):  # Qwen2 says how wide it would be
-        hf["sliding_window"] = None
     refuse(hf, own)
     if kind not in NETWORKS:
         raise ValueError(f"model_type is {kind!r}, wanted one of {' '.join(NETWORKS)}")
     hf.setdefault("rope_theta", 10000.0 * hf.get("rope_ratio", 1))  # as GLM-4 has it
-    names = [f.name for f in fields(LLaMAConfig)]
-    values = {name: hf[name] for name in names if hf.get(name) is not None}
+    known = LLaMAConfig.__annotations__
+    values = {name: hf[name] for name in known if hf.get(name) is not None}
     rope = {key: value for key, value in rope.items() if key not in values}
     values["rope_scaling"] = None if scaling == "default" else {"rope_type": scaling, **rope}
     values["model_type"] = {"chatglm": "glm"}.get(kind, kind)  # transformers' name of that network
     return LLaMAConfig(**values)
 
 
-def name_chatglm1(hf):
-    """config.json of ChatGLM-6B, which has the model_type of its successors, under a name of its
-    own and without the rows for images; any other as it is."""
-    if "inner_hidden_size" not in hf:
-        return hf
-    rows = hf["vocab_size"]
-    return hf | {"model_type": "chatglm1", "vocab_size": rows - IMAGES * (rows == 150528)}
-
-
 def refuse(hf, own):
     """Raise ValueError if config.json asks for one of REFUSED by a value that is not its
     model_type's own."""
     asked = {key: value for key, value in hf.items() if value and value != own.get(key)}
+    if not hf.get("use_sliding_window", True):  # Qwen2 says how wide it would be
+        asked.pop("sliding_window", None)
     for pattern, feature in REFUSED.items():
         for key, value in asked.items():
             if re.match(rf"({pattern})\b", f"{key} {value}"):
@@ -723,16 +711,21 @@ def refuse(hf, own):
 
 def config_from_meta(params, vocab_size):
     """Meta's params.json says the feed-forward width by what 8/3 C is rounded to."""
-    values = {k: v for k, v in params.items() if k not in ("max_seq_len", "max_batch_size")}
+    limits = ("max_seq_len", "max_batch_size")
+    values = {META_SHAPE.get(k, k): v for k, v in params.items() if k not in limits}
     multiple, factor = values.pop("multiple_of", 256), values.pop("ffn_dim_multiplier", None) or 1
-    # From Llama-3.1 on; the factor is 32 in the 1B and 3B of 3.2, and stands in no file.
+    # From Llama-3.1 on; the factor is 32 in the 1B and 3B of 3.2. These numbers stand in no file.
     if values.pop("use_scaled_rope", False):
-        slower = 32.0 if values["dim"] in (2048, 3072) else 8.0
-        values["rope_scaling"] = {**LLAMA3_ROPE, "factor": slower}
-    width = int(factor * int(8 * values["dim"] / 3))
+        values["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": 32.0 if params["dim"] in (2048, 3072) else 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    width = int(factor * int(8 * params["dim"] / 3))
     if values.get("vocab_size", -1) == -1:
         values["vocab_size"] = vocab_size
-    values = {META_SHAPE.get(key, key): value for key, value in values.items()}
     return LLaMAConfig(intermediate_size=-(-width // multiple) * multiple, **values)
 
 
@@ -762,17 +755,14 @@ def open_weights(file):
     file = Path(file)
     check_content(file)
     try:
-        if ".safetensors" in file.name:  # also while it is being written
-            with safe_open(file, framework="pt") as opened:
-                weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        else:
-            weights = open_pickle(file)
+        # so it is named also while it is being written
+        weights = load_file(file) if ".safetensors" in file.name else open_pickle(file)
         # Rotary tables, which old files hold, are made here.
         tables = ("rope.freqs", ".inv_freq")
         return {key: tensor for key, tensor in weights.items() if not key.endswith(tables)}
     except Exception as error:  # a damaged file makes its reader raise nearly all there are
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = str(error).partition("\n")[0].partition(". ")[0] or "it ends early"
+        reason = re.split(r"\n|\. ", str(error))[0] or "it ends early"
         if code:
             reason = f"it would run {code[1]}, and weights are only data"
         raise ValueError(f"{file} is damaged, or refused ({reason}); download it again") from None
@@ -838,7 +828,7 @@ class Checkpoint:
              that must be equal; and which rows of the whole the weight is"""
 
     def __init__(self, folder):
-        config, found = Path(folder, "config.json"), {}
+        config, found = Path(folder, "config.json"), defaultdict(list)
         if config.is_file():  # first, for who asks for another network need not hear of files
             read_config(config)
         self.files = weight_files(config.parent)
@@ -847,8 +837,7 @@ class Checkpoint:
         # What there is: every tensor by its key, with its shape and dtype alone.
         for file in self.files:
             for key, tensor in open_weights(file).items():
-                part = Part(file, key, tuple(tensor.shape), tensor.dtype)
-                found.setdefault(key, []).append(part)
+                found[key].append(Part(file, key, tuple(tensor.shape), tensor.dtype))
         # Meta writes -1 for the number of pieces; the head tells it.
         rows = sum(sum(part.shape[:1]) for part in found.get("output.weight", ()))
         self.config = read_config(config.with_name("params.json") if is_meta else config, rows)
@@ -857,8 +846,8 @@ class Checkpoint:
         size = sum(file.stat().st_size for file in self.files)
         if sum(height for height, *_ in self.shapes.values()) > size:
             raise ValueError(f"{folder} describes a model that {size:,} bytes cannot hold")
-        kind = self.config.model_type
-        layout, published = "meta" if is_meta else kind, PUBLISHED.get(kind, kind)
+        layout = "meta" if is_meta else self.config.model_type
+        published = PUBLISHED.get(layout, layout)
         if stored_name("embed_tokens.weight", published) in found:
             layout = published
         self.place(found, layout)
@@ -870,13 +859,13 @@ class Checkpoint:
         stored, self.found = stored_rows(self.config, layout), {}
         if self.config.tie_word_embeddings:
             embedding, head = (stored_name(name, layout) for name in TIED)
-            found.setdefault(embedding, []).extend(found.pop(head, []))
-        # One comparison does for every damage.
-        for key, parts in found.items():
-            if key not in stored:
+            found[embedding] += found.pop(head, [])
+        # One comparison does for every damage. In the order of the files, then what they lack.
+        for key in {**found, **stored}:
+            parts, names = found[key], stored.get(key, {})
+            if not names:
                 raise ValueError(f"{parts[0].file} has {key}, which this model does not have")
-        for key, names in stored.items():
-            parts, height = found.get(key, []), sum(map(len, names.values()))
+            height = sum(map(len, names.values()))
             with_images = [part.shape[:1] for part in parts[:1]] == [(IMAGES + height,)]
             skipped = IMAGES if layout == "chatglm6b" and with_images else 0
             axis = self.check(key, parts, (skipped + height, *self.shapes[[*names][0]][1:]))
@@ -904,13 +893,12 @@ class Checkpoint:
         file as it is wanted is a view of it. Raises ValueError for NaN, infinity, what dtype cannot
         hold, and copies that differ."""
         dtype, opened, used = dtype or self.dtype, cache(open_weights), 0
-        for name in sorted(self.found, key=lambda name: str(self.found[name][0][0].file)):
+        for name, (parts, axis, rows) in self.found.items():
             # Files are mapped anew now and then: the pages of what was copied leave the memory.
             if used > 2**27:
                 opened.cache_clear()
                 gc.collect()  # torch.load leaves its map in a reference cycle
                 used = 0
-            parts, axis, rows = self.found[name]
             tensors = [opened(part.file)[part.key] for part in parts]
             whole = tensors[0] if axis is None else torch.cat(tensors, axis)
             if axis is None and not all(torch.equal(copy, whole) for copy in tensors[1:]):
@@ -977,8 +965,7 @@ def check_link(file):
     """The file, if it is no link out of its folder, but for those of the hub's cache. A folder that
     comes from elsewhere could else have any file read, or copied into what is published."""
     real, home = file.resolve(), file.parent.resolve()
-    blobs = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
-    if real.is_relative_to(home) or blobs:
+    if real.is_relative_to(home) or real.match("models--*/blobs/*"):
         return file
     raise ValueError(f"{file} is a link out of its folder, to {real}; put the file itself there")
 
@@ -1191,14 +1178,13 @@ def to_layout(config, tensors, layout, dtype):
 def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
     """Write a stream of (name, tensor) as Hugging Face's folder: safetensors, with an index if
     there are several; config.json, with what the folder `base` says besides; its tokenizer."""
-    folder, index, file = Path(folder), {}, "model.safetensors"
+    folder, index = Path(folder), {}
     folder.mkdir(parents=True, exist_ok=True)
     # The weights, a file at a time.
     stream = to_layout(config, tensors, config.model_type, dtype)
     for number, shard in enumerate(split_into_shards(stream, max_bytes), 1):
         file = f"model-{number:05}.safetensors"
-        save = partial(save_file, shard, metadata={"format": "pt"})
-        write_atomically(folder / file, save)
+        write_atomically(folder / file, partial(save_file, shard, metadata={"format": "pt"}))
         index |= dict.fromkeys(shard, file)
         shard.clear()  # or it would stay while the next is filled
     if number == 1:
@@ -1206,13 +1192,14 @@ def save_hf(config, tensors, folder, dtype, base=None, max_bytes=SHARD_BYTES):
     else:
         write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
     # Then what describes them; a reader who finds it finds all.
-    theirs = read_json_file(check_link(Path(base or folder) / "config.json"), {})
-    # dtype and rope_parameters are what transformers 5 calls the same; auto_map names code
-    twice = ("dtype", "rope_parameters", "auto_map")
-    values = {key: value for key, value in theirs.items() if key not in twice}
+    values = read_json_file(check_link(Path(base or folder) / "config.json"), {}) | asdict(config)
+    # what transformers 5 calls torch_dtype and rope_scaling, and what names code
+    for key in ("dtype", "rope_parameters", "auto_map"):
+        values.pop(key, None)
     network = f"{config.model_type.capitalize()}ForCausalLM"  # transformers' class
-    values |= asdict(config) | {"architectures": [network], "hidden_act": "silu"}
-    write_json(folder / "config.json", values | {"torch_dtype": str(dtype).removeprefix("torch.")})
+    values |= {"architectures": [network], "hidden_act": "silu"}
+    values["torch_dtype"] = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", values)
     if base:
         copy_tokenizer(base, folder)
 
@@ -1236,7 +1223,7 @@ def save_model(model, folder, base=None):
     since a sharded model is gathered tensor by tensor; the first writes."""
     tensors = ((name, full_tensor(p)) for name, p in model.named_parameters())
     if processes()[0]:
-        return list(name for name, _ in tensors)
+        return [name for name, _ in tensors]
     save_hf(model.config, tensors, folder, model.embed_tokens.weight.dtype, base)
 
 
@@ -1295,13 +1282,12 @@ def write_chat_template(folder, template):
                 write_json(config, read_json_file(config, {}) | {"eos_token_id": token["id"]})
     file, others = folder / "tokenizer_config.json", [*folder.glob("chat_template*")]
     settings = read_json_file(file, {})
-    own = others or "chat_template" in settings
     match template:
         case {"prompt_no_input": str(plain)}:
             plain = plain.replace("{input}", "").replace("{{", "{").replace("}}", "}")
             before, _, behind = map(to_json, plain.partition("{instruction}"))
             text = PLAIN_CHAT.replace("BEFORE", before).replace("BEHIND", behind)
-        case {"chat_template": str(text)} if text and not own:
+        case {"chat_template": str(text)} if text and not (others or "chat_template" in settings):
             pass
         case _:
             return
@@ -1335,15 +1321,16 @@ def check_settings(settings):
                 low = 0 if f.default == 0 else f.type is int or 1e-30
             wanted += f" from {low:g} to {high:g}"
             fits = type(value) in (int, f.type) and low <= value <= high
-        if not fits and (type(value), value) != (type(f.default), f.default):
+        if not fits and repr(value) != repr(f.default):  # True is 1, and no number
             raise ValueError(f"{f.name} is {value!r}, wanted {wanted}")
 
 
 def boolean(text):
     """True or False of an option's text, as `--x`, `--x True` and `--x=false` write it."""
-    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+    value = ConfigParser.BOOLEAN_STATES.get(text.lower())
+    if value is None:
         raise argparse.ArgumentTypeError(f"{text!r}, wanted True or False")
-    return text.lower() in ("true", "1", "yes")
+    return value
 
 
 DATA = Path(__file__).parent / "data"
@@ -1360,8 +1347,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         as_written = argparse.RawDescriptionHelpFormatter
-        kwargs |= {"usage": "%(prog)s", "formatter_class": as_written}
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(usage="%(prog)s", formatter_class=as_written, allow_abbrev=False, **kwargs)
 
     def add_settings(self, *classes, **plain):
         """An option for each field of settings dataclasses, in groups under the comments that stand
@@ -1381,14 +1367,13 @@ class Parser(argparse.ArgumentParser):
                 defaults = map(shown, dict.fromkeys((f.default, plain.get(name, f.default))))
                 text += f" (default: {'; plain run: '.join(defaults)})"
                 kind = kinds.get(f.type, {"type": f.type, "choices": f.metadata.get("choices")})
-                group.add_argument(
+                option = group.add_argument(
                     f"--{name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind
                 )
+                self._option_string_actions[f"--{name.replace('_', '-')}"] = option
 
-    def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        names = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in args]
-        found, unknown = super().parse_known_args(names, namespace)
+    def parse_known_args(self, *given):
+        found, unknown = super().parse_known_args(*given)
         if unknown:
             word = unknown[0].partition("=")[0]
             near = get_close_matches(word, self._option_string_actions) or ["a text in quotes"]
@@ -1401,7 +1386,7 @@ class Parser(argparse.ArgumentParser):
 
 def out_of_memory(error):
     """The first line of an error of memory that ran out; "" for any other error."""
-    text = (str(error).splitlines() or ["out of memory"])[0]
+    text = str(error).partition("\n")[0] or "out of memory"
     of_torch = isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", text)
     return text if of_torch or isinstance(error, MemoryError) else ""
 
@@ -1410,6 +1395,13 @@ def printable(text):
     """A text that others wrote, for a terminal: control characters, but line ends and tabs, could
     move its cursor, set its title or more, and stand as their codes."""
     return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", text)
+
+
+def log_if_read(text):
+    """To stderr, but never wait for who reads it, and never fail: a disk may be full."""
+    with suppress(OSError):
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, text.encode("utf-8", "replace")[-4096:])  # what one page holds
 
 
 class Lasting:
@@ -1437,24 +1429,21 @@ def stop_signals(stop=lambda number: None):
     """Within it SIGTERM, Ctrl-C and a closed terminal (SIGHUP) only put their number into the list
     that it yields, and call stop with it, so that what is under way ends first; a second one ends
     the process at once. One that is ignored, as nohup does it, stays so."""
-    caught, before = [], {}
+    caught = []
 
     def note(number, frame):
         caught.append(number)
         stop(number)
         signal.signal(number, signal.SIG_DFL)
-        with suppress(OSError):  # Ctrl-C has ended `tee` too, or the terminal is gone
-            os.write(2, b"\nstopping when this is done; once more to stop at once\n")
+        # Ctrl-C has ended `tee` too, or the terminal is gone.
+        log_if_read("\nstopping when this is done; once more to stop at once\n")
 
-    with suppress(ValueError):  # in another thread than the main one there are no handlers
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, note)
-    try:
+    with ExitStack() as handlers:
+        with suppress(ValueError):  # in another thread than the main one there are none
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    handlers.callback(signal.signal, number, signal.signal(number, note))
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # What to do about an error that Python words: {pattern of its text: advice}.
@@ -1527,14 +1516,14 @@ EXAMPLES = """Convert, look into, or make anew the weights of a LLaMA.
 
 def parse_arguments():
     parser = Parser(description=EXAMPLES)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    to_hf = commands.add_parser("convert", help="write either layout as Hugging Face's")
-    info = commands.add_parser("info", help="shapes, memory, and a fingerprint to compare by")
-    init = commands.add_parser("init", help="fresh weights, for `train.py --full`")
-    for command in (to_hf, info, init):
+    add = parser.add_subparsers(dest="command", required=True, parser_class=Parser).add_parser
+    info = add("info", help="shapes, memory, and a fingerprint to compare by")
+    to_hf = add("convert", help="write either layout as Hugging Face's")
+    init = add("init", help="fresh weights, for `train.py --full`")
+    for command in (info, to_hf, init):
         command.add_argument("source", help="folder of a base; init: its config or params file")
-    for command in (to_hf, init):
-        command.add_argument("output_dir", help="new folder to write")
+        if command is not info:
+            command.add_argument("output_dir", help="new folder to write")
     to_hf.add_argument("--dtype", choices=DTYPES, help="cast to it (default: as stored)")
     init.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
     return parser.parse_args()

@@ -31,9 +31,10 @@ import sys
 import time
 from bisect import bisect
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
-from importlib.util import find_spec
+from importlib import import_module
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ from tqdm import tqdm
 from generate import (
     DATA,
     Decoding,
+    Request,
     answer_batch,
     conversation,
     default_template,
@@ -114,7 +116,7 @@ class Row:
 
     ids: list
     mask: list
-    name: str = ""  # of its record: file:number
+    record: dict = field(default_factory=dict)  # where that stands is its `record`: file:number
 
     def __len__(self):
         return len(self.ids)
@@ -128,19 +130,18 @@ def encode_example(tokenizer, template, record, config):
     asked, said = render(template, *conversation(record))
     prompt, earlier = encode_rendered(tokenizer, asked)
     (*answer, end), _ = encode_rendered(tokenizer, said, first=False)
-    answer = cut_answer(tokenizer, answer, config.cutoff_len - len(prompt) - 1)
-    if not answer:
+    cut = answer[: max(config.cutoff_len - len(prompt) - 1, 0)]
+    # Never inside a character: three byte tokens may make one.
+    while 0 < len(cut) < len(answer) and tokenizer.decode(cut).endswith("\ufffd"):
+        cut.pop()
+    if not cut:
         return None
     # The prompt is context: it predicts, and is not predicted, unless train_on_inputs asks for it,
     # or train_on for the earlier answers of a conversation.
     every, answers = config.train_on_inputs, config.train_on == "all"
-    mask = [every or answers and is_answer for is_answer in earlier] + [True] * (len(answer) + 1)
+    mask = [every or answers and is_answer for is_answer in earlier] + [True] * (len(cut) + 1)
     mask[0] = False  # nothing predicts the first token
-    return Row(prompt + answer + [end], mask, record.get("record", ""))
-
-
-def target_count(rows):
-    return sum(sum(row.mask) for row in rows)
+    return Row(prompt + cut + [end], mask, record)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,8 +150,7 @@ def target_count(rows):
 
 def epoch_order(rows, config, epoch):
     """Row numbers in an epoch's order, by seed and epoch alone: resuming needs no history."""
-    generator = torch.Generator().manual_seed(config.seed + epoch)
-    order = torch.randperm(len(rows), generator=generator).tolist()
+    order = shuffled(len(rows), config.seed + epoch)
     if not config.group_by_length:
         return order
     # Like lengths share a step, but only within 50 steps: the order stays nearly random.
@@ -160,15 +160,15 @@ def epoch_order(rows, config, epoch):
     return grouped
 
 
-def micro_batches(rows, size, budget):
-    """Rows sorted by length and cut into micro-batches of at most `size` rows (0: any number) and,
-    unless one row alone is longer, of `budget` tokens as attention pads them. Rows of like length
-    pad little, and the sum over a step is the same however it is cut."""
-    batches = []
+def micro_batches(rows, size, budget, shares=1):
+    """Rows sorted by length and cut into micro-batches. A share has at most `size` rows (0: any
+    number) and, unless one row alone is longer, `budget` tokens as attention pads them. Rows of
+    like length pad little, and the sum over a step is the same however it is cut."""
+    batches = [[]]
     for row in sorted(rows, key=len):
         # The rows come in order of length, so this one's is the longest: the width of all.
-        last = batches[-1] if batches else []
-        if not last or len(last) == size or (len(last) + 1) * len(row) > budget:
+        count = len(batches[-1])
+        if count and (count == size * shares or (count // shares + 1) * len(row) > budget):
             batches.append([])
         batches[-1].append(row)
     return batches
@@ -191,19 +191,18 @@ def collate(rows, device, share=True, glm=False):
       ids       a     b     c     D     x
       labels   -100  -100   D     E     Y"""
     shared = shared_opening(rows) if share and not glm else 0
-    ids, labels = rows[0].ids[:shared], [-100] * shared
+    stream = []
     for row in rows:
         # a row's last token predicts nothing: it is a label only
-        ids += row.ids[shared:-1]
-        pairs = zip(row.ids[shared + 1 :], row.mask[shared + 1 :])
-        labels += [token if is_target else -100 for token, is_target in pairs]
+        follows = zip(row.ids, row.ids[1:], row.mask[1:])
+        pairs = [(id, label if is_target else -100) for id, label, is_target in follows]
+        stream += pairs[shared if stream else 0 :]
     prefixes = [row.mask.index(True) - 1 for row in rows] if glm else None
     packed = PackedRows([len(row) - 1 for row in rows], shared, device, prefixes)
     # PackedRows rounds the stream up to a multiple of 8; what fills it predicts nothing.
-    idle = packed.back.numel() - len(ids)
-    ids += [0] * idle
-    labels += [-100] * idle
-    return torch.tensor([ids], device=device), torch.tensor([labels], device=device), packed
+    stream += [(0, -100)] * (len(packed.back) - len(stream))
+    ids, labels = torch.tensor(stream, device=device).T
+    return ids[None], labels[None], packed
 
 
 # --------------------------------------------------------------------------------------------------
@@ -212,9 +211,9 @@ def collate(rows, device, share=True, glm=False):
 CHUNK = 2**23  # logits made at once: 32 MB
 
 
-def loss_sum(model, ids, labels, packed=None, scale=None):
-    """Cross-entropy summed over the M targets, float32. With a scale, the gradient of scale * loss
-    is added to .grad.
+def loss_sum(model, ids, labels, packed=None, scale=1.0):
+    """Cross-entropy summed over the M targets, float32. The gradient of scale * loss is added to
+    .grad, unless torch.no_grad() holds.
 
     The logits (M, V) of all targets would be the largest tensor of a step. They are made a chunk at
     a time, and each chunk is differentiated down to its hidden states before the next is made."""
@@ -222,16 +221,15 @@ def loss_sum(model, ids, labels, packed=None, scale=None):
     # Only where there is a target are the last feed-forward and the logits computed.
     targets = (labels != -100).nonzero().squeeze(1)
     h = model.hidden_states(ids, packed, keep=targets)  # (M, C)
-    top = h.detach().requires_grad_(scale is not None)  # where the two parts of the gradient meet
-    size = max(64, CHUNK // model.config.vocab_size)
-    total = torch.zeros((), device=h.device)
+    top = h.detach().requires_grad_()  # where the two parts of the gradient meet
+    size, total = max(64, CHUNK // model.config.vocab_size), 0
     for part, label in zip(top.split(size), labels[targets].split(size)):
         loss = F.cross_entropy(model.lm_head(part).float(), label, reduction="sum")
         total += loss.detach()
-        if scale is not None:
+        if torch.is_grad_enabled():
             (loss * scale).backward()
     # From the hidden states the gradient goes down through the network, once for all chunks.
-    if scale is not None:
+    if torch.is_grad_enabled():
         h.backward(top.grad)
     return total
 
@@ -248,17 +246,18 @@ class Limits:
     loss_scale: float = 2.0**16  # by the greatest number of fp16, 65,504
 
 
-def total_loss(model, rows, config, limits, scale=None):
-    """`loss_sum` over all rows, whichever process computes them, a micro-batch at a time.
-
-    A micro-batch of weight 0 counts for nothing (`own_batches` says why there are such)."""
-    losses = []
-    for micro, weight in own_batches(rows, config, limits or Limits(config.micro_batch_tokens)):
-        batch = collate(micro, model.device, config.share_opening, model.config.prefix_lm)
-        factor = None if scale is None else weight * scale
+def total_loss(model, rows, config, tokens, scale=1.0):
+    """`loss_sum` over all rows. Of each micro-batch every process computes a share, of at most so
+    many tokens (0: as config has it)."""
+    (rank, n), total = processes(), 0
+    budget = tokens or config.micro_batch_tokens or 2048
+    for micro in micro_batches(rows, config.micro_batch_size, budget, n):
+        # A sharded model is computed by all in step: who has no row takes one that does not count.
+        own, weight = micro[rank::n] or micro[:1], rank < len(micro)
+        batch = collate(own, model.device, config.share_opening, model.config.prefix_lm)
         # A tensor is kept: asking for its number would stop a GPU's queue.
-        losses.append(weight * loss_sum(model, *batch, factor))
-    total = sum(losses).double()
+        total += weight * loss_sum(model, *batch, weight * scale)
+    total = total.double()
     sum_over_processes([total])
     return total.item()
 
@@ -270,10 +269,10 @@ def step_gradient(model, rows, config, limits=None):
     Each micro-batch's summed loss is divided by the targets of the whole step. So every token
     weighs the same, and the gradient does not depend on how rows are cut into micro-batches or
     spread over processes. In fp16 the loss is scaled, lest small gradients vanish."""
-    limits, count = limits or Limits(config.micro_batch_tokens), target_count(rows)
+    limits, count = limits or Limits(), target_count(rows)
     is_fp16 = model.dtype == torch.float16
     scale = limits.loss_scale if is_fp16 else 1.0
-    loss = total_loss(model, rows, config, limits, scale / count) / count
+    loss = total_loss(model, rows, config, limits.tokens_at_once, scale / count) / count
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if config.shard:
         scale /= processes()[1]  # FSDP2 has made their mean on the way, and we want the sum
@@ -290,11 +289,11 @@ def step_gradient(model, rows, config, limits=None):
 
 
 @torch.no_grad()
-def evaluate(model, rows, config, limits=None):
+def evaluate(model, rows, config, tokens=0):
     """Loss per target token over rows, without dropout; no weight changes."""
     training = model.training
     model.eval()
-    loss = total_loss(model, rows, config, limits) / target_count(rows)
+    loss = total_loss(model, rows, config, tokens) / target_count(rows)
     model.train(training)
     if config.shard:
         model.reshard()  # which FSDP2 does by itself in a backward alone
@@ -328,10 +327,12 @@ def train(config, model, data, run=None):
     rows, val_rows = data
     parameters = list(trained_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay, fused=True)
-    total = total_steps(rows, config)
+    per_epoch = math.ceil(len(rows) / config.batch_size)
+    total = min(config.num_epochs * per_epoch, config.max_steps or math.inf)
+    every = config.eval_steps or total
     model.train()
     with stop_signals() as caught, run.recording(model, optimizer, total) as first:
-        for step, epoch, batch in steps(rows, config, first, total):
+        for step, batch in islice(enumerate(steps(rows, config)), first, total):
             run.step, started = step + 1, time.time()
             seed_dropout(step, config)
 
@@ -344,22 +345,22 @@ def train(config, model, data, run=None):
             optimizer.zero_grad()
 
             # What is known of the step; a validation and a checkpoint where they are due.
-            record = {"step": step + 1, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
+            epoch = round(run.step / per_epoch, 4)
+            record = {"step": run.step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
             tokens, seconds = sum(map(len, batch)), max(1e-9, time.time() - started)
             record |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-            if val_rows and run.is_multiple(config.eval_steps, total):
-                record["val_loss"] = evaluate(model, val_rows, config, run.limits)
+            if val_rows and min(run.step % every, total - run.step) == 0:
+                record["val_loss"] = evaluate(model, val_rows, config, run.limits.tokens_at_once)
             run.log(record)
             stopping = any_stopped(caught, model.device)
-            if run.step < total and (stopping or run.is_due()):
+            if run.is_due(total, stopping):
                 run.save(model, optimizer)
             if stopping:
                 break
-        model.eval()
-        run.finish(model, total)
+    model.eval()
     if any_stopped(caught, model.device):
         print(f"stopped after step {run.step} of {total}; go on with --resume_from_checkpoint auto")
-        raise SystemExit(128 + (caught or [signal.SIGTERM])[0])  # as shells count
+        raise SystemExit(128 + next(iter(caught), signal.SIGTERM))  # as shells count
     return run.history
 
 
@@ -367,25 +368,26 @@ def train(config, model, data, run=None):
 # What the loop calls
 
 
+def shuffled(count, seed):
+    """The numbers below count in an order drawn by seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def target_count(rows):
+    return sum(sum(row.mask) for row in rows)
+
+
 def trained_parameters(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def total_steps(rows, config):
-    count = config.num_epochs * math.ceil(len(rows) / config.batch_size)
-    return min(count, config.max_steps or count)
-
-
-def steps(rows, config, first, total):
-    """Yield (step, epochs done after it, its rows) of the steps from `first` to before `total`."""
-    per_epoch = math.ceil(len(rows) / config.batch_size)
-    for step in range(first, total):
-        epoch, position = divmod(step, per_epoch)
-        if step == first or position == 0:
-            order = epoch_order(rows, config, epoch)
-        start = position * config.batch_size
-        batch = [rows[i] for i in order[start : start + config.batch_size]]
-        yield step, round((step + 1) / per_epoch, 4), batch
+def steps(rows, config):
+    """Yield the rows of each step of all epochs."""
+    for epoch in range(config.num_epochs):
+        order = epoch_order(rows, config, epoch)
+        for start in range(0, len(rows), config.batch_size):
+            yield [rows[i] for i in order[start : start + config.batch_size]]
 
 
 def seed_dropout(step, config):
@@ -406,9 +408,9 @@ def check_finite(model, batch, loss, norm, config):
     if math.isfinite(loss + norm):
         return
     bad = [row for row in batch if not math.isfinite(evaluate(model, [row], config))] or batch
-    names = ", ".join(row.name for row in bad[:9])
+    names = ", ".join(row.record.get("record", "") for row in bad[:9])
     raise ValueError(
-        f"loss {loss}, gradient norm {norm} of rows {names}; look at them, lower --learning_rate"
+        f"loss {loss}, gradient norm {norm}, from rows {names}; look at them, lower --learning_rate"
     )
 
 
@@ -447,7 +449,7 @@ class Run:
         self.config, self.info = config, describe_run(config)
         # Without an output_dir nothing is written, and nothing found.
         self.folder = Path(config.output_dir or os.devnull)
-        self.writes = bool(config.output_dir) and processes()[0] == 0
+        self.writes = config.output_dir and processes()[0] == 0
         self.limits = Limits(config.micro_batch_tokens)
         # The step that is being made, counted from 1; one record for each that is done.
         self.step, self.history = 0, []
@@ -501,9 +503,9 @@ class Run:
         if self.config.micro_batch_tokens in (0, made["config"].get("micro_batch_tokens")):
             self.limits.tokens_at_once = min(int(made["tokens_at_once"]), 2**24)
         self.limits.loss_scale = made["loss_scale"]
-        self.history = [record for _, record in read_records(start / "log.jsonl")]
-        for record in self.history:
+        for _, record in read_records(start / "log.jsonl"):
             check_like(start / "log.jsonl", {"val_loss": 0} | record, dict.fromkeys(LOGGED, 0))
+            self.history.append(record)
 
     def begin(self, model, optimizer):
         """Restore model and optimizer, cut the log back to their step; return it. Raises ValueError
@@ -520,9 +522,7 @@ class Run:
             if self.live:
                 write_json_lines(self.folder / "log.jsonl", self.history)
             if self.config.wandb_project:
-                import wandb
-
-                self.wandb = wandb.init(
+                self.wandb = import_module("wandb").init(
                     project=self.config.wandb_project,
                     name=self.config.wandb_run_name or None,
                     config=asdict(self.config),
@@ -533,7 +533,7 @@ class Run:
     def recording(self, model, optimizer, total):
         """Begin; yield the first step. Within it the folder is this process's, a bar shows the
         steps, and an error that the user can mend becomes one line with step, reason and last
-        checkpoint."""
+        checkpoint. Then the loss curve is drawn and, if all steps are made, the result written."""
         with own_folder(self.folder) if self.writes else nullcontext():
             first = self.begin(model, optimizer)
             try:
@@ -541,10 +541,13 @@ class Run:
                     initial=first, total=total, unit="step", disable=processes()[0] > 0
                 ) as self.bar:
                     yield first
-            except (ValueError, OSError, RuntimeError, MemoryError) as error:
-                # Torch says RuntimeError of a full memory and of its users' bugs alike.
+                if self.writes:
+                    draw_curve(self.history, self.folder / "loss.svg")
+                if self.step == total:
+                    self.save_weights(model, self.folder)
+            except Exception as error:
                 memory = out_of_memory(error)
-                if isinstance(error, RuntimeError) and not memory:
+                if not (memory or isinstance(error, (ValueError, OSError))):
                     raise  # a bug: with its traceback
                 advice = "; lower --micro_batch_tokens or --memory_gb" if memory else ""
                 raise ValueError(
@@ -556,83 +559,73 @@ class Run:
         """Take down the record of a step."""
         self.history.append(record)
         self.bar.update()
-        self.bar.set_postfix({key: f"{record[key]:.4g}" for key in ("loss", "tokens_per_second")})
+        self.bar.set_postfix_str(
+            f"loss={record['loss']:.4g}, tokens_per_second={record['tokens_per_second']:.4g}"
+        )
         # Opened anew for each line: what is in the file survives a kill.
         if self.live:
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if self.wandb:
-            self.wandb.log(record, step=record["step"])
-
-    def is_multiple(self, every, total):
-        """Is the step one of every so many, or the last?"""
-        return self.step == total or self.step % (every or total) == 0
+            self.wandb.log(record, step=self.step)
 
     def best_step(self):
         """The first step of the lowest validation loss; None before a validation."""
         validated = [(r["val_loss"], r["step"]) for r in self.history if "val_loss" in r]
         return min(validated, default=(0, None))[1]
 
-    def is_due(self):
-        """A checkpoint every save_steps, and at each new best validation loss."""
+    def is_due(self, total, stopping):
+        """A checkpoint before the last step: every save_steps, at each new best validation loss,
+        and where the run stops."""
         every = self.config.save_steps
-        return every > 0 and (self.step % every == 0 or self.step == self.best_step())
+        due = every and (self.step % every == 0 or self.step == self.best_step())
+        return self.step < total and (stopping or due)
 
     def save(self, model, optimizer):
-        """Write checkpoint-STEP. All processes call it: a sharded model's tensors are gathered."""
-        if not self.config.output_dir:
-            return
+        """Write checkpoint-STEP. All processes call it: a sharded model's tensors are gathered.
+
+        The best and the last save_total_limit are kept. Those ahead of this step go: they are of a
+        run that this one replaces, or has gone back in."""
+        live = training_state(model, optimizer).items()
+        state = {name: full_tensor(tensor).contiguous().cpu() for name, tensor in live}
+        if not self.writes:
+            return self.save_weights(model, self.folder)
+        # What a save that was cut off has left.
+        for leftover in self.folder.glob(".checkpoint-*.unfinished"):
+            shutil.rmtree(leftover)
         final = self.folder / f"checkpoint-{self.step}"
-        folder = nullcontext(final)
-        if self.writes:
-            # What a save that was cut off has left.
-            for leftover in self.folder.glob(".checkpoint-*.unfinished"):
-                shutil.rmtree(leftover)
-            discard(final)
-            folder = new_folder(final)
-        with folder as aside:
+        discard(final)
+        with new_folder(final) as aside:
             self.save_weights(model, aside)
-            live = training_state(model, optimizer).items()
-            state = {name: full_tensor(tensor).contiguous().cpu() for name, tensor in live}
-            if self.writes:
-                write_atomically(aside / "state.safetensors", partial(save_file, state))
-        if self.writes:
-            fsync(self.folder)
+            write_atomically(aside / "state.safetensors", partial(save_file, state))
+        fsync(self.folder)
+        if not self.live:
             write_json_lines(self.folder / "log.jsonl", self.history)
             self.live = True
-            self.discard_old_checkpoints()
-
-    def save_weights(self, model, folder):
-        """Write what was trained, the adapter in PEFT's form or with --full a base's folder; then
-        the log, and run.json, which says how it came about."""
-        if self.config.full:
-            save_model(model, folder, find_base(self.config.base_model))
-            if self.writes:
-                write_chat_template(folder, self.info["made_in"]["template"])
-        else:
-            save_adapter(model, folder, self.config.base_model, trained=True)
-        if self.writes:
-            write_json_lines(folder / "log.jsonl", self.history)
-            info = self.info | asdict(self.limits) | {"step": self.step}
-            info["adapter"] = [*map(file_hash, folder.glob("adapter_model.safetensors"))]
-            write_json(folder / "run.json", info)
-
-    def discard_old_checkpoints(self):
-        """Keep the best and the last save_total_limit. Those ahead of this step go: they are of a
-        run that this one replaces, or has gone back in."""
         saved = checkpoints(self.folder)
         past = [step for step in saved if step <= self.step]
         kept = {self.best_step(), *past[-self.config.save_total_limit :]}  # [-0:] is all
         for step in saved.keys() - kept:
             discard(saved[step])
 
-    def finish(self, model, total):
-        """Draw the loss curve and, if all steps are made, write the result."""
+    def save_weights(self, model, folder):
+        """Write what was trained, the adapter in PEFT's form or with --full a base's folder; then
+        the log, and run.json, which says how it came about."""
+        config = self.config
+        if not config.output_dir:
+            return
+        if config.full:
+            save_model(model, folder, find_base(config.base_model))
+        else:
+            save_adapter(model, folder, config.base_model, trained=True)
         if self.writes:
-            draw_curve(self.history, self.folder / "loss.svg")
-        if self.config.output_dir and self.step == total:
-            (self.folder / "answers.jsonl").unlink(missing_ok=True)  # of an older run
-            self.save_weights(model, self.folder)
+            if config.full:
+                write_chat_template(folder, self.info["made_in"]["template"])
+            write_json_lines(folder / "log.jsonl", self.history)
+            (folder / "answers.jsonl").unlink(missing_ok=True)  # of an older run
+            info = self.info | asdict(self.limits) | {"step": self.step}
+            info["adapter"] = [*map(file_hash, folder.glob("adapter_model.safetensors"))]
+            write_json(folder / "run.json", info)
 
 
 def describe_run(config):
@@ -641,7 +634,7 @@ def describe_run(config):
     base_files = []
     if config.base_model:
         base = find_base(config.base_model)
-        names = ("config.json", "params.json", "added_tokens.json", "tokenizer_config.json")
+        names = "config.json params.json added_tokens.json tokenizer_config.json".split()
         base_files = [*weight_files(base), find_tokenizer(base), *map(base.joinpath, names)]
     # what auto means here: another machine may take another dtype
     dtype = pick_dtype(config.dtype, pick_device(config.device))
@@ -656,7 +649,7 @@ def describe_run(config):
             # its content counts, not its name or the layout of its file
             "template": load_template(config.prompt_template_name),
             "dtype of the activations": str(dtype),
-            "processes": world_size(),
+            "processes": processes()[1],
         },
         "sha256": hashes,
         "torch": torch.__version__,
@@ -692,11 +685,11 @@ def newest(folder):
 def training_state(model, optimizer):
     """{name: tensor} of what an exact continuation needs: each trained parameter, AdamW's two
     moments and their step. The order of the data and dropout's masks follow from seed and step."""
-    state = {}
-    for name, p in trained_parameters(model).items():
-        for key, tensor in {"value": p.detach(), **optimizer.state[p]}.items():
-            state[f"{name}/{key}"] = tensor
-    return state
+    return {
+        f"{name}/{key}": tensor
+        for name, p in trained_parameters(model).items()
+        for key, tensor in {"value": p.detach(), **optimizer.state[p]}.items()
+    }
 
 
 @torch.no_grad()
@@ -711,7 +704,12 @@ def restore(model, optimizer, folder):
     saved, live = open_weights(folder / "state.safetensors"), training_state(model, optimizer)
     check_like(folder, saved, dict.fromkeys(saved) | live)
     for name, tensor in live.items():
-        tensor.copy_(own_part(saved[name], tensor))
+        whole = saved[name]
+        if hasattr(tensor, "device_mesh"):  # cut over the processes: each takes its part
+            from torch.distributed.tensor import distribute_tensor
+
+            whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
+        tensor.copy_(whole)
     return {int(tensor) for name, tensor in saved.items() if name.endswith("/step")}
 
 
@@ -725,30 +723,29 @@ def draw_curve(history, path):
     last, keys = {"val_loss": math.nan} | history[-1], ("loss", "val_loss")
     losses = [min(max(r[key], 1e-6), 1e7) for r in history for key in keys if key in r]
     levels = ROUND[bisect(ROUND, min(losses)) - 1 : bisect(ROUND, max(losses)) + 1]
-    low, high = levels[0], levels[-1]
+    low, *_, high = levels
 
     def place(epoch, loss):
         """As "x,y", in the frame's units."""
-        height = math.log(min(max(loss, low), high) / low) / math.log(high / low)
+        height = math.log(min(max(loss, low), high) / low, high / low)
         return f"{60 + 720 * epoch / last['epoch']:.1f},{360 - 330 * height:.1f}"
 
     lines = {key: " ".join(place(r["epoch"], r[key]) for r in history if key in r) for key in keys}
     # At most ten epochs, tens or tenths of them have a mark.
     apart = 10.0 ** math.ceil(math.log10(last["epoch"] / 10))
     marks = [i * apart for i in range(int(last["epoch"] / apart) + 1)]
-    ticks = [("level", place(0, level), level) for level in levels]
-    ticks += [("epoch", place(mark, low), mark) for mark in marks]
     tick = '<g transform="translate({1})"><use href="#{0}"/><text class="{0}">{2:g}</text></g>'
+    ticks = [tick.format("level", place(0, level), level) for level in levels]
+    ticks += [tick.format("epoch", place(mark, low), mark) for mark in marks]
     frame = (DATA / "loss.svg").read_text(encoding="utf-8")
-    svg = frame.format(last=last, ticks="\n".join(tick.format(*t) for t in ticks), **lines)
-    write_text(path, svg)
+    write_text(path, frame.format(last=last, ticks="\n".join(ticks), **lines))
 
 
 # ==================================================================================================
 # Memory: how many tokens at once, and how many blocks to compute again for the gradient
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """How a run is to fit into memory, and the bytes that it will take."""
 
@@ -769,25 +766,23 @@ def plan_memory(shape, config, rows, dtype, device, tokens=0):
     sizes = [tokens] if tokens else [limit, limit // 2, limit // 4, 0]
     lengths = list(map(len, rows))
     longest, target_share = max(lengths), target_count(rows) / sum(lengths)
-    model, s = trial_model(shape, config, dtype), dtype.itemsize
-    L = len(model.layers)
+    model, L = trial_model(shape, config, dtype), shape.num_hidden_layers
     # Of what is trained there are a gradient and two moments besides. Cut over processes, two
     # blocks are whole at a time.
     weights = sum(p.nbytes for p in model.parameters())
-    fixed = weights + 12 * sum(p.numel() for p in trained_parameters(model).values())
+    fixed = weights + 3 * sum(p.nbytes for p in trained_parameters(model).values())
     if config.shard:
         fixed = fixed / processes()[1] + 2 * weights / L
-    kept_of = cache(partial(kept_bytes, model))
     for recomputed in {"none": [0], "full": [L]}.get(config.recompute, range(L)):
         for size in sizes:
             n = min(max(size, longest), longest * (config.micro_batch_size or math.inf))
             targets = round(n * target_share)
             # Of a recomputed block its input; and one is whole again while its gradient is made.
-            kept = max(1, L - recomputed) / L * kept_of(n, targets)
-            kept += recomputed * n * shape.hidden_size * s
+            hidden = n * shape.hidden_size * dtype.itemsize
+            kept = max(1, L - recomputed) / L * kept_bytes(model, n, targets) + recomputed * hidden
             # At the peak there is a chunk of logits too, or the gradients inside a feed-forward.
             logits = 12 * min(CHUNK, targets * shape.vocab_size)
-            inside = n * s * (3 * shape.intermediate_size + 2 * shape.hidden_size)
+            inside = 2 * hidden + 3 * n * shape.intermediate_size * dtype.itemsize
             need = fixed + kept + max(logits, inside)
             if need <= room:
                 return Plan(n, recomputed, need)
@@ -800,15 +795,16 @@ def plan_memory(shape, config, rows, dtype, device, tokens=0):
 
 def trial_model(shape, config, dtype):
     """The model as it is to be trained, on `meta`, where tensors have shapes and no memory."""
-    storage = storage_dtype(config, dtype)
     with torch.device("meta"):
-        model = LLaMA(shape).to(storage)
+        model = LLaMA(shape)
     if config.base_dtype in QUANTISED:
-        quantize(model, config.base_dtype, "meta", storage)
+        quantize(model, config.base_dtype, "meta")
     make_trainable(model, config, dtype)
+    move_model(model, "meta", DTYPES.get(config.base_dtype, dtype))
     return model
 
 
+@cache
 def kept_bytes(model, tokens, targets):
     """Bytes that autograd keeps of so many tokens from the forward to the gradient, weights apart.
     They stand in rows of 8: on `meta`, unlike elsewhere, attention keeps its scores too."""
@@ -847,16 +843,11 @@ def gradient_that_fits(model, rows, config, limits):
 # Many processes: each computes its share of a step's rows, and their gradients are summed
 
 
-def world_size():
-    """How many processes torchrun starts."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def join_processes(device):
     """Join the processes that torchrun started, if it did: NCCL, a GPU each by LOCAL_RANK, or gloo
     on CPUs. Only the first prints. Return this process's device. Raises ValueError if there is no
     GPU for it."""
-    if world_size() == 1 or dist.is_initialized():
+    if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         return device
     if device.type == "cuda":
         number, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -870,21 +861,8 @@ def join_processes(device):
     # Sums of gradients go through the GPUs' own network, or through TCP.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if dist.get_rank() > 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
-
-
-def own_batches(rows, config, limits):
-    """This process's micro-batches as (rows, 1): every Nth row by length, so that all have as much
-    to do. Where another process has more, (one row, 0) fills up: it counts for nothing, but a
-    sharded model is computed by all processes in step."""
-    rank, n = processes()
-    rows = sorted(rows, key=len)
-    size, budget = config.micro_batch_size, limits.tokens_at_once or 2048
-    # All processes cut all shares: so each knows how many micro-batches the others have.
-    shares = [micro_batches(rows[i::n], size, budget) for i in range(n)]
-    missing = max(map(len, shares)) - len(shares[rank])
-    return [(micro, 1) for micro in shares[rank]] + [(rows[:1], 0)] * missing
 
 
 def sum_over_processes(tensors):
@@ -914,15 +892,6 @@ def shard(model, device, dtype):
     register_fsdp_forward_method(model, "hidden_states")
 
 
-def own_part(tensor, like):
-    """A whole tensor, or this process's part of it where `like` is cut."""
-    if not hasattr(like, "device_mesh"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-
-
 # ==================================================================================================
 # Reading data
 
@@ -947,8 +916,7 @@ def read_data(config):
             records.append(record | {"record": f"{Path(path).name}:{number}"})
         files.append((range(first, len(records)), weight))
     # The first of a drawn order are the validation's.
-    generator = torch.Generator().manual_seed(config.seed)
-    order = torch.randperm(len(records), generator=generator).tolist()
+    order = shuffled(len(records), config.seed)
     held_out = 0 if config.val_path else config.val_set_size
     # The default is for large files; what was given otherwise is meant.
     if held_out == TrainConfig.val_set_size > len(records) // 10:
@@ -970,44 +938,31 @@ def read_data(config):
     return [records[i] for i in taken], validation
 
 
-def cut_answer(tokenizer, answer, room):
-    """At most `room` of an answer's tokens, never ending inside a character: three byte tokens may
-    make one."""
-    if len(answer) <= room:
-        return answer
-    answer = answer[: max(room, 0)]
-    while answer and tokenizer.decode(answer).endswith("\ufffd"):
-        answer.pop()
-    return answer
-
-
 def encode_records(tokenizer, template, records, config):
-    """(rows, their records) of the records that fit; prints how many were cut or left out. Raises
-    ValueError if none fits."""
+    """The rows of the records that fit; prints how many were cut or left out. Raises ValueError if
+    none fits."""
     rows = [encode_example(tokenizer, template, record, config) for record in records]
-    kept = [record for row, record in zip(rows, records) if row]
     rows = list(filter(None, rows))
     if records and not rows:
         raise ValueError(f"no record fits into cutoff_len {config.cutoff_len}; raise it")
-    lengths = list(map(len, rows))
     # A cut may end three byte tokens early, before half a character.
-    cut = sum(length > config.cutoff_len - 4 for length in lengths)
+    cut = sum(len(row) > config.cutoff_len - 4 for row in rows)
     print(
-        f"{len(rows):,} records, {sum(lengths):,} tokens; at cutoff_len {config.cutoff_len} at "
-        f"most {cut:,} answers cut (EOS kept), {len(records) - len(rows):,} left out (no room)"
+        f"{len(rows):,} records, {sum(map(len, rows)):,} tokens; at cutoff_len {config.cutoff_len} "
+        f"at most {cut:,} answers cut (EOS kept), {len(records) - len(rows):,} left out (no room)"
     )
-    return rows, kept
+    return rows
 
 
 def show_rows(tokenizer, rows):
     """Print rows a token at a time: targets in green, or in brackets where nobody sees colours."""
     names = {id: name for name, id in tokenizer.special.items()}
-    before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
+    mark = "\033[32m{}\033[0m" if sys.stdout.isatty() else "[{}]"
     for row in rows:
-        print(f"\n{row.name}: {len(row)} tokens, {sum(row.mask)} of them targets")
+        print(f"\n{row.record['record']}: {len(row)} tokens, {sum(row.mask)} of them targets")
         for id, is_target in zip(row.ids, row.mask):
             text = printable(names.get(id, tokenizer.decode([id])).replace("\n", "\\n\n"))
-            print(f"{before}{text}{after}" if is_target else text, end="|")
+            print(mark.format(text) if is_target else text, end="|")
         print()
 
 
@@ -1018,9 +973,9 @@ def show_rows(tokenizer, rows):
 def answer_all(model, tokenizer, template, records, key):
     """The records with greedy answers to their questions as `key`. Each process answers a share."""
     rank, n = processes()
-    own = records[rank::n]
-    prompts = [render_prompt(tokenizer, template, *conversation(record)) for record in own]
-    answers = answer_batch(model, tokenizer, prompts, Decoding(max_new_tokens=128), 32, key)
+    prompts = [render_prompt(tokenizer, template, *conversation(r)) for r in records[rank::n]]
+    requests = [Request(ids, Decoding(max_new_tokens=128)) for ids in prompts]
+    answers = list(answer_batch(model, tokenizer, requests, 32, desc=key))
     # Question i was answered by process i % n.
     shares = [answers] * n
     if n > 1:
@@ -1031,12 +986,10 @@ def answer_all(model, tokenizer, template, records, key):
 def find_terms(text, terms):
     """Yield (start, term) of the terms that stand in a text somewhere not inside a longer one
     (四逆汤 is not named by 当归四逆汤)."""
-    longest_first = sorted({*map(len, filter(None, terms))}, reverse=True)
-    end = 0
+    terms, lengths, end = set(terms), {*map(len, terms)}, 0
     for start in range(len(text)):
-        found = (text[start : start + n] for n in longest_first)
-        term = next((part for part in found if part in terms), "")
         # The longest that begins here, unless one from further left holds it.
+        term = max(terms & {text[start : start + n] for n in lengths}, key=len, default="")
         if term and start + len(term) > end:
             end = start + len(term)
             yield start, term
@@ -1178,10 +1131,10 @@ class TrainConfig:
 # `python train.py` alone: a base of 5 million weights wants a far larger step than 7 billion do,
 # and all its linears; in float32, so that it learns the same everywhere.
 TINY = {
-    "base_model": str(DATA / "tiny"),
-    "data_path": tuple(f"{DATA}/{name}.jsonl" for name in ("train", "talks", "dialogues")),
+    "base_model": f"{DATA}/tiny",
+    "data_path": (f"{DATA}/train.jsonl", f"{DATA}/talks.jsonl", f"{DATA}/dialogues.jsonl"),
     "train_on": "all",
-    "val_path": str(DATA / "heldout.jsonl"),
+    "val_path": f"{DATA}/heldout.jsonl",
     "batch_size": 16,
     "micro_batch_size": 16,
     "num_epochs": 1,
@@ -1203,8 +1156,8 @@ def check_config(config):
     check_settings(config)
     if Path(config.output_dir).is_file():
         raise ValueError(f"output_dir {config.output_dir} is a file, wanted a folder")
-    if config.wandb_project and not find_spec("wandb"):
-        raise ValueError("wandb_project asks for the package wandb: pip install wandb")
+    if config.wandb_project:
+        import_module("wandb")  # before anything is loaded
     # on an H200 compiled fp16 was 3 % off, where eager fp16 is 0.3 %
     if config.compile and config.dtype == "fp16":
         raise ValueError(
@@ -1218,7 +1171,7 @@ def check_config(config):
             "in fp32; drop one of the two"
         )
     # Only torchrun starts several.
-    if config.shard and world_size() == 1:
+    if config.shard and processes()[1] == 1:
         raise ValueError(
             "shard cuts the weights over processes, and there is one; start torchrun "
             "--nproc_per_node N train.py"
@@ -1244,22 +1197,17 @@ def parse_config():
     # Only what was given is here: the rest has the defaults of TrainConfig, or of TINY.
     parser.add_settings(TrainConfig, **TINY)
     given = vars(parser.parse_args())
-    if "data_path" in given:
-        given["data_path"] = tuple(given["data_path"])
-    # q_proj v_proj, or as Fire users write it '["q_proj","v_proj"]'
-    if "lora_target_modules" in given:
-        names = re.findall(r"\w+", " ".join(given["lora_target_modules"]))
-        given["lora_target_modules"] = tuple(names)
     # A share of the data for validation takes the place of TINY's file.
     if "val_set_size" in given:
         given.setdefault("val_path", "")
     if given.get("base_model"):
-        return TrainConfig(**{"prompt_template_name": ""} | given)  # main finds it
-    return TrainConfig(**TINY | given | {"base_model": TINY["base_model"]})
-
-
-def storage_dtype(config, dtype):
-    return torch.float32 if config.full else DTYPES.get(config.base_dtype, dtype)
+        given.setdefault("prompt_template_name", "")  # main finds it
+    else:
+        given = TINY | given | {"base_model": TINY["base_model"]}
+    config = TrainConfig(**given)
+    # q_proj v_proj, or as Fire users write it '["q_proj","v_proj"]'
+    names = re.findall(r"\w+", " ".join(config.lora_target_modules))
+    return replace(config, data_path=tuple(config.data_path), lora_target_modules=tuple(names))
 
 
 def make_trainable(model, config, dtype):
@@ -1275,7 +1223,7 @@ def make_trainable(model, config, dtype):
 
 def load_trainable(config, device, dtype):
     """The base as it is to be trained, on the device or cut over the processes."""
-    storage = storage_dtype(config, dtype)
+    storage = torch.float32 if config.full else DTYPES.get(config.base_dtype, dtype)
     # To be cut it is mapped as stored: `shard` moves and casts a block at a time.
     where, stored = ("cpu", None) if config.shard else (device, storage)
     kind = config.base_dtype if config.base_dtype in QUANTISED else "auto"
@@ -1304,42 +1252,42 @@ def compile_blocks(model):
 def main():
     sys.stdout = Lasting(sys.stdout)
     config = parse_config()
+    device = join_processes(pick_device(config.device))
     check_config(config)
     if not config.output_dir:
         raise ValueError("output_dir is empty; give a folder for the result")
-
-    device = join_processes(pick_device(config.device))
 
     # The data first: what is wrong with it is said before anything large is loaded.
     base, (records, val_records) = find_base(config.base_model), read_data(config)
     shape = Checkpoint(base).config  # before files that it might lack
     check_targets(shape, config)
     tokenizer = load_tokenizer(base)
-    name = config.prompt_template_name or default_template(tokenizer)
-    config, template = replace(config, prompt_template_name=name), load_template(name)
+    if not config.prompt_template_name:
+        config = replace(config, prompt_template_name=default_template(tokenizer))
+    template = load_template(config.prompt_template_name)
     run = Run(config)
     if run.finished and (run.folder / "answers.jsonl").is_file():
         print(f"the run in {config.output_dir} is finished, {len(run.history)} steps")
         return
-    rows, _ = encode_records(tokenizer, template, records, config)
+    rows = encode_records(tokenizer, template, records, config)
     if config.show:
         return show_rows(tokenizer, rows[: config.show])
-    val_rows, val_records = encode_records(tokenizer, template, val_records, config)
+    val_rows = encode_records(tokenizer, template, val_records, config)
 
     # Then the model, as memory allows. The plan needs no weights, only the base's shape.
-    limits, dtype = run.limits, pick_dtype(config.dtype, device)
-    plan = plan_memory(shape, config, rows + val_rows, dtype, device, limits.tokens_at_once)
+    dtype, tokens = pick_dtype(config.dtype, device), run.limits.tokens_at_once
+    plan = plan_memory(shape, config, rows + val_rows, dtype, device, tokens)
     print(
         f"memory: {plan.bytes / 2**30:.2f} GB by the estimate, {plan.tokens_at_once:,} tokens at "
         f"once, {plan.recomputed} blocks recomputed"
     )
     model = load_trainable(config, device, dtype)
-    model.recomputed, limits.tokens_at_once = plan.recomputed, plan.tokens_at_once
+    model.recomputed, run.limits.tokens_at_once = plan.recomputed, plan.tokens_at_once
 
     # Training, and answers to some of the validation questions before and after.
     count = 0 if config.shard else config.num_answers  # token by token, gathering is too slow
-    every = max(1, len(val_records) // max(1, count))
-    questions = val_records[::every][:count]
+    every = max(1, len(val_rows) // max(1, count))
+    questions = [row.record for row in val_rows[::every][:count]]
     questions = answer_all(model, tokenizer, template, questions, "before")
     history = train(config, model, (rows, val_rows), run)
     if run.finished:  # and only the answers are missing

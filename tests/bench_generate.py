@@ -364,9 +364,7 @@ def main():
                 "decode_tokens_s": round(rows / step, 2),
                 "bandwidth_share": round(size[side] / step / 1e9 / figures["bandwidth_GB_s"], 3),
             }
-        row["cache_MB"] = round(
-            sum(t.numel() * t.element_size() for t in (*batch.cache.k, *batch.cache.v)) / 1e6, 1
-        )
+        row["cache_MB"] = round(sum(t.numel() * t.element_size() for t in batch.cache.kv) / 1e6, 1)
         row["weights_MB"] = round(size["ours"] / 1e6, 1)
         row["peak_MB"] = round(
             torch.cuda.max_memory_allocated() / 1e6

@@ -46,6 +46,7 @@ from build_data import (  # noqa: E402
 from generate import (  # noqa: E402
     DATA,
     Decoding,
+    Request,
     answer_batch,
     pick_device,
     read_instructions,
@@ -100,7 +101,8 @@ class Asked:
             )
         model, tokenizer = self.candidate.model, self.candidate.tokenizer
         decoding = Decoding(max_new_tokens=160, temperature=0)
-        answers = answer_batch(model, tokenizer, prompts, decoding, self.batch_size)
+        requests = [Request(ids, decoding) for ids in prompts]
+        answers = list(answer_batch(model, tokenizer, requests, self.batch_size))
         for texts, answer in zip(conversations, answers):
             question = texts[-1] if isinstance(texts[-1], str) else texts[-1][1]
             self.said.append({"instruction": question, "input": "", "answer": answer})

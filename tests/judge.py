@@ -194,9 +194,10 @@ def main():
         rows.append({"keys": keys, "question": question, **source})
 
     client = Client(replies, args)
-    client.ask(prompts)
     if args.dry_run:
-        return client.end()
+        print(*(said["content"] for said in next(iter(prompts.values()))), sep="\n")
+        return client.ask(prompts)
+    client.ask(prompts)
     for row in rows:
         row |= outcome(row, rubric, client)
     summary = {**source, **summarise(rows, rubric)}

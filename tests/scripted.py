@@ -67,8 +67,30 @@ def scripted(reply, positions=4000, length=3000, pause=0.0, clip=False, **option
     options = G.Options(max_new_tokens=length, port=0, **options)
     server = G.Server(model, model, ["tuned", "base"], model.encode, options)
     server.about = "data/tiny with tuned on cpu, torch.bfloat16; a template"
+    with serving(server) as address:
+        yield address
+
+
+@contextmanager
+def serving(server):
+    """The address of a generate.Server, in a thread."""
     threading.Thread(target=asyncio.run, args=(server.run(),), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.socket.getsockname()[1]}/"
     finally:
         server.stopping = True
+
+
+@contextmanager
+def listening(made):
+    """The address of the asyncio server that a coroutine makes, in a loop in a thread."""
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)
+    port = loop.run_until_complete(made).sockets[0].getsockname()[1]
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()

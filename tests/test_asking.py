@@ -80,9 +80,10 @@ def test_file_is_answered_as_one_by_one(lively, tmp_path):
     ]
     assert len({r["answer"] for r in rows}) > 5
     prompts = [tokenizer.encode(r["instruction"], bos=True) for r in rows]
-    texts = G.answer_batch(model, tokenizer, prompts, G.Decoding(8), 3, "before")
-    assert texts == [r["answer"] for r in rows]
-    assert G.answer_batch(model, tokenizer, [], G.Decoding(8), 3) == []
+    requests = [G.Request(ids, G.Decoding(8)) for ids in prompts]
+    texts = G.answer_batch(model, tokenizer, requests, 3, desc="before")
+    assert [*texts] == [r["answer"] for r in rows]
+    assert [*G.answer_batch(model, tokenizer, [], 3)] == []
 
 
 def test_stopped_file_goes_on(lively, tmp_path, monkeypatch):
@@ -202,13 +203,15 @@ class Terminal:
         os.close(side)
 
     def until(self, text, seconds=60):
-        """Wait until the text appears behind what was waited for before."""
+        """Wait until the text appears behind what was waited for before; return it with what stands
+        between."""
         end = time.time() + seconds
         while text.encode() not in self.seen:
             assert time.time() < end, self.seen.decode(errors="replace")
             if select.select([self.main], [], [], 0.1)[0]:
                 self.seen += os.read(self.main, 4096)
-        self.seen = self.seen.partition(text.encode())[2]
+        before, mark, self.seen = self.seen.partition(text.encode())
+        return before + mark
 
     def type(self, text):
         os.write(self.main, text.encode())

@@ -263,7 +263,7 @@ def test_two_patterns_may_share_a_formula(tmp_path):
         "常用方剂": ["麻黄汤", "麻黄汤", "补中益气汤"],
     }
     entity = read(tmp_path, json.dumps(disease))[0]
-    told = {fact.relation: (fact.text, fact.values) for fact in D.facts(entity, FORMS)}
+    told = {r: (fact.text, fact.values) for r, fact in D.facts_of(entity, FORMS).items()}
     assert (
         entity == disease
         and told["辨证论治"][0] == "风寒证用麻黄汤，风热证用麻黄汤，气虚证用补中益气汤"
@@ -326,9 +326,10 @@ def test_a_value_is_said_with_its_numbers(text, value, said):
 
 
 def test_every_shipped_value_is_said_by_its_own_sentence():
+    rng = random.Random(0)
     for e in ENTITIES:
-        for fact in D.facts(e, FORMS):
-            told = D.plain(fact.statement())
+        for fact in D.facts_of(e, FORMS).values():
+            told = D.plain(fact.statement(rng))
             assert all(D.says(told, value) for value in fact.values), fact
 
 

@@ -199,7 +199,7 @@ TENSORS = {
     "hf one layer more": ("single", edit_json(CONFIG, num_hidden_layers=3), ["model.layers.2"]),
     "hf one layer less": ("single", edit_json(CONFIG, num_hidden_layers=1), ["model.layers.1"]),
     "fewer key heads than held": ("single", edit_json(CONFIG, num_key_value_heads=4), ["k_proj"]),
-    "wrong vocabulary": ("single", edit_json(CONFIG, vocab_size=49954), ["embed_tok", "49954"]),
+    "wrong vocabulary": ("single", edit_json(CONFIG, vocab_size=49954), ["lm_head", "49954"]),
     "tied but different": (
         "single",
         edit_json(CONFIG, tie_word_embeddings=True),

@@ -1,13 +1,10 @@
 """Each base from records to answers: train.py, generate.py and the server on a random folder with a
 tokenizer of its form, against a network that is not ours, over weights dequantised by NumPy."""
 
-import asyncio
 import json
 import re
-import threading
 
 import numpy as np
-import openai
 import pytest
 import sentencepiece
 import small_bases
@@ -17,7 +14,7 @@ import transformers
 from numpy_glm import CHATGLM3, chatglm3
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_templates import CASES, TALK, TWO_STEPS, by_jinja, load, run
+from test_templates import CASES, TALK, TWO_STEPS, by_jinja, load, run, served
 
 import generate as G
 import train as T
@@ -132,30 +129,6 @@ def greedy(logits, ids, ends):
 # From records to answers
 
 
-def served(out, asked):
-    """The answers of the server to lists of messages, by OpenAI's client, whole and streamed."""
-    options = G.Options(max_new_tokens=NEW, port=0, dtype="fp32", lora_weights=str(out))
-    model, tokenizer, template, _ = G.load(options, str(out))
-    batch = G.Batch(model, 2, 400, G.eos_ids(tokenizer), tokenizer.decode)
-    names = ["out", "base"]
-    server = G.Server(
-        batch, tokenizer, names, lambda m: G.render_prompt(tokenizer, template, m), options
-    )
-    threading.Thread(target=asyncio.run, args=(server.run(),), daemon=True).start()
-    client = openai.OpenAI(
-        base_url=f"http://127.0.0.1:{server.socket.getsockname()[1]}/v1", api_key="x"
-    )
-    try:
-        for messages in asked:
-            got = client.chat.completions.create(model="out", messages=messages)
-            pieces = client.chat.completions.create(model="out", messages=messages, stream=True)
-            text = got.choices[0].message.content
-            assert "".join(p.choices[0].delta.content or "" for p in pieces) == text
-            yield text
-    finally:
-        server.stopping = True
-
-
 def check(name, kind, folders, tmp_path, capsys):
     """Two steps on records, then answers by the command and by the server: those of the oracle,
     without and with a system text."""
@@ -208,7 +181,7 @@ def check(name, kind, folders, tmp_path, capsys):
         other = oracle(base, folder, state, storage, adapter)(ids, context)[:-1]
         assert difference(other) > 1e-3
     if kind == "auto":
-        assert [*served(out, [case[0] for case in cases])] == [case[2] for case in cases]
+        assert [*served(out, [case[0] for case in cases], NEW)] == [case[2] for case in cases]
 
 
 @pytest.mark.parametrize("name", NAMES)

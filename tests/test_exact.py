@@ -156,7 +156,7 @@ def test_a_full_disk_stops_with_the_step_named_and_the_last_checkpoint_whole(
 def test_a_loss_that_is_not_finite_names_step_and_rows(base, tmp_path):
     """A token that only one row holds has a NaN in its embedding."""
     config, model, (rows, _) = start(base, tmp_path, save_steps=1)
-    row = replace(rows[7], name="data.json:8")  # the longest, 附子's
+    row = replace(rows[7], record={"record": "data.json:8"})  # the longest, 附子's
     token = next(i for i in row.ids if not any(i in other.ids for other in rows[:7]))
     model.embed_tokens.weight.data[token] = torch.nan
     step = next(s for s in range(4) if 7 in T.epoch_order(rows, config, 0)[2 * s : 2 * s + 2]) + 1

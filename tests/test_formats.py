@@ -81,9 +81,8 @@ def test_every_form_is_the_same_record(tmp_path, lines, name):
             "",
             "请就医。",
         ), form
-        assert record["instruction"] == G.render_turns(
-            [*TURNS[:2], (TURNS[2][0], None)]
-        )  # as a chat renders it
+        asked = G.render_turns(TURNS[:2], TURNS[2][0])
+        assert record["instruction"] == asked  # as a chat renders it
     for form, row in ONE.items():
         (record,) = read(tmp_path / name, [row], lines, answers=True)
         assert (record["instruction"], record["input"], record["output"]) == (
@@ -177,7 +176,7 @@ def test_every_answer_of_a_conversation_can_be_a_target(base, which, template):
         TURNS[2:],
     ):
         record = {
-            "instruction": G.render_turns([*turns[:-1], (turns[-1][0], None)]),
+            "instruction": G.render_turns(turns[:-1], turns[-1][0]),
             "input": "",
             "output": turns[-1][1],
         }

@@ -5,12 +5,12 @@ import asyncio
 import json
 import random
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fake_openai import completion
+from scripted import listening
 from test_client import jobs, options
 from test_server import ask, idle, models, port_of, post, start  # noqa: F401 (a fixture)
 
@@ -160,7 +160,8 @@ def test_altered_requests_are_answered(models, monkeypatch, seeds):  # noqa: F81
     assert not [text for text in logged if "Traceback" in text]
 
 
-OK = b"HTTP/1.1 %d Some words\r\nContent-Type: %b\r\nContent-Length: %d\r\n%b\r\n"
+HEAD = b"Connection: close\r\nContent-Type: %b\r\nContent-Length: %d\r\n%b\r\n"
+OK = b"HTTP/1.1 %d Some words\r\n" + HEAD
 
 
 def altered_reply(seed):
@@ -193,33 +194,19 @@ def altered_reply(seed):
     return spoil(dice, data) if dice.random() < 0.2 else data
 
 
-class Endpoint:
-    """Answers the prompt "...补气N" with reply(N), and hangs up."""
+def endpoint(reply):
+    """`listening` to the prompt "...补气N": it answers with reply(N), and hangs up."""
 
-    def __init__(self, reply):
-        self.reply = reply
-
-    async def answer(self, reader, writer):
+    async def answer(reader, writer):
         data = b""
         while b'"model"' not in data:
             data += await reader.read(65536)
         number = int(data.decode("utf-8", "replace").split("补气")[1].split('"')[0])
-        writer.write(self.reply(number))
+        writer.write(reply(number))
         await writer.drain()
         writer.close()
 
-    def __enter__(self):
-        self.loop = asyncio.new_event_loop()
-        self.loop.set_exception_handler(lambda *_: None)
-        made = asyncio.start_server(self.answer, "127.0.0.1", 0)
-        port = self.loop.run_until_complete(made).sockets[0].getsockname()[1]
-        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self.thread.start()
-        return f"http://127.0.0.1:{port}/v1"
-
-    def __exit__(self, *_):
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
+    return listening(asyncio.start_server(answer, "127.0.0.1", 0))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +224,7 @@ def test_altered_replies_cost_one_reply_each(tmp_path, monkeypatch, seeds):
             return altered_reply(seeds[number // 2])
         return OK % (200, b"application/json", len(good), b"") + good
 
-    with Endpoint(reply) as url:
+    with endpoint(reply) as url:
         prices = ("--price_in", "1", "--price_out", "2", "--max_cost", "100")
         more = ("--retries", "0", "--timeout", "5", "--concurrency", "2", *prices)
         client = D.Client(tmp_path / "r.jsonl", options(url, *more))

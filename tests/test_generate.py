@@ -107,7 +107,7 @@ def test_half_a_character_is_no_text(base):
 
 
 def test_turns_keep_the_leading_space():
-    assert G.render_turns([("甲", "乙"), ("丙", None)]) == " <user>: 甲 <bot>: 乙 <user>: 丙"
+    assert G.render_turns([("甲", "乙")], "丙") == " <user>: 甲 <bot>: 乙 <user>: 丙"
 
 
 def test_streaming_never_shows_half_a_character(base):

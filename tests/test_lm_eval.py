@@ -2,14 +2,12 @@
 `local-completions`, with tokenised prompts and 8 at once, must come out as tests/evaluate.py has it
 without a server."""
 
-import asyncio
-import threading
-
 import evaluate as E
 import pytest
 import torch
 from conftest import ROOT
 from exams import read_exams
+from scripted import serving
 
 import generate as G
 
@@ -46,10 +44,9 @@ def test_choices_by_likelihood_are_the_same(tmp_path):
     batch = G.Batch(model, 8, 512, G.eos_ids(tokenizer), tokenizer.decode)
     options = G.Options(port=0)
     server = G.Server(batch, tokenizer, ["base"], candidate.prompt, options)
-    threading.Thread(target=asyncio.run, args=(server.run(),), daemon=True).start()
-    try:
+    with serving(server) as address:
         client = Ours(
-            base_url=f"http://127.0.0.1:{server.socket.getsockname()[1]}/v1/completions",
+            base_url=f"{address}v1/completions",
             model="base",
             tokenizer_backend=None,
             batch_size=8,
@@ -76,8 +73,6 @@ def test_choices_by_likelihood_are_the_same(tmp_path):
             }
         )
         got = lm_eval.simple_evaluate(client, tasks=[task], bootstrap_iters=0)
-    finally:
-        server.stopping = True
     theirs, ours = got["results"]["choice"]["acc_norm,none"], sum(found) / len(found)
     print(f"\naccuracy by lm-eval {theirs}, by evaluate.py {ours}")
     assert theirs == pytest.approx(ours)

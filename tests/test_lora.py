@@ -131,7 +131,7 @@ def test_rows_share_the_update_each_by_its_own_factor():
         for row, alone in enumerate((base, None, half)):
             wanted = alone(ids) if alone else tuned
             assert (mixed[row] - wanted[row]).abs().max() < 1e-5
-        L.share_rows(model, None)
+        L.share_rows(model, 1.0)
         assert torch.equal(model(ids), tuned)
 
 

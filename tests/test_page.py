@@ -282,7 +282,8 @@ def test_conversations_go_out_and_come_in(visit, tmp_path):
         said = [message["content"] for message in G.read_messages(record)]
         assert said == ["黄芪", "tuned 2: 黄芪", "当归", "tuned 3: 当归"]
     saved = tmp_path / "saved.json"
-    G.obey(f"/save {saved}", [{"role": "system", "content": "医生"}], [G.read_messages(record)], "")
+    opening = [{"role": "system", "content": "医生"}]
+    G.obey(f"/save {saved}", opening, G.read_messages(record), "", set())
     broken = tmp_path / "broken.json"
     with visit() as page:
         page.set_input_files("#file", out)
@@ -569,13 +570,14 @@ def served(tmp_path_factory):
     for name in ("base", "tuned"):
         if name == "tuned":
             L.load_adapter(model, folder / "tuned")
-        texts = G.answer_batch(model, tokenizer, prompts, decoding, 24)
+        requests = [G.Request(ids, decoding) for ids in prompts]
+        texts = G.answer_batch(model, tokenizer, requests, 24)
         answers |= {(question, name): text for question, text in zip(QUESTIONS, texts)}
     requests = [
         G.Request(ids, G.Decoding(max_new_tokens=600, repetition_penalty=1.1)) for ids in prompts
     ]
-    ended = G.finish(model, tokenizer, requests, 24)
-    long = max((len(request.ids), question) for request, question in zip(ended, QUESTIONS))[1]
+    list(G.answer_batch(model, tokenizer, requests, 24))
+    long = max((len(request.ids), question) for request, question in zip(requests, QUESTIONS))[1]
     with open(folder / "log", "w+") as log:
         server, port = start(
             log,

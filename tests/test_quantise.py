@@ -52,7 +52,7 @@ def dequantised(model):
     """The same model with plain float32 linears that hold the dequantised weights."""
     plain = copy.deepcopy(model)
     for name, linear in L.linears(plain).items():
-        new = M.Linear(linear.in_features, linear.out_features)
+        new = M.Linear(linear.in_features, linear.out_features, False)
         new.weight = torch.nn.Parameter(matrix(linear), requires_grad=False)
         plain.set_submodule(name, new)
     return plain
@@ -320,7 +320,7 @@ def test_lora_on_nf4_follows_the_loss_of_lora_on_the_base():
         data = []
         for path in (*config.data_path, config.val_path):
             records = G.read_instructions(path, answers=True)
-            data.append(T.encode_records(tokenizer, template, records, config)[0])
+            data.append(T.encode_records(tokenizer, template, records, config))
         torch.manual_seed(config.seed)
         before = T.evaluate(model, data[1], config)
         L.add_lora(model, adapter)

@@ -579,6 +579,29 @@ def test_connections_without_a_request_take_no_place(models, offline):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_under_way_is_no_connection_that_waits(models, offline, stream):
+    """40 others come while it is made, where 20 are waited for: it comes whole."""
+    server, stop = start(models)
+    server.patience, server.seconds = 20, 60
+    address, step, others = ("127.0.0.1", port_of(server)), server.batch.step, []
+
+    def step_when_they_have_come():
+        while len(others) < 40:
+            others.append(socket.create_connection(address, timeout=60))
+        step()
+
+    server.batch.step = step_when_they_have_come
+    try:
+        got = chat(client_of(server), QUESTIONS[0], stream=stream)
+        parts = [c.choices[0].delta for c in got] if stream else [got.choices[0].message]
+        assert "".join(part.content for part in parts) == offline[QUESTIONS[0], "tuned"]
+    finally:
+        for other in others:
+            other.close()
+        stop()
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_sends_no_more_gets_its_answer(server, offline, stream):
     """`nc -N` and old HTTP/1.0 clients close their sending side behind the request."""
     body = ask(messages=[{"role": "user", "content": QUESTIONS[0]}], max_tokens=24, stream=stream)
@@ -620,13 +643,20 @@ def test_build_data_asks_this_server_with_its_defaults(server, tmp_path, monkeyp
 
 
 def test_large_bodies_are_read_between_steps(models):
-    """While an answer is made, a step of it ends between any two bodies of numbers."""
+    """While an answer is made, or waits for its first step, one ends between any two bodies of
+    numbers."""
     server, stop = start(models, positions=4000)
     events = []
 
     step, loads = server.batch.step, json.loads
+
+    def slow_at_first():
+        time.sleep(0.5 * (not events))
+        step()
+        events.append("step")
+
     patch = pytest.MonkeyPatch()
-    patch.setattr(server.batch, "step", lambda: (step(), events.append("step")))
+    patch.setattr(server.batch, "step", slow_at_first)
     patch.setattr(
         G.json, "loads", lambda t: (len(t) > 16384 and events.append("body"), loads(t))[1]
     )
@@ -667,6 +697,23 @@ def test_other_sites_may_ask_where_they_are_allowed(models):
             good = post(ask(), Origin="https://chat.example", Authorization=f"Bearer {key}")
             status, head, _ = raw(server, good)
             assert status == wanted and "Access-Control-Allow-Origin: https://chat" in head
+    finally:
+        stop()
+
+
+def test_all_sites_may_ask_where_all_are_allowed(models):
+    """--allow_origin *, as --help has it; to be asked under another name needs a key still."""
+    server, stop = start(models, allow_origin=("*",))
+    try:
+        for data, wanted in (
+            (post(ask(), Origin="https://any.example"), 200),
+            (post(ask()), 200),
+            (post(ask(), Origin="https://any.example", host="any.example"), 403),
+        ):
+            status, head, _ = raw(server, data)
+            assert status == wanted
+            named = "Access-Control-Allow-Origin: https://any.example\r\n" in head
+            assert named == (wanted == 200 and b"Origin" in data)
     finally:
         stop()
 

@@ -320,7 +320,7 @@ class Head(torch.nn.Module):
 
     def __init__(self, h, vocab_size):
         super().__init__()
-        self.h, self.lm_head = torch.nn.Parameter(h), M.Linear(h.size(1), vocab_size)
+        self.h, self.lm_head = torch.nn.Parameter(h), M.Linear(h.size(1), vocab_size, False)
         self.config = SimpleNamespace(vocab_size=vocab_size)
 
     def hidden_states(self, ids, context, keep):
@@ -372,7 +372,7 @@ def test_gradients_of_norm_and_feed_forward(shape):
 def test_dropout_of_an_adapter():
     """The mask keeps 1 - p of the elements, is the same in the gradient, and its draw is
     repeatable."""
-    base = M.Linear(64, 64).requires_grad_(False)
+    base = M.Linear(64, 64, False).requires_grad_(False)
     base.weight.zero_()
     for p in (0.05, 0.5):
         module = L.LoRALinear(base, L.LoRAConfig(64, 64 * (1 - p), p)).train()

@@ -1,13 +1,11 @@
 """Chat templates against the published Jinja texts, rendered by transformers: the same ids, the
 right targets, and no special token out of what somebody wrote."""
 
-import asyncio
 import json
 import random
 import re
 import shutil
 import sys
-import threading
 
 import openai
 import peft
@@ -18,6 +16,7 @@ import tokenizers
 import torch
 import transformers
 from conftest import ROOT
+from scripted import serving
 
 import generate as G
 import lora as L
@@ -641,25 +640,29 @@ def test_from_a_record_to_an_answer(trained, capsys):
     run(G, TALK[1]["content"], "--system", TALK[0]["content"], *common)
     assert capsys.readouterr().out == G.printable(answers[2, "system"]) + "\n"
 
-    options = G.Options(max_new_tokens=24, port=0, dtype="fp32", lora_weights=str(out))
-    model, tokenizer, found, _ = G.load(options, str(out))
+    asked = (TALK[1:2], TALK[:2], TALK[:4])
+    wanted = [answers[len(messages), messages[0]["role"]] for messages in asked]
+    assert [*served(out, asked, 24)] == wanted
+
+
+def served(out, asked, length):
+    """The answers of the server to lists of messages, by OpenAI's client, whole and streamed, by an
+    adapter and of so many tokens at most."""
+    options = G.Options(max_new_tokens=length, port=0, dtype="fp32", lora_weights=str(out))
+    model, tokenizer, template, _ = G.load(options, str(out))
     batch = G.Batch(model, 2, 400, G.eos_ids(tokenizer), tokenizer.decode)
-    server = G.Server(
-        batch, tokenizer, ["out"], lambda m: G.render_prompt(tokenizer, found, m), options
-    )
-    threading.Thread(target=asyncio.run, args=(server.run(),), daemon=True).start()
-    client = openai.OpenAI(
-        base_url=f"http://127.0.0.1:{server.socket.getsockname()[1]}/v1", api_key="x"
-    )
-    try:
-        for messages in (TALK[1:2], TALK[:2], TALK[:4]):
+
+    def prompt_of(messages):
+        return G.render_prompt(tokenizer, template, messages)
+
+    with serving(G.Server(batch, tokenizer, ["out", "base"], prompt_of, options)) as address:
+        client = openai.OpenAI(base_url=f"{address}v1", api_key="x")
+        for messages in asked:
             got = client.chat.completions.create(model="out", messages=messages)
-            wanted = answers[len(messages), messages[0]["role"]]
-            assert got.choices[0].message.content == wanted
             pieces = client.chat.completions.create(model="out", messages=messages, stream=True)
-            assert "".join(p.choices[0].delta.content or "" for p in pieces) == wanted
-    finally:
-        server.stopping = True
+            text = got.choices[0].message.content
+            assert "".join(p.choices[0].delta.content or "" for p in pieces) == text
+            yield text
 
 
 def test_show(trained, capsys, tmp_path):

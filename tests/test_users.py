@@ -103,7 +103,7 @@ def test_an_adapter_moves_to_another_machine(tmp_path, capsys, monkeypatch):
         ROOT / "data/tiny", tmp_path / "a", there, made_in=made_in, config=config
     )
     asked = []
-    monkeypatch.setattr(G, "print_answers", lambda m, tokenizer, ids, _: asked.append(ids) or [])
+    monkeypatch.setattr(G, "print_answers", lambda m, tokenizer, _, ids: asked.append(ids) or [])
     assert run_command(G.main, "--lora_weights", adapter, *QUESTION) == 0
     text = G.load_tokenizer(ROOT / "data/tiny").decode(asked[0])
     assert text.strip() == "甲黄芪有什么功效？乙"
@@ -387,7 +387,7 @@ def test_what_answers_and_what_it_knows_stands_at_the_start(base, monkeypatch, c
     assert "data/tiny with no adapter" in one and "BenTsao's knowledge template" in one
     assert f"on {entities} diseases" in two and G.DISCLAIMER in said
     served = []
-    monkeypatch.setattr(G, "serve", lambda server, about: served.extend((server.socket, about)))
+    monkeypatch.setattr(G, "serve", lambda server: served.extend((server.socket, server.about)))
     assert run_command(G.main, *shipped, "--serve", "--port", 0) == 0
     served[0].close()
     assert served[1] == f"{one}\n{two}"

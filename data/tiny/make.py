@@ -21,7 +21,6 @@ from talk import records as talk_records  # noqa: E402
 
 from build_data import (  # noqa: E402
     alerts,
-    facts,
     facts_of,
     kinds_of,
     offline_record,
@@ -116,7 +115,7 @@ def tokenizer_texts(entities, forms, talk):
     crosses the border of a term; then the lines of the prompt templates."""
     texts = []
     for entity in entities:
-        for fact in facts(entity, forms):
+        for fact in facts_of(entity, forms).values():
             texts += [fact.entity, *fact.values]
             for text in fact.form["questions"] + fact.form["statements"]:
                 texts += parts_of(text)

@@ -185,14 +185,14 @@ def offline_record(form, turns, answered, system=""):
 
 
 def answer(asked, own, rng):
-    """What is said of some facts of an entity, `own` being all it has: first what warns (of an
-    emergency, of a poison where a dose is asked for), then their statements, and what a form says
-    goes with them (a dose's cautions)."""
-    about = {fact.relation for fact in asked}
-    said = [text for fact in own.values() for text in alerts(fact, about)]
+    """What is said of some facts of an entity, `own` being all it has: their statements, then what
+    warns (of an emergency, of a poison where a dose is asked for), and what a form says goes with
+    them (a dose's cautions)."""
+    about, said = {fact.relation for fact in asked}, []
     for fact in asked:
         said.append(fact.statement(rng))
         said += [text for mark, text in fact.form.get("notes", {}).items() if mark in fact.text]
+    said += [text for fact in own.values() for text in alerts(fact, about)]
     for relation, texts in asked[-1].form.get("then", {}).items():
         if relation in own and relation not in about:
             said.append(rng.choice(texts).format(e=fact.entity, v=own[relation].text))

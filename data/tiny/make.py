@@ -1,6 +1,6 @@
 """What the small base is made from: what it reads, and a tokenizer. Called by make.sh.
 
-python data/tiny/make.py documents FILE PASSES EXERCISES SEED   knowledge.jsonl, told and asked about
+python data/tiny/make.py documents FILE PASSES EXERCISES SEED   knowledge.jsonl, told and asked
 python data/tiny/make.py tokenizer FILE VOCAB_SIZE         a SentencePiece model of the same
 """
 
@@ -20,7 +20,7 @@ from talk import comprehension, pairs, talks  # noqa: E402
 from talk import records as talk_records  # noqa: E402
 
 from build_data import (  # noqa: E402
-    alerts,
+    answer,
     facts_of,
     kinds_of,
     offline_record,
@@ -72,7 +72,8 @@ def repeats(entities, number, rng):
 
 def comparisons(entities, forms, number, rng):
     """Values of any facts, and which of some others are among them."""
-    values = sorted({*values_in(chain(*(facts(entity, forms) for entity in entities)))})
+    known = [facts_of(entity, forms) for entity in entities]
+    values = sorted({*values_in(chain(*(own.values() for own in known)))})
     for _ in range(number):
         told = rng.sample(values, rng.randint(1, 6))
         asked = rng.sample(told, rng.randint(0, min(3, len(told)))) + rng.sample(values, 3)
@@ -83,17 +84,15 @@ def comparisons(entities, forms, number, rng):
 
 
 def passages(entities, forms, talk, rng):
-    """All facts of every entity in a random order and phrasing, broken at random into documents of
-    one to six statements, warnings before them as in an answer; one statement in eight has a
-    pronoun for the name."""
+    """All facts of every entity in a random order and phrasing, each with what an answer says
+    besides, broken at random into documents of one to six; one in eight has a pronoun for the
+    name."""
     for own in (facts_of(entity, forms) for entity in entities):
-        told = {f"{f.entity}：{text}" for f in own.values() for text in alerts(f, {*own})}
-        texts = [*sorted(told)] * 2
+        texts = []
         for fact in own.values():
-            warned = "".join(chain(*(alerts(one, {fact.relation}) for one in own.values())))
             if rng.random() < 1 / 8:
                 fact = replace(fact, entity=rng.choice(talk[fact.kind]))
-            texts.append(warned + fact.statement(rng))
+            texts.append(answer([fact], own, rng))
         rng.shuffle(texts)
         while texts:
             n = rng.randint(1, 6)

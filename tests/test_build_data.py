@@ -99,22 +99,25 @@ def test_shipped_records_are_what_the_command_writes(tmp_path):
 
 def test_many_ways_to_ask_and_to_answer():
     """250 question forms; of the 4-grams of 2,000 questions with their answers as many are
-    different as of BenTsao's (0.47)."""
+    different as of BenTsao's (0.47), as the mean of five draws."""
     forms = [form for relations in FORMS.values() for form in relations.values()]
     assert len({q for form in forms for q in form["questions"]}) >= 250
     assert all(len(form["statements"]) >= 2 for form in forms)
     texts = ["".join(said(r) + said(r, 1)) for r in PARTS["train"] + PARTS["talks"]]
-    texts = random.Random(0).sample(texts, 2000)
-    grams = [text[i : i + 4] for text in texts for i in range(len(text) - 3)]
-    assert len(set(grams)) / len(grams) >= DIVERSITY
+    shares = []
+    for seed in range(5):
+        drawn = random.Random(seed).sample(texts, 2000)
+        grams = [text[i : i + 4] for text in drawn for i in range(len(text) - 3)]
+        shares.append(len(set(grams)) / len(grams))
+    assert sum(shares) / 5 >= DIVERSITY
 
 
-VERDICT = "。([^。]+?)(?:就|不)?在(?:其中|里面)，(?:所以这个说法|这句话是|因此)(正确|错误)"
+VERDICT = "。([^。]+?)(相符|不符)，(?:所以这个说法|这句话是|因此)(正确|错误)"
 
 
 def test_a_verdict_follows_from_its_fact():
-    """The letter is that of the one option that is a value, which stands before it; a statement is
-    right if it is a value."""
+    """The letter is that of the one option that is a value: each is looked at up to it. A statement
+    is right if it is a value."""
     own = {e["中心词"]: e for e in ENTITIES}
     letters, verdicts = Counter(), Counter()
     for r in ASKED:
@@ -122,15 +125,18 @@ def test_a_verdict_follows_from_its_fact():
         values = own[r["entity"]].get(r["relations"][0], []) if r["relations"] else []
         if kind == "choice":
             options = dict(re.findall("\n([A-D])(?:[.:] |[．、])(.+)", said(r)[0]))
-            found, letter = re.search(
-                "。(?:选项里有|.+的是)(.+)，.*选([A-D])。$", said(r, 1)[0]
-            ).groups()
+            looked = re.findall(r"([A-D])(?:[.:] |[．、])(.+?)(相符|不符)，", said(r, 1)[0])
+            letter = re.search("选([A-D])。$", said(r, 1)[0])[1]
             assert [c for c in options if options[c] in values] == [letter], r["id"]
-            assert len(options) == 4 and found == options[letter], r["id"]
+            assert len(options) == 4 and [c for c, *_ in looked] == [*"ABCD"][: len(looked)]
+            for c, text, verdict in looked:
+                assert text == options[c] and (verdict == "相符") == (c == letter), r["id"]
+            assert looked[-1][0] == letter, r["id"]
             letters[letter] += 1
         elif kind in ("true", "false"):
-            value, verdict = re.search(VERDICT, said(r, 1)[0]).groups()
+            value, match, verdict = re.search(VERDICT, said(r, 1)[0]).groups()
             assert (value in values) == (verdict == "正确") == (kind == "true"), r["id"]
+            assert (match == "相符") == (kind == "true"), r["id"]
             assert value in said(r)[0], r["id"]
             verdicts[verdict] += 1
     assert min(letters.values()) > 0.2 * letters.total() and len(letters) == 4
@@ -163,7 +169,7 @@ FIXED = {*TALK["unknown"], *(a for group in TALK["outside"] for a in group["answ
 
 
 def test_answers_warn():
-    """An emergency sends to 急诊 first; a dose of a poison says so; 致畸 and 皮试 are told."""
+    """An emergency sends to 急诊 behind its fact; a dose of a poison says so; 致畸 is told."""
     poisons = {e["中心词"] for e in ENTITIES if any("毒" in v for v in e.get("性味", []))}
     emergencies = {e["中心词"] for e in ENTITIES if e.get("所属科室", [""])[0] == "急诊科"}
     for r in ASKED + PARTS["heldout"]:
@@ -171,9 +177,9 @@ def test_answers_warn():
             continue
         text = r["output"]
         if r["entity"] in emergencies:
-            assert text.startswith("这是急症，请立即到急诊科就诊"), r["id"]
+            assert "。这是急症，请立即到急诊科就诊" in text, r["id"]
         if r["entity"] in poisons and "用法用量" in r["relations"]:
-            assert re.match("此药有.?毒", text), r["id"]
+            assert re.search("。此药有.?毒", text), r["id"]
         if r["relations"][-1] == "治疗" and "异维A酸" in text:
             assert "致畸" in text
 
@@ -184,7 +190,7 @@ def test_pairs_of_herbs():
     seen = Counter()
     for r in ASKED:
         if "/with-" in r["id"]:
-            a, b = r["entity"], r["id"].split("with-", 1)[1]
+            a, b = r["entity"], re.search("with-(.+)-", r["id"])[1]
             clash = b in cautions[a] or a in cautions.get(b, "")
             assert ("不宜" in r["output"]) == clash, r["id"]
             seen[clash] += 1

@@ -285,8 +285,13 @@ SHAPES = {
 CARDS = (8, 12, 16, 24)
 RATES = (71e12, 165e12)  # nominal bf16 of a 3090 and a 4090
 TOKENS = 17e6
-# A model without weights serves all cards.
-trial_model, kept_bytes = functools.cache(T.trial_model), functools.cache(T.kept_bytes)
+MODELS = {}  # A model without weights serves all cards.
+
+
+def trial_model(shape, config, dtype, make=T.trial_model):
+    key = repr(shape), config.base_dtype
+    MODELS[key] = MODELS.get(key) or make(shape, config, dtype)
+    return MODELS[key]
 
 
 def plan(name, stored, gigabytes):
@@ -296,7 +301,7 @@ def plan(name, stored, gigabytes):
     config = T.TrainConfig(base_dtype=stored)
     with (
         mock.patch("torch.cuda.get_device_properties", return_value=card),
-        mock.patch.multiple(T, trial_model=trial_model, kept_bytes=kept_bytes),
+        mock.patch.object(T, "trial_model", trial_model),
     ):
         try:
             return T.plan_memory(SHAPES[name], config, rows, torch.bfloat16, torch.device("cuda"))

@@ -160,17 +160,18 @@ def outside(entities, forms, talk, rng):
 
 def pairs(entities, forms, talk, rng):
     """Yield (form, turns, facts): may two herbs be taken together? Of each pair that a caution
-    names, and of as many that none does."""
+    names, and of as many that none does, three times each."""
     herbs = [facts_of(entity, forms) for entity in entities if entity["类型"] == "中药"]
     cautions = {own["使用注意"].entity: own["使用注意"] for own in herbs if "使用注意" in own}
     for name, fact in cautions.items():
         apart = re.findall("不宜与(.+?)同用", fact.text)
-        for other in [*apart, *rng.sample([*cautions], len(apart))]:
+        others = [*apart, *rng.sample([*cautions], len(apart))] * 3
+        for i, other in enumerate(others):
             words = Words(talk, rng)
             words |= {"a": name, "b": other}
             clash = other in fact.text or name in cautions.get(other, fact).text
             turn = words["together"], words["apart" if clash else "free"]
-            yield f"with-{other}", [turn], [fact]
+            yield f"with-{other}-{i}", [turn], [fact]
 
 
 def records(entities, hidden, forms, talk, seed=0, makers=(talks, pairs, outside)):

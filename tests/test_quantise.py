@@ -334,3 +334,16 @@ def test_lora_on_nf4_follows_the_loss_of_lora_on_the_base():
             losses[kind][1] < 1.01 * losses["fp32"][1]
             and losses[kind][2] < 1.01 * losses["fp32"][2]
         )
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "auto"])
+def test_the_plan_counts_the_bytes_that_are_loaded(kind):
+    """By dtype: what the plan takes a model to hold, before it is loaded, is what it then holds."""
+    config = T.TrainConfig(base_model=str(G.DATA / "tiny"), base_dtype=kind)
+    loaded = T.load_trainable(config, torch.device("cpu"), torch.bfloat16)
+    planned = T.trial_model(loaded.config, config, torch.bfloat16)
+    sizes = [{}, {}]
+    for size, model in zip(sizes, (loaded, planned)):
+        for p in model.parameters():
+            size[p.dtype] = size.get(p.dtype, 0) + p.nbytes
+    assert sizes[0] == sizes[1]

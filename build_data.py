@@ -1064,6 +1064,8 @@ class Client:
                 f"{self.api.base_url}: {without_key(error)}; run the same command to go on, or "
                 f"delete {self.note.name} if the endpoint has lost its batch"
             )
+        finally:
+            self.api = None  # it holds this object, and so the lock on the replies
         # A full disk has no place for the records either.
         if isinstance(self.stop, OSError):
             raise self.stop

@@ -845,7 +845,9 @@ def load_tokenizer(folder):
 # Templates: a conversation as texts and special tokens
 
 # tokens that end an answer besides EOS, in the vocabularies that have them
-ENDS = "<|im_end|> <|endoftext|> <|eot_id|> <|eom_id|> <|end_of_text|> <|user|> <|observation|>"
+ENDS = (
+    "<|im_end|> <|endoftext|> <|eot_id|> <|eom_id|> <|end_of_text|> <|user|> <|observation|>"
+).split()
 # The texts of a template that has none of its own: BenTsao's, with several turns in one
 # instruction.
 FORMS = {
@@ -864,7 +866,7 @@ FORMS = {
 
 def eos_ids(tokenizer):
     """The ids that end an answer."""
-    ends = {id for name, id in tokenizer.special.items() if name in ENDS.split()}
+    ends = {id for name, id in tokenizer.special.items() if name in ENDS}
     return sorted(ends | {tokenizer.eos_id})
 
 
@@ -1001,15 +1003,18 @@ def encode_rendered(tokenizer, text, first=True):
     Texts are encoded from one special token to the next. first: nothing stands before them. Raises
     ValueError for a special token that the tokenizer lacks."""
     ids, mask, is_target = [], [], False
-    special = {name: [id] for name, id in tokenizer.special.items()}
-    special |= {"bos": tokenizer.opening, "eos": [tokenizer.eos_id]}
+    ends = {"bos": tokenizer.opening, "eos": [tokenizer.eos_id]}
+
+    def special(name):
+        return ends.get(name, [tokenizer.special.get(name)])
+
     for i, part in enumerate(text.split(SPECIAL)):
         at_start = first and ids in ([], tokenizer.opening)
         encode = tokenizer.encode if at_start else tokenizer.encode_answer
-        encode = special.get if i % 2 else encode
+        encode = special if i % 2 else encode
         texts, before, start = re.split(f"[{TARGET}{CONTEXT}]", part), "", 0
         new = encode("".join(texts))
-        if new is None:
+        if new == [None]:
             raise ValueError(
                 f"the template wants {part}, which the base's tokenizer does not have; choose "
                 "another template"

@@ -230,7 +230,7 @@ DAMAGES = {
         lambda config, state: state.update({"transformer.extra.weight": torch.ones(2)}),
         "transformer.extra.weight",
     ),
-    "other groups": (lambda config, state: config.update(multi_query_group_num=1), "(96,"),
+    "other groups": (lambda config, state: config.update(multi_query_group_num=1), "(96,)"),
     "no layers": (lambda config, state: config.pop("num_layers"), "num_hidden_layers"),
 }
 

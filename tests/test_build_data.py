@@ -185,14 +185,16 @@ def test_answers_warn():
 
 
 def test_pairs_of_herbs():
-    """Of 十八反 and 十九畏 both ways: never a leave where one of the two forbids the other."""
+    """Of 十八反 and 十九畏 both ways: never a leave where one of the two forbids the other; the caution
+    stands before the verdict."""
     cautions = {e["中心词"]: "、".join(e.get("使用注意", [])) for e in ENTITIES}
     seen = Counter()
     for r in ASKED:
         if "/with-" in r["id"]:
             a, b = r["entity"], re.search("with-(.+)-", r["id"])[1]
             clash = b in cautions[a] or a in cautions.get(b, "")
-            assert ("不宜" in r["output"]) == clash, r["id"]
+            assert ("属配伍禁忌" in r["output"] or "不可合用" in r["output"]) == clash, r["id"]
+            assert (f"。{b}在其中" in r["output"]) == clash and a != b, r["id"]
             seen[clash] += 1
     assert min(seen.values()) >= 20
 

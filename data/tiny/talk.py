@@ -107,7 +107,7 @@ def comprehension(entities, forms, talk, rng):
         name = rng.choice(("choice", "choice", "true", "false"))
         recipe = talk["recipes"][name]
         words["v"] = words.get(recipe["v"])
-        if words["v"]:
+        if words["v"] and fact.entity not in kinds:
             ask, text, _ = recipe["turns"][0]
             yield name, [(f"{{given}}\n{ask}".format_map(words), text.format_map(words))], []
 
@@ -121,14 +121,19 @@ def invented(rng, names):
 def foreign_values(fact, own, known):
     """What other entities of the kind have under a fact's relation, unless they are of its class:
     what is no value of 麻黄 may still be true of it where 桂枝 has it."""
-    # Of one kind and relation there is one form. Pairs of pattern and formula are no single values.
-    likes = [other for other in known if other.get(fact.relation, fact).form is fact.form]
-    likes = [other for other in likes if fact.relation != "辨证论治" and fact.relation in other]
-    likes = [other for other in likes if not classes(own) & classes(other)]
-    found = unique(values_in(other[fact.relation] for other in likes))
+    if fact.relation == "辨证论治":  # pairs of pattern and formula are no single values
+        return []
+    theirs = [
+        other[fact.relation]
+        for other in known
+        if fact.relation in other and not classes(own) & classes(other)
+    ]
+    # Of one kind and relation there is one form.
+    found = unique(values_in(like for like in theirs if like.form is fact.form))
     # What the fact's text holds would be right (苦 in 微苦).
-    found = [value for value in found if value not in fact.text]
-    return [value for value in found if not names_any(value, fact.values)]
+    return [
+        value for value in found if value not in fact.text and not names_any(value, fact.values)
+    ]
 
 
 def classes(own):
@@ -160,17 +165,19 @@ def outside(entities, forms, talk, rng):
 
 def pairs(entities, forms, talk, rng):
     """Yield (form, turns, facts): may two herbs be taken together? Of each pair that a caution
-    names, and of as many that none does, three times each."""
+    names, and of as many that none does, three times each. The caution is told first: whether a
+    name stands in what has just been said is easily seen, and what one knows is not."""
     herbs = [facts_of(entity, forms) for entity in entities if entity["类型"] == "中药"]
-    cautions = {own["使用注意"].entity: own["使用注意"] for own in herbs if "使用注意" in own}
-    for name, fact in cautions.items():
+    known = {own["使用注意"].entity: own for own in herbs if "使用注意" in own}
+    for name, own in known.items():
+        fact = own["使用注意"]
         apart = re.findall("不宜与(.+?)同用", fact.text)
-        others = [*apart, *rng.sample([*cautions], len(apart))] * 3
+        free = [other for other in known if other != name and other not in fact.text]
+        others = [*apart, *rng.sample(free, len(apart))] * 3
         for i, other in enumerate(others):
             words = Words(talk, rng)
-            words |= {"a": name, "b": other}
-            clash = other in fact.text or name in cautions.get(other, fact).text
-            turn = words["together"], words["apart" if clash else "free"]
+            words |= {"a": name, "b": other, "told": answer([fact], own, rng)}
+            turn = words["together"], words["apart" if other in fact.text else "free"]
             yield f"with-{other}-{i}", [turn], [fact]
 
 

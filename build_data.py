@@ -41,8 +41,6 @@ from itertools import chain, count, cycle, islice
 from pathlib import Path
 from string import Template
 
-from tqdm import tqdm
-
 from generate import (
     DATA,
     conversation,
@@ -74,6 +72,8 @@ from model import (
     write_json_lines,
     write_text,
 )
+
+from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------
 # Facts: what is known of an entity

@@ -45,10 +45,6 @@ from pathlib import Path
 from urllib.parse import unquote
 from uuid import uuid4
 
-import torch
-from sentencepiece import SentencePieceProcessor
-from tqdm import tqdm
-
 from lora import adapter_base, load_adapter, lora_linears, merge, quantize, share_rows
 from model import (
     DATA,
@@ -74,6 +70,10 @@ from model import (
     write_hashes,
     write_json,
 )
+
+import torch
+from sentencepiece import SentencePieceProcessor
+from tqdm import tqdm
 
 PREFILL_CHUNK = 512  # tokens of a prompt in one forward
 

@@ -27,11 +27,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
-from torch import nn
-
 from model import (
     AMX,
     DATA,
@@ -65,6 +60,11 @@ from model import (
     write_chat_template,
     write_json,
 )
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # --------------------------------------------------------------------------------------------------

@@ -47,7 +47,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import MagicMock
+
+# Before what may be missing. Help needs no torch, whose import takes a second: a stand-in does.
+if {"-h", "--help"} & {*sys.argv} and Path(sys.argv[0]).resolve().parent == Path(__file__).parent:
+    for name in ("", ".distributed", ".nn", ".nn.functional", ".nn.utils", ".utils.checkpoint"):
+        sys.modules[f"torch{name}"] = MagicMock()
+    sys.modules["safetensors.torch"] = MagicMock()
+elif missing := [x for x in ("torch", "safetensors", "sentencepiece", "tqdm") if not find_spec(x)]:
+    print(f"error: no {', '.join(missing)}; pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 import torch
 import torch.distributed as dist

@@ -37,13 +37,6 @@ from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from safetensors.torch import save_file
-from torch.nn.utils import clip_grad_norm_, get_total_norm
-from tqdm import tqdm
-
 from generate import (
     DATA,
     Decoding,
@@ -105,6 +98,13 @@ from model import (
     write_json_lines,
     write_text,
 )
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------
 # Targets: which tokens the model is to predict

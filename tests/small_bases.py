@@ -5,6 +5,8 @@ pip install --no-deps dashscope==2.0.2 llama-models==0.3.0 (and tiktoken)."""
 import json
 import shutil
 
+import generate as G
+
 import numpy as np
 import test_bases
 import test_chatglm6b
@@ -16,8 +18,6 @@ from numpy_glm import CHATGLM3, random_chatglm3, write_bins
 from test_quantise import PAPER
 from test_tokenizers import LLAMA3, QWEN, real_vocabulary
 from transformers.convert_slow_tokenizer import TikTokenConverter
-
-import generate as G
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2}

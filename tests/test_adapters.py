@@ -5,14 +5,14 @@ import json
 import os
 import shutil
 
+import lora as L
+import model as M
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_checkpoints import IDS, hugging_face, write_meta
-
-import lora as L
-import model as M
 
 QV = ["q_proj", "v_proj"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

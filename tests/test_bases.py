@@ -6,6 +6,11 @@ import json
 import re
 import shutil
 
+import generate as G
+import lora as L
+import model as M
+import train as T
+
 import numpy as np
 import pytest
 import torch
@@ -18,11 +23,6 @@ from safetensors.torch import load_file, save_file
 from test_decoding import answer_all, theirs
 from test_export import command
 from test_speed import measured_bytes, small_run
-
-import generate as G
-import lora as L
-import model as M
-import train as T
 
 SHAPE = {
     "hidden_size": 64,

@@ -6,13 +6,13 @@ import re
 import sys
 from collections import Counter
 
-import pytest
-import torch
-from conftest import ROOT
-
 import build_data as D
 import generate as G
 import model as M
+
+import pytest
+import torch
+from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "data" / "tiny"))
 import make  # noqa: E402

@@ -14,14 +14,14 @@ import subprocess
 import sys
 import time
 
-import pytest
-from conftest import ROOT, plain_prompt
-from fake_openai import Running, Scripted
-
 import build_data as D
 import generate as G
 import model as M
 import train as T
+
+import pytest
+from conftest import ROOT, plain_prompt
+from fake_openai import Running, Scripted
 
 DATA = ROOT / "data"
 REAL = ROOT.parent / "shared" / "data"

@@ -14,13 +14,13 @@ import time
 import zlib
 from types import SimpleNamespace
 
-import pytest
-from fake_openai import Connection, Running, Scripted, Server, completion
-from scripted import listening
-
 import build_data as D
 import generate as G
 import model as M
+
+import pytest
+from fake_openai import Connection, Running, Scripted, Server, completion
+from scripted import listening
 
 KEY = "sk-planted-4711"
 

@@ -12,14 +12,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import RECORDS
-
 import generate as G
 import lora as L
 import model as M
 import train as T
+
+import pytest
+import torch
+from conftest import RECORDS
 
 
 def start(base, out, full=False, dtype=torch.float32, **settings):

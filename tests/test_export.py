@@ -8,6 +8,10 @@ import resource
 import shutil
 import sys
 
+import generate as G
+import lora as L
+import model as M
+
 import pytest
 import torch
 from peft import PeftModel
@@ -15,10 +19,6 @@ from safetensors.torch import load_file
 from test_adapters import peft_adapter
 from test_checkpoints import IDS, equal, hugging_face, meta_state, our_names, write_meta
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import generate as G
-import lora as L
-import model as M
 
 SHAPES = {
     "mha": {},

@@ -11,13 +11,13 @@ import time
 from collections import Counter
 from functools import partial
 
-import pytest
-from conftest import ROOT, run_command
-from fake_openai import Scripted
-
 import build_data as D
 import generate as G
 import model as M
+
+import pytest
+from conftest import ROOT, run_command
+from fake_openai import Scripted
 
 KNOWLEDGE = [row for _, row in G.read_records(ROOT / "data/knowledge.jsonl")]
 NAMES = [entity["中心词"] for entity in KNOWLEDGE]

@@ -9,16 +9,16 @@ import time
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import RECORDS, ROOT, run_command
-from safetensors.torch import load_file, save_file
-
 import build_data as D
 import generate as G
 import lora as L
 import model as M
 import train as T
+
+import pytest
+import torch
+from conftest import RECORDS, ROOT, run_command
+from safetensors.torch import load_file, save_file
 
 ESCAPE = "\x1b]0;owned\x07\x9b31m"  # sets a terminal's title, and its colour
 

@@ -3,12 +3,12 @@ figures; a bad one is named."""
 
 import json
 
+import generate as G
+import train as T
+
 import pytest
 from conftest import plain_prompt
 from test_train import BENTSAO
-
-import generate as G
-import train as T
 
 TURNS = [("肝癌怎么治？", "手术为主。"), ("有副作用吗？", "有，疼痛。"), ("怎么办？", "请就医。")]
 MESSAGES = [

@@ -3,6 +3,10 @@
 import copy
 import json
 
+import lora as L
+import model as M
+import train as T
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,10 +14,6 @@ from conftest import formula_weights, make_config
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel
 from test_model import to_transformers
-
-import lora as L
-import model as M
-import train as T
 
 
 def with_adapter(n_kv_heads=2, targets=("q_proj", "v_proj"), b=0.02):

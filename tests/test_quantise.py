@@ -4,16 +4,16 @@ against plain float32 code over the dequantised weights."""
 import copy
 import sys
 
+import generate as G
+import lora as L
+import model as M
+import train as T
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import formula_weights, make_config
-
-import generate as G
-import lora as L
-import model as M
-import train as T
 
 KINDS = list(L.QUANTISED)
 PAPER = np.array(  # QLoRA, appendix E

@@ -17,15 +17,15 @@ import sys
 import threading
 import time
 
+import build_data as D
+import generate as G
+import lora as L
+
 import openai
 import pytest
 import torch
 from conftest import ROOT, plain_prompt
 from test_client import options as client_options
-
-import build_data as D
-import generate as G
-import lora as L
 
 QUESTIONS = [
     "黄芪有什么功效？",

@@ -346,7 +346,7 @@ def grounding(right=1000, wrong=200):
             "input": "",
             "output": answer,
         }
-        reason = D.Sieve(names).reason(record, job)
+        reason = D.Sieve(names=names).reason(record, job)
         outcomes["right" if i < right else "wrong", bool(reason)] += 1
         if kind != "right":
             planted[kind, bool(reason)] += 1

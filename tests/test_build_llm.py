@@ -210,7 +210,7 @@ def test_fences_and_thoughts_are_let_pass():
 
 def test_sieve():
     """Each reason on a case of its own; the facts told are noted."""
-    sieve = D.Sieve(D.Names(ENTITIES))
+    sieve = D.Sieve(names=D.Names(ENTITIES))
     effects = ["补气升阳", "固表止汗"]
     fact = D.Fact("黄芪", "中药", "功效", "、".join(effects), effects)
     job = D.Job("key", "single", [{"content": f"- 黄芪的功效：{fact.text}"}], [fact])
@@ -1000,6 +1000,16 @@ def test_other_bad_inputs_are_one_line(tmp_path, monkeypatch, capfd):
         tmp_path / "s.jsonl",
     )
     assert "nowhere.jsonl" in one_line(monkeypatch, capfd, "stats", tmp_path / "nowhere.jsonl")
+    # A folder is refused before anything is paid for, and so is a folder without the form.
+    asked = ("literature", "--model", "m")
+    assert "new/" in one_line(monkeypatch, capfd, *asked, "--output", f"{tmp_path}/new/")
+    write(tmp_path / "bad" / "x.json", '{"prompt": ["a"]}')
+    asked += ("--output", tmp_path / "y.jsonl", "--prompts", tmp_path / "bad")
+    assert "no form literature" in one_line(monkeypatch, capfd, *asked)
+    monkeypatch.setenv("OPENAI_API_KEY", "换成自己的密钥")
+    assert "OPENAI_API_KEY" in one_line(
+        monkeypatch, capfd, "knowledge", "--model", "m", "--output", tmp_path / "z.jsonl"
+    )
     monkeypatch.delenv("OPENAI_API_KEY")
     assert "OPENAI_API_KEY" in one_line(
         monkeypatch, capfd, "knowledge", "--model", "m", "--output", tmp_path / "z.jsonl"
@@ -1011,6 +1021,7 @@ def test_other_bad_inputs_are_one_line(tmp_path, monkeypatch, capfd):
     "change, word",
     [
         ({"prompt": [1]}, "prompt"),
+        ({"prompt": "one text"}, "prompt"),
         ({"weight": "3"}, "weight"),
         ({"facts": "1"}, "facts (a number)"),
     ],
@@ -1042,6 +1053,9 @@ def test_a_bad_prompt_is_one_line(tmp_path, monkeypatch, capfd, change, word):
         {"疾病": {"治疗": {"questions": ["{e}"], "statements": []}}},
         {"疾病": {"治疗": {"questions": ["{e}{v}"], "statements": ["{e}"]}}},
         {"疾病": {"治疗": {"questions": "{", "statements": ["a"]}}},
+        {"疾病": {"治疗": {"questions": "{e}", "statements": ["a"]}}},
+        {"疾病": {"治疗": {"questions": ["a"], "statements": ["a"], "notes": ["x"]}}},
+        {"疾病": {"治疗": {"questions": ["a"], "statements": ["a"], "alerts": [{"text": "x"}]}}},
     ],
 )
 def test_bad_forms_are_one_line(tmp_path, monkeypatch, capfd, forms):

@@ -89,9 +89,7 @@ class LLaMAConfig:
     rope_theta: float = field(default=10000.0, metadata={"high": 1e12})
     rope_scaling: dict = None  # {"rope_type": "linear" or "llama3", "factor": ...}
     tie_word_embeddings: bool = False  # the head's weight is the embedding's
-    max_position_embeddings: int = (
-        2048  # the context it was trained with, as far as files say; not enforced
-    )
+    max_position_embeddings: int = 2048  # of its training, where files say; not enforced
     model_type: str = "llama"  # a key of NETWORKS; by it files name weights
     qkv_bias: bool = False  # queries, keys and values have a bias (Qwen2, GLM)
     qk_norm: bool = False  # each head's query and key is normed (Qwen3)

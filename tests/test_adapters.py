@@ -273,6 +273,17 @@ def test_a_second_adapter_is_refused(tmp_path, base):
         L.load_adapter(model, tmp_path)
 
 
+def test_what_a_killed_save_left_is_no_adapter(tmp_path, base):
+    peft_adapter(tmp_path / "a")
+    for name in ("safetensors.tmp1000", "safetensors.index.json", "bin.part"):
+        (tmp_path / f"a/adapter_model.{name}").write_bytes(b"half")
+    file = tmp_path / "a/adapter_model.safetensors"
+    L.load_adapter(M.load_model(base / "hf"), tmp_path / "a")
+    file.rename(tmp_path / "a/kept")
+    with pytest.raises(ValueError, match="adapter_model.safetensors"):
+        L.load_adapter(M.load_model(base / "hf"), tmp_path / "a")
+
+
 def test_a_save_is_read_back_before_it_replaces(tmp_path, base, monkeypatch):
     """Zero B everywhere: fine before training, an error after it. What is not finite and a write
     that loses a tensor are errors. Then the older adapter stays."""

@@ -202,7 +202,8 @@ def test_fences_and_thoughts_are_let_pass():
         '{"items": [{"instruction": " 甲 ", "output": "乙", "input": "丙", '
         '"messages": [{"role": "user", "content": "丁"}], "id": 3}]}'
     )
-    for content in (text, f"```json\n{text}\n```", f"<think>\n嗯\n</think>\n{text}"):
+    thought = f"嗯\n</think>\n{text}"  # as where the template opened the thoughts
+    for content in (text, f"```json\n{text}\n```", f"<think>\n{thought}", thought):
         assert D.parse_items(content, D.TASK) == [
             {"instruction": "甲", "output": "乙", "input": "丙"}
         ]

@@ -243,9 +243,11 @@ def test_refused_in_words(base):
     with pytest.raises(ValueError, match="base_dtype is 'bf16'"):
         L.quantize(model, "bf16")
     with pytest.raises(
-        ValueError, match=r"\(3, 5\) is no multiple of NF4's blocks of 64; use int8"
+        ValueError, match=r"\(3, 5\) is no multiple of NF4's blocks of 64 or of odd"
     ):
         L.NF4Linear(torch.ones(3, 5))
+    with pytest.raises(ValueError, match="odd"):
+        L.NF4Linear(torch.ones(64, 171))
     L.add_lora(L.quantize(model, "nf4"), L.LoRAConfig())
     with pytest.raises(ValueError, match="merge it into the base as it was before"):
         L.merge(model)

@@ -89,7 +89,7 @@ class Fact:
     relation: str
     text: str  # the values as one text
     values: list
-    form: dict = None  # {questions: texts with {e}, statements: texts with {e} and {v}}
+    form: dict = None  # as `read_forms` has it
 
     def statement(self, rng):
         return rng.choice(self.form["statements"]).format(e=self.entity, v=self.text)
@@ -953,6 +953,7 @@ class Replies(dict):
 def replies_beside(output, mark):
     """The file of the replies to an output. Raises ValueError if the output is another command's:
     it stands there without replies, or its records do not hold mark, as ours all do."""
+    # Where there are replies records may stand there, else nothing may.
     path = beside(output, ".replies.jsonl")
     check_own(output, *[f'"{mark}": '] * path.exists())
     return path
@@ -1434,8 +1435,16 @@ def are_texts(*values):
 
 
 def read_forms(path):
-    """The forms in a file like data/forms.json, {kind: {relation: {questions, statements}}}. Raises
-    ValueError for others."""
+    """The forms in a file like data/forms.json, {kind: {relation: form}}. A form has
+
+      questions   texts with {e}, the entity
+      statements  texts with {e} and {v}, the values
+      notes       if there: {mark: what is said besides where the values hold it}
+      then        if there: {relation: statements of the entity's values of that, said behind}
+      alerts      if there: [{mark, text, about}]: what is said of such an entity where `about`, or
+                  anything, is asked for
+
+    Raises ValueError for others."""
     forms = read_json_file(path)
     try:
         for relations in forms.values():

@@ -340,7 +340,7 @@ class Batch:
 
     def logits(self, fed, longest):
         """Logits (B, V) of fed (B, 3): each row's id, how many stand before it (<= longest), and
-        how many stood before its prompt's last."""
+        how many stood before its prompt's last: the prefix, in a network that has one."""
         ids, lengths, prefix = fed.split(1, dim=1)
         cache = self.cache.rows(0, lengths[:, 0], longest, prefix)
         return self.model(ids, cache)[:, -1]

@@ -157,6 +157,7 @@ def rope_table(positions, config):
 
 def rotation(angle):
     """(cos, sin) of angles (..., T, D/2), as `apply_rope` takes them: (..., T, 1, D)."""
+    # A cosine is even and a sine odd: the minus turns the sign of the first half's sine alone.
     both = torch.cat((-angle, angle), -1).unsqueeze(-2)
     return both.cos(), both.sin()
 
@@ -369,7 +370,8 @@ class KVCache(Context):
     def attend(self, layer, q, k, v):
         """Write k and v behind what their rows hold; attention of q over all of it."""
         kv = self.kv[layer]
-        kv[:, self.row, :, self.at] = torch.stack((k, v), 2)  # (B, T, 2, K, D)
+        # Of a slice between two index tensors theirs come first: (B, T, 2, K, D).
+        kv[:, self.row, :, self.at] = torch.stack((k, v), 2)
         return attention(q, *kv[:, :, :, : self.longest].transpose(2, 3), self.mask)
 
 
@@ -388,7 +390,7 @@ class PackedRows(Context):
       stream   a b c d x          position of each in its row   0 1 2 3 2
       index    0 1 2 3            of row 1 in the stream
                0 1 4 0            of row 2; nothing sees the padding behind it
-      back     0 1 2 3 6          where each of the stream stands in the rows end to end
+      back     0 1 2 3 6          where each of the stream stands in the rows, padded to 4 each
 
     With prefixes, a number for each row, these see themselves (a GLM); nothing is shared then."""
 
@@ -886,7 +888,8 @@ class Checkpoint:
         """The axis along which a weight of this shape is cut. Raises ValueError for one that is
         missing, of another shape, or no floating-point numbers."""
         n, wanted = self.slices, f"{shape} in {self.slices} file(s)"
-        # {shape of a part: axis}
+        # {shape of a part: axis}; a size that n does not divide is no part's. Whole comes last,
+        # since it is the one that counts where n is 1.
         axes = {(*shape[:i], size / n, *shape[i + 1 :]): i for i, size in enumerate(shape)}
         axes[shape] = None
         for part in parts:

@@ -118,7 +118,7 @@ class Row:
 
     ids: list
     mask: list
-    record: dict = field(default_factory=dict)  # where that stands is its `record`: file:number
+    record: dict = field(default_factory=dict)  # made from it; its `record` says file and number
 
     def __len__(self):
         return len(self.ids)
@@ -168,7 +168,8 @@ def micro_batches(rows, size, budget, shares=1):
     like length pad little, and the sum over a step is the same however it is cut."""
     batches = [[]]
     for row in sorted(rows, key=len):
-        # The rows come in order of length, so this one's is the longest: the width of all.
+        # The rows come in order of length, so this one's is the longest: the width of all. With it
+        # the fullest share has count // shares + 1 of them.
         count = len(batches[-1])
         if count and (count == size * shares or (count // shares + 1) * len(row) > budget):
             batches.append([])
@@ -456,8 +457,8 @@ class Run:
         self.limits = Limits(config.micro_batch_tokens)
         # The step that is being made, counted from 1; one record for each that is done.
         self.step, self.history = 0, []
-        # May the log be appended to, or does it stand for an older run?
-        self.wandb, self.live = None, False
+        # May the log be appended to, or is it an older run's?
+        self.wandb, self.owns_log = None, False
         self.start = self.find_start()
         self.finished = self.start == self.folder
         if self.start:
@@ -523,10 +524,10 @@ class Run:
         if self.writes:
             if newest(self.folder) != self.found:
                 raise ValueError(f"{self.folder} was written meanwhile; start again")
-            self.live = self.start or not self.found
+            self.owns_log = self.start or not self.found
             # The log may be ahead of the checkpoint: the steps between are made again. That of an
             # older run goes with the first checkpoint of this one.
-            if self.live:
+            if self.owns_log:
                 write_json_lines(self.folder / "log.jsonl", self.history)
             if self.config.wandb_project:
                 self.wandb = import_module("wandb").init(
@@ -570,7 +571,7 @@ class Run:
             f"loss={record['loss']:.4g}, tokens_per_second={record['tokens_per_second']:.4g}"
         )
         # Opened anew for each line: what is in the file survives a kill.
-        if self.live:
+        if self.owns_log:
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if self.wandb:
@@ -609,9 +610,9 @@ class Run:
         saved = checkpoints(self.folder)
         past = [step for step in saved if step <= self.step]
         kept = {self.best_step(), *past[-self.config.save_total_limit :]}  # [-0:] is all
-        if not self.live:  # those that stand there are of the run that this one replaces
+        if not self.owns_log:  # those that stand there are of the run that this one replaces
             write_json_lines(self.folder / "log.jsonl", self.history)
-            self.live, kept = True, {self.step}
+            self.owns_log, kept = True, {self.step}
         for step in saved.keys() - kept:
             discard(saved[step])
 

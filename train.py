@@ -168,8 +168,7 @@ def micro_batches(rows, size, budget, shares=1):
     like length pad little, and the sum over a step is the same however it is cut."""
     batches = [[]]
     for row in sorted(rows, key=len):
-        # The rows come in order of length, so this one's is the longest: the width of all. With it
-        # the fullest share has count // shares + 1 of them.
+        # This row is the longest, the width of all; the fullest share would have one more.
         count = len(batches[-1])
         if count and (count == size * shares or (count // shares + 1) * len(row) > budget):
             batches.append([])

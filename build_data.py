@@ -17,11 +17,12 @@ What this file teaches: how a base of facts becomes records to tune a model with
   split      by entity, so that no question about a held-out entity is seen in training
   offline    a fact, a question form and a statement form (data/forms.json) make a record
   by an LLM  facts and a prompt (data/prompts) make a job; the LLM writes several records; a record
-             is kept if it states its facts, names nothing beside them and repeats no other
+             is kept if it states its facts, names no other entity and repeats no other record
 
-A record that an LLM wrote also holds {form, prompt_hash, model, params, usage, time, score}. Beside
-x.jsonl stand x.replies.jsonl, every reply that was paid for, and x.rejected.jsonl, the records that
-were not kept, with the reason. Both files of records follow from the replies alone and are written
+A record that an LLM wrote also holds {form, prompt_hash, model, params, usage, time}, and how it
+was judged: {score, strangers} by its facts, {rouge_l, like} beside other tasks. Beside x.jsonl
+stand x.replies.jsonl, every reply that was paid for, and x.rejected.jsonl, the records that were
+not kept, with the reason. Both files of records follow from the replies alone and are written
 anew at the end of each run, so a run that was stopped goes on where it ended.
 """
 
@@ -40,8 +41,6 @@ from html import escape
 from itertools import chain, count, cycle, islice
 from pathlib import Path
 from string import Template
-
-from tqdm import tqdm
 
 from generate import (
     DATA,
@@ -75,6 +74,8 @@ from model import (
     write_text,
 )
 
+from tqdm import tqdm
+
 # --------------------------------------------------------------------------------------------------
 # Facts: what is known of an entity
 
@@ -88,7 +89,7 @@ class Fact:
     relation: str
     text: str  # the values as one text
     values: list
-    form: dict = None  # {questions: texts with {e}, statements: texts with {e} and {v}}
+    form: dict = None  # as `read_forms` has it
 
     def statement(self, rng):
         return rng.choice(self.form["statements"]).format(e=self.entity, v=self.text)
@@ -140,7 +141,8 @@ def split_entities(entities, share, seed):
     kinds = kinds_of(entities)
     # A name stands once in all names: in itself. One that is part of another (四逆汤, 当归四逆汤)
     # is not held out: training would see it in the questions about that other one.
-    free = [name for name in kinds if sum(name in other for other in kinds) == 1]
+    names = "\n".join(kinds)
+    free = [name for name in kinds if names.count(name) == 1]
     held_out = set()
     for kind, number in Counter(kinds.values()).items():
         own = [name for name in free if kinds[name] == kind]
@@ -266,7 +268,7 @@ def read_replies(args, jobs, client):
         client.ask(dict(repairs(args, part, client.replies)))
         read += [(job, record) for job in part for record in read_reply(job, client)]
         faults = {record.get("reason") for _, record in read}
-        if len(faults) == 1 and None not in faults:
+        if len(faults) == 1 and None not in faults and len(read) == len(part):
             break
     return read
 
@@ -333,7 +335,7 @@ def parse_items(content, fields):
     unless it is {"items": [...]} with texts. A code fence or a reasoning model's thoughts around it
     are cut off; a missing input is empty."""
     # Some models put thoughts before the JSON or a fence around it, though told not to.
-    thoughts, fence = r"(?:<think>.*?</think>)?", r"(?:```(?:json)?\n)?(.*?)(?:\n```)?"
+    thoughts, fence = r"(?:.*?</think>)?", r"(?:```(?:json)?\n)?(.*?)(?:\n```)?"
     text = re.fullmatch(rf"(?s)\s*{thoughts}\s*{fence}\s*", content)[1]
     if not text:
         raise ValueError("empty")
@@ -355,13 +357,14 @@ def parse_items(content, fields):
 class Sieve:
     """Finds the reason to reject a record, in its text and in what was kept before.
 
-    names: the `Names` that a record may use only where its prompt holds them. seeds: instructions
-    that new ones must differ from (self-instruct)."""
+    sources: the files that records are made from. names: the `Names` that a record may use only
+    where its prompt holds them. seeds: instructions that new ones must differ from
+    (self-instruct)."""
 
     mark = "prompt_hash"  # what each line that it writes holds
 
-    def __init__(self, names=None, seeds=()):
-        self.names = names
+    def __init__(self, *sources, names=None, seeds=()):
+        self.sources, self.names = sources, names
         self.exact = set()
         self.grams, self.tasks = TokenIndex(), TokenIndex()
         for seed in seeds:
@@ -408,7 +411,7 @@ class Sieve:
             return "names what its facts do not"
 
     def repeated(self, record):
-        """Whether it is like a record kept before: the same text; about the same entity, with
+        """How it is like a record kept before, if it is: the same text; about the same entity, with
         mostly the same 4-grams; a task of mostly the same words. If not, it counts as kept."""
         text, entity = text_of(record), record.get("entity")
         # The 4-grams, each with the entity: records of two entities have none in common.
@@ -428,7 +431,7 @@ class Sieve:
         self.grams.add(grams, text)
 
     def write(self, args, kept):
-        write_lines(args.output, kept, args.knowledge)
+        write_lines(args.output, kept, *self.sources)
         if kept:
             Stats(args.knowledge, html=beside(args.output, ".html")).run(args.output)
 
@@ -585,7 +588,7 @@ def read_prompts(folder):
     prompts = {path.stem: read_json_file(path) for path in sorted(Path(folder).glob("*.json"))}
     for name, form in prompts.items():
         try:
-            form["prompt"] = "\n".join(form["prompt"])
+            form["prompt"] = "\n".join([] + form["prompt"])
             # Each access fails, as it should, where something is missing or of another type.
             if form.setdefault("weight", 0) > 0:
                 form["kinds"], form["relations"], range(form["facts"])
@@ -605,13 +608,16 @@ def set_weights(prompts, mix):
         form["weight"] = 0
     for part in mix.split(","):
         name, _, weight = part.partition("=")
-        if "kinds" not in prompts.get(name, {}) or not weight.isdecimal():
-            raise ValueError(f"mix {mix!r}, wanted name=weight,... of {' '.join(prompts)}")
+        known = [name for name in prompts if "kinds" in prompts[name]]
+        if name not in known or not weight.isdecimal():
+            raise ValueError(f"mix {mix!r}, wanted name=weight,... of {' '.join(known)}")
         prompts[name]["weight"] = int(weight)
 
 
 def make_job(args, prompts, form, item, facts=(), **texts):
     """The job that asks for an item by a form, with facts and other texts in their places."""
+    if form not in prompts:
+        raise ValueError(f"{args.prompts} has no form {form}; there are {' '.join(prompts)}")
     listed = "\n".join(f"- {fact.entity}的{fact.relation}：{fact.text}" for fact in facts)
     user = Template(prompts[form]["prompt"]).safe_substitute(texts, facts=listed)
     system = message("system", read_text(f"{args.prompts}/system.txt"))
@@ -680,7 +686,7 @@ def knowledge_jobs(args, entities, forms, prompts):
         pool = [
             name
             for name, own in sampler.facts.items()
-            if form["weight"]
+            if form["weight"] > 0
             and any(fact.kind in form["kinds"] for fact in own.values())
             and own.keys() >= {*form["relations"]}
             and ("share" not in form or sampler.partners(name, form["share"]))
@@ -783,7 +789,7 @@ def labelled_triple(item):
     if isinstance(item, dict):
         item = item["subject"], item["predicate"], item["object"]["@value"]
     head, relation, tail = item
-    return head, relation, tail
+    return "" + head, "" + relation, "" + tail
 
 
 def extract_jobs(args, texts, schema):
@@ -863,7 +869,8 @@ class TripleSieve:
         write_lines(args.output, rows, args.texts)
         doubts = conflicts(triples)
         write_lines(beside(args.output, ".conflicts.jsonl"), doubts)
-        print(*doubts, sep="\n")
+        for doubt in doubts:
+            print(doubt)
         found = {tuple(map(record.get, ("source", *TRIPLE))) for record in kept}
         print_scores(found, self.labelled)
 
@@ -946,6 +953,7 @@ class Replies(dict):
 def replies_beside(output, mark):
     """The file of the replies to an output. Raises ValueError if the output is another command's:
     it stands there without replies, or its records do not hold mark, as ours all do."""
+    # Where there are replies records may stand there, else nothing may.
     path = beside(output, ".replies.jsonl")
     check_own(output, *[f'"{mark}": '] * path.exists())
     return path
@@ -1046,17 +1054,19 @@ class Client:
 
         ask_all = self.batched if self.batch else self.online
         try:
+            api = AsyncOpenAI(
+                base_url=self.base_url or None,
+                timeout=self.timeout,
+                # Online each further try is made and counted by `send`.
+                max_retries=self.retries if self.batch else 0,
+                default_headers={"Accept-Encoding": "identity"},
+                http_client=DefaultAsyncHttpxClient(event_hooks={"response": [self.bound_size]}),
+            )
+        except Exception as error:  # an address or a proxy that is none raises all kinds
+            raise ValueError(f"--base_url, or a proxy in the environment: {error}") from None
+        try:
             with stop_signals(interrupt), tqdm(total=len(todo), unit="reply") as self.bar:
-                async with AsyncOpenAI(
-                    base_url=self.base_url or None,
-                    timeout=self.timeout,
-                    # Online each further try is made and counted by `send`.
-                    max_retries=self.retries if self.batch else 0,
-                    default_headers={"Accept-Encoding": "identity"},
-                    http_client=DefaultAsyncHttpxClient(
-                        event_hooks={"response": [self.bound_size]}
-                    ),
-                ) as self.api:
+                async with api as self.api:
                     await ask_all(todo)
         except (OpenAIError, LookupError, TypeError, AttributeError) as error:
             # `send` sees to its own: this one comes from the Batch API, or what it was given by it.
@@ -1235,7 +1245,7 @@ class Client:
         try:
             self.check_caps(len(prompts), self.cost(self.bound(prompts.values()), self.batch))
         except Stopped as cap:
-            self.stop = ValueError(f"{cap} by the batch, which is sent whole; lower --count")
+            self.stop = ValueError(f"{cap} by the batch, which is sent whole")
             return
         requests = (
             {
@@ -1249,6 +1259,7 @@ class Client:
         content = "\n".join(map(to_json, requests)).encode()
         file = await self.api.files.create(file=("requests.jsonl", content), purpose="batch")
         write_json(self.note, {"file": file.id, "batch": None, "params": self.params})
+        self.requests += len(prompts)
 
     async def collect(self):
         """Look once at the batch of the file noted, which is made if there is none: store its
@@ -1424,14 +1435,25 @@ def are_texts(*values):
 
 
 def read_forms(path):
-    """The forms in a file like data/forms.json, {kind: {relation: {questions, statements}}}. Raises
-    ValueError for others."""
+    """The forms in a file like data/forms.json, {kind: {relation: form}}. A form has
+
+      questions   texts with {e}, the entity
+      statements  texts with {e} and {v}, the values
+      notes       if there: {mark: what is said besides where the values hold it}
+      then        if there: {relation: statements of the entity's values of that, said behind}
+      alerts      if there: [{mark, text, about}]: what is said of such an entity where `about`, or
+                  anything, is asked for
+
+    Raises ValueError for others."""
     forms = read_json_file(path)
     try:
         for relations in forms.values():
             for form in relations.values():
-                "".join(form["questions"]).format(e="")
+                # Each access fails, as it should, where something is of another type or missing.
+                "".join([] + form["questions"]).format(e="")
                 "".join([form["statements"][0], *form["statements"]]).format(e="", v="")
+                "".join(text for pair in form.get("notes", {}).items() for text in pair)
+                "".join(rule["mark"] + rule["text"] for rule in form.get("alerts", []))
     except MISSHAPED:
         raise ValueError(f"{path} holds no forms; wanted them as in data/forms.json") from None
     return forms
@@ -1443,7 +1465,8 @@ def write_lines(path, records, *sources):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_json_lines(path, records)
     if sources:
-        write_hashes(f"{path}.hashes.json", [path, *sources])
+        # Standard input, say, is no file.
+        write_hashes(f"{path}.hashes.json", [path, *filter(os.path.isfile, sources)])
     print(f"{path}: {len(records):,} records")
 
 
@@ -1618,8 +1641,13 @@ class Api:
             raise ValueError("--model and --output must be given")
         if self.max_cost and not (self.price_in and self.price_out):
             raise ValueError("max_cost wants the prices of the model: --price_in and --price_out")
-        if not self.dry_run and not os.environ.get("OPENAI_API_KEY"):
-            raise ValueError("OPENAI_API_KEY is not set; export it (for a local server any text)")
+        if self.output.endswith("/"):
+            raise ValueError(f"output {self.output} is a folder, wanted a file")
+        key = os.environ.get("OPENAI_API_KEY")
+        if not self.dry_run and not (key and key.isascii()):
+            raise ValueError(
+                "OPENAI_API_KEY is not set, or no key; export it (for a local server any text)"
+            )
 
 
 @dataclass
@@ -1640,7 +1668,7 @@ class Offline(Source):
 
     forms: str = f"{DATA}/forms.json"  # questions and statements by relation
     output_dir: str = str(DATA)  # folder for train.jsonl and heldout.jsonl
-    heldout: float = setting(0.1, high=0.99)  # share of the entities held out
+    heldout: float = setting(0.1, 0, 0.99)  # share of the entities held out
     questions: int = 2  # question forms per fact (held out: 1)
 
     def run(self):
@@ -1679,7 +1707,7 @@ class Knowledge(Asked):
             set_weights(prompts, self.mix)
         entities = read_knowledge(self.knowledge)
         jobs = knowledge_jobs(self, entities, read_forms(self.forms), prompts)
-        build(self, jobs, Sieve(Names(entities)))
+        build(self, jobs, Sieve(self.knowledge, names=Names(entities)))
 
 
 @dataclass
@@ -1690,7 +1718,8 @@ class Literature(Asked):
 
     def run(self):
         jobs = literature_jobs(self, read_prompts(self.prompts))
-        build(self, jobs, Sieve(Names(read_knowledge(self.knowledge))))
+        names = Names(read_knowledge(self.knowledge))
+        build(self, jobs, Sieve(self.literature, self.knowledge, names=names))
 
 
 @dataclass
@@ -1702,7 +1731,8 @@ class SelfInstruct(Asked):
     def run(self):
         seeds = read_instructions(self.seed_tasks, answers=True)
         jobs = self_instruct_jobs(self, read_prompts(self.prompts), seeds)
-        build(self, jobs, Sieve(seeds=[seed["instruction"] for seed in seeds]))
+        texts = [seed["instruction"] for seed in seeds]
+        build(self, jobs, Sieve(self.seed_tasks, seeds=texts))
 
 
 @dataclass
@@ -1720,12 +1750,14 @@ class Extract(Api):
     def __post_init__(self):
         if self.records:
             self.dry_run = True
-        if not self.texts:
-            raise ValueError("--texts must be given")
+        if not self.texts or self.records and not self.output:
+            raise ValueError("--texts must be given, with --records also --output")
         super().__post_init__()
 
     def run(self):
         schema, texts = read_json_file(self.schema), list(read_texts(self.texts))
+        if not all(isinstance(r, list | dict) and r and are_texts(*r) for r in schema.values()):
+            raise ValueError(f"{self.schema} wants the names of relations for each kind")
         jobs = extract_jobs(self, texts, schema)
         if not self.records:
             labelled = {(text.relation, *triple) for text in texts for triple in text.values}

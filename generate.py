@@ -13,8 +13,9 @@ What this file teaches, in this order:
   batch       Request, Row, Batch: many answers, an id each a step, in one KV cache
   one answer  generate_ids: the ids that follow a prompt
 
-Below the lesson stand beams, rows of the base, the compiled step, texts as they grow, tokenizers of
-other bases, templates, records, models, answers to a file, chat, server, and the commands.
+Below the lesson stand beams, log-probabilities, rows of the base, the compiled step, texts as they
+grow, tokenizers of other bases, templates, records, models, answers to a file, chat, server, and
+the commands.
 
 Letters: B rows of the batch, V vocabulary size, n beams. Logits, and all that is made of them, are
 float32. Answers go to stdout, everything else to stderr.
@@ -45,10 +46,6 @@ from pathlib import Path
 from urllib.parse import unquote
 from uuid import uuid4
 
-import torch
-from sentencepiece import SentencePieceProcessor
-from tqdm import tqdm
-
 from lora import adapter_base, load_adapter, lora_linears, merge, quantize, share_rows
 from model import (
     DATA,
@@ -74,6 +71,10 @@ from model import (
     write_hashes,
     write_json,
 )
+
+import torch
+from sentencepiece import SentencePieceProcessor
+from tqdm import tqdm
 
 PREFILL_CHUNK = 512  # tokens of a prompt in one forward
 
@@ -129,7 +130,8 @@ def render_prompt(tokenizer, template, messages, several=False):
 @dataclass(frozen=True)
 class Decoding:
     """How an answer is chosen, by the command line or a client. Names and meanings are
-    transformers'; greedy by default, as BenTsao's beams in effect are. Raises ValueError."""
+    transformers', those of n, seed and stop OpenAI's; greedy by default, as BenTsao's beams in
+    effect are. Raises ValueError."""
 
     # how an answer is chosen
 
@@ -159,8 +161,11 @@ class Decoding:
 
     def each(self):
         """The Decoding of each of n answers."""
-        seed = self.seed
-        return [replace(self, n=1, seed=seed if seed is None else seed + i) for i in range(self.n)]
+        last = 2**63 - 1  # no seed is greater
+        seeds = [
+            self.seed if self.seed is None else min(self.seed + i, last) for i in range(self.n)
+        ]
+        return [replace(self, n=1, seed=seed) for seed in seeds]
 
 
 def penalise(logits, ids, decoding):
@@ -258,7 +263,7 @@ class Batch:
             self.cache = model.new_cache(size, positions)
         except RuntimeError:
             text = f"{size} rows of {positions} tokens do not fit into memory"
-            raise ValueError(f"{text}; lower batch_size or max_new_tokens") from None
+            raise ValueError(f"{text}; lower batch_size, context or max_new_tokens") from None
         self.forward = compile_step(self) if compile else self.logits
 
     def submit(self, request):
@@ -335,7 +340,7 @@ class Batch:
 
     def logits(self, fed, longest):
         """Logits (B, V) of fed (B, 3): each row's id, how many stand before it (<= longest), and
-        how many stood before its prompt's last."""
+        how many stood before its prompt's last: the prefix, in a network that has one."""
         ids, lengths, prefix = fed.split(1, dim=1)
         cache = self.cache.rows(0, lengths[:, 0], longest, prefix)
         return self.model(ids, cache)[:, -1]
@@ -344,9 +349,11 @@ class Batch:
         """The next id of each row, B of them, from logits (B, V)."""
         chosen = logits.argmax(-1)
         for i, row in enumerate(self.rows):
-            # Only rows that sample, or whose logits change, need a look of their own.
+            # Only rows that sample, or whose logits change, need a look of their own; beams choose
+            # for themselves.
             d = row.request.decoding
-            if d.temperature or d.repetition_penalty != 1 or d.no_repeat_ngram_size:
+            changed = d.temperature or d.repetition_penalty != 1 or d.no_repeat_ngram_size
+            if changed and d.num_beams == 1:
                 chosen[i] = sample(penalise(logits[i], row.ids, d), d, row.request.generator)
         return chosen.tolist()  # the one wait for the device
 
@@ -444,7 +451,9 @@ def show_logprobs(tokenizer, request, top, chat):
 
     def token(id, logprob):
         text = tokenizer.answer_pieces.decode([id] * (id in tokenizer.texts))
-        return {"token": text, "logprob": logprob, "bytes": [*text.encode()]}
+        # A byte of a character that several tokens spell is no text.
+        spelt = None if "\ufffd" in text else [*text.encode()]
+        return {"token": text, "logprob": logprob, "bytes": spelt}
 
     if top is None:
         return None
@@ -800,8 +809,7 @@ class ChatGLM6BTokenizer(Tokenizer):
         text = re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text)
         return super().encode(text, bos, eos)
 
-    def encode_answer(self, text):
-        return self.encode(text)
+    encode_answer = encode
 
     def decode(self, ids):
         text = super().decode(ids).replace("<n>", "\n").replace("<|tab|>", "\t")
@@ -960,7 +968,7 @@ def render(template, messages, several=False):
     fields["instruction"] = fields["turns"] + last
     prompt, block = fill("prompt"), fill("thoughts")
 
-    # Thoughts are learnt. That there are none belongs to the prompt, and is not.
+    # Thoughts are a target. An empty block, which says that there are none, is part of the prompt.
     if block:
         fields["assistant"] = text.lstrip("\n")
     answer = fill("last") * answered
@@ -1109,28 +1117,26 @@ def read_records(path, names=()):
 
 def rows_of(path, text, names):
     """Yield (place, row) of a file's text. Raises ValueError naming the place."""
-    in_array = re.match(r'\s*(\[|\{[^{}]*"data"\s*:\s*\[\s*\{)', text)
+    in_array = re.match(r'\s*(\[(?=\s*[][{"])|\{[^{}]*"data"\s*:\s*\[\s*\{)', text)
     is_json = text.lstrip()[:1] in ("", "{")
     # `where` says how far reading has come, for the error below.
     where = "as an array"
     try:
         if in_array:
             array = json.loads(text)
-            yield from number("record", array if in_array[1] == "[" else array["data"])
+            for i, row in enumerate(array if in_array[1] == "[" else array["data"], 1):
+                yield f"record {i}", row
         elif not is_json and (names or path.suffix in (".csv", ".tsv")):
             where = "as a table"
             yield from table_rows(text, names)
         else:
             read = json.loads if is_json or path.suffix in (".json", ".jsonl") else str.strip
-            for where, line in number("line", text.split("\n")):
+            for i, line in enumerate(text.split("\n"), 1):
+                where = f"line {i}"
                 if line.strip():
                     yield where, read(line)
     except (ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path} {where} is not JSON or CSV: {error}") from None
-
-
-def number(kind, rows):
-    return ((f"{kind} {i}", row) for i, row in enumerate(rows, 1))
 
 
 def table_rows(text, names):
@@ -1140,10 +1146,13 @@ def table_rows(text, names):
     [header] = csv.reader([first], delimiter=mark)
     columns = None if our_keys(dict.fromkeys(header)).keys() >= {*names} else names
     table = csv.DictReader(StringIO(text), columns, delimiter=mark, strict=True)
-    for row in table:
-        if None in row:
-            raise ValueError(f"line {table.line_num}: too many cells; quote what has a comma in it")
-        yield f"line {table.line_num}", row
+    try:
+        for row in table:
+            if None in row:
+                raise csv.Error("too many cells; quote what has a comma in it")
+            yield f"line {table.line_num}", row
+    except csv.Error as error:
+        raise ValueError(f"line {table.reader.line_num}: {error}") from None
 
 
 # OpenAI's roles and ShareGPT's
@@ -1172,7 +1181,7 @@ def read_chat(messages):
                     raise ValueError(f"{part['type']} in a message; this model reads text alone")
             text = "\n".join(part["text"] for part in text)
         if m.get("reasoning_content"):
-            text = f"<think>\n{m['reasoning_content']}\n</think>\n\n{text}"
+            text = f"<think>\n{m['reasoning_content']}\n</think>\n\n{text or ''}"
         found.append({"role": role, "content": text})
     if found[-1] == {"role": "assistant", "content": None}:
         found.pop()
@@ -1198,6 +1207,9 @@ def read_messages(row):
             said = zip(cycle(("user", "assistant")), texts)
             messages = [{"role": role, "content": text} for role, text in said]
         messages = read_chat(messages)
+        # LLaMA-Factory's system text stands beside the turns.
+        if ours.get("system") and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": "" + ours["system"]})
         if ours.get("input"):
             asked(messages)[-1]["input"] = "" + ours["input"]
     except Exception as error:  # values of other kinds make Python raise nearly all there are
@@ -1534,19 +1546,19 @@ class Server:
 
     limit = 64  # requests that may wait
     seconds = 10  # for a client to send a request, and to read what was sent
-    patience = 512  # later connections, too, end the time for a request
+    patience = 512  # so many newer connections close one that has sent no whole request
     stopping = ()  # the signals that want it to end
     pending = None  # the step that runs, or ran last
 
     def __post_init__(self):
         options = self.options
         # What clients leave open.
-        self.defaults = {f.name: getattr(options, f.name) for f in fields(Decoding)}
+        self.defaults = Body(**{f.name: getattr(options, f.name) for f in fields(Decoding)})
         # Open as long as the server is; lines are flushed as they end.
         self.ratings = options.ratings and open(options.ratings, "a", 1, "utf-8")  # noqa: SIM115
         # Only this worker touches the model.
         self.worker = ThreadPoolExecutor(1)
-        self.large = asyncio.Lock()  # of whom reads a large body's text
+        self.large = asyncio.Lock()  # held while a large body is parsed
         self.latest = []  # Exchanges
         self.answering = set()  # the Exchanges with a whole request
         self.asked = set()  # the Requests that wait or have rows
@@ -1566,7 +1578,7 @@ class Server:
             "object": "model",
             "created": 0,
             "owned_by": "local",
-            "defaults": self.defaults,
+            "defaults": vars(self.defaults),
             "about": self.about,
             # Is it used to turns before a question? The page then sends them, as a chat does.
             "memory": self.options.single_or_multi == "multi",
@@ -1590,7 +1602,7 @@ class Server:
             top = sent.pop("top_logprobs", 0)
             sent["logprobs"] = top if sent["logprobs"] else None
         # One field at a time, so that the refusal names it.
-        body = Body(**self.defaults)
+        body = self.defaults
         for name, value in sent.items():
             try:
                 if name in FIELDS:
@@ -1840,7 +1852,7 @@ class Exchange:
         """Raise Refused for another method, a wrong key, or a page of another site: a browser lets
         any page send to localhost and, under a name that leads there (DNS rebinding), read the
         answer."""
-        if self.command not in METHODS[path]:
+        if self.command not in METHODS[path].split(", "):
             raise Refused(f"{path} takes {METHODS[path]}", 405, Allow=METHODS[path])
         # A page of another site says so in Origin; under a name of its own, in Host.
         host, origin = self.header("host").lower(), self.header("origin").lower()
@@ -1852,7 +1864,7 @@ class Exchange:
                 "wants --api_key",
                 403,
             )
-        if origin and {origin, "*"} & {*options.allow_origin}:
+        if origin and {origin, "*"} & {*map(str.lower, options.allow_origin)}:
             self.shared = HEADERS | {
                 "Access-Control-Allow-Origin": origin,
                 "Access-Control-Allow-Headers": "*, Authorization",
@@ -1900,7 +1912,8 @@ class Exchange:
 
     async def read_rest(self):
         """Throw away what comes behind a request. Where it ends the client sends no more, or has
-        left: then the first letters of the response meet a reset."""
+        left. To tell, the response's first letters, which are always the same, are sent one at a
+        time: a client that has left answers them with a reset."""
         with suppress(OSError, Refused):
             while await self.reader.read(MAX_HEAD):
                 pass
@@ -2186,7 +2199,7 @@ def main():
         more = (options.output, options.batch_size, options.compile)
         answer_file(model, tokenizer, template, questions, options, *more)
         # Answers are traced back to the adapter that gave them.
-        if options.output and adapter:
+        if adapter and Path(options.output).is_file():  # a pipe has no hash
             made = [options.output, *filter(Path.is_file, find_base(adapter).iterdir())]
             write_hashes(f"{options.output}.hashes.json", made)
     elif way == "serve":

@@ -27,11 +27,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
-from torch import nn
-
 from model import (
     AMX,
     DATA,
@@ -56,7 +51,6 @@ from model import (
     processes,
     read_json_file,
     run,
-    save_hf,
     setting,
     stored_name,
     stored_rows,
@@ -65,6 +59,11 @@ from model import (
     write_chat_template,
     write_json,
 )
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # --------------------------------------------------------------------------------------------------
@@ -98,7 +97,7 @@ class LoRALinear(nn.Module):
 
     W0 (O, I) is frozen, as the base stores it. A (r, I) and B (O, r) are trained, in float32. B
     starts at zero, so h starts at W0 x. `share` scales the update once more, with a tensor
-    (B, 1, 1) row by row: a row whose share is 0 is the base's."""
+    (rows, 1, 1) row by row: a row whose share is 0 is the base's."""
 
     def __init__(self, base, config):
         super().__init__()
@@ -129,7 +128,8 @@ def lora_linears(model):
 
 def add_lora(model, config):
     """Freeze the model and wrap the target linears of every block; return how many. Only A and B
-    are trainable afterwards. Raises ValueError if the model has an adapter already."""
+    are trainable afterwards. Raises ValueError if the model has an adapter already, or no linear of
+    these names."""
     refuse_adapter(model)
     model.requires_grad_(False)
     for name, linear in linears(model).items():
@@ -138,7 +138,9 @@ def add_lora(model, config):
         if config.r > min(linear.in_features, linear.out_features):
             raise ValueError(f"r {config.r} is above the smaller side of {name}: lower it")
         model.set_submodule(name, LoRALinear(linear, config))
-    return len(lora_linears(model))
+    if not (count := len(lora_linears(model))):
+        raise ValueError(f"no linear of this base is one of the targets {config.targets}")
+    return count
 
 
 def refuse_adapter(model):
@@ -251,7 +253,7 @@ class Int8Linear(QuantisedLinear):
 
 def integer_product(x, codes, scale):
     """Few rows x (R, I) times int8 codes (O, I), in integers: each row is high + low / 254 of its
-    greatest value / 127, two int8 numbers that hold it finer than bf16; sums in int32 are exact."""
+    greatest value / 127, two int8 numbers: to 1/64,000 of that value; sums in int32 are exact."""
     unit = x.abs().amax(1, keepdim=True).float().clamp_min(1e-30) / 127  # (R, 1)
     scaled = x.float() / unit
     high = scaled.round()
@@ -285,13 +287,14 @@ class NF4Linear(QuantisedLinear):
     """4.5 bits a weight (QLoRA, section 3, as bitsandbytes stores it): blocks of 64 weights share
     their greatest magnitude, absmax; each weight is the nearest of NF4's values times it, the lower
     one in the middle; two codes stand in a byte, the first in its upper half. Raises ValueError if
-    64 does not divide O I."""
+    64 does not divide O I, or 2 not I."""
 
     @staticmethod
     def quantise(weight):
-        if weight.numel() % 64:
+        if weight.numel() % 64 or weight.size(1) % 2:
             raise ValueError(
-                f"a weight of {tuple(weight.shape)} is no multiple of NF4's blocks of 64; use int8"
+                f"a weight of {tuple(weight.shape)} is no multiple of NF4's blocks of 64 or of odd "
+                "width; use int8"
             )
         table, blocks = torch.tensor(NF4, device=weight.device), weight.view(-1, 64)
         absmax = blocks.abs().amax(1, keepdim=True)
@@ -452,7 +455,8 @@ def load_adapter(model, folder):
     them. Raises ValueError naming a linear whose tensors do not fit, are missing or are not finite,
     and for what PEFT has besides LoRA."""
     folder = Path(folder)
-    file = next(folder.glob("adapter_model.[sb]*"), folder / "adapter_model.safetensors")
+    files = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
+    file = next(filter(Path.is_file, files), files[0])
     if not file.is_file():
         raise ValueError(
             f"{file} (or .bin) not found; train an adapter first (python train.py) or give "
@@ -548,7 +552,7 @@ def check_pair(name, linear, pair, r):
 # Commands
 
 
-def recover(base, difference, folder, dtype=None):
+def recover(base, difference, folder, dtype=None, layout="hf", size=SHARD_BYTES):
     """Write tuned = base + difference into a new folder, as Stanford Alpaca's weight_diff.py does,
     summed in float32; rows that the base's vocabulary lacks ([PAD]) are the mean of those it has.
     Return the sum of all weights, and that of RoPE's tables, which checkpoints of their time held
@@ -572,7 +576,7 @@ def recover(base, difference, folder, dtype=None):
 
     tokenizer = difference if find_tokenizer(difference).is_file() else base
     with new_folder(folder) as new:
-        save_hf(c, tuned(), new, dtype or weights.dtype, tokenizer)
+        SAVE[layout](c, tuned(), new, dtype or weights.dtype, tokenizer, size)
     # One table a layer: theta^(-2i/D), as old checkpoints held it.
     table = sum(c.rope_theta ** (-i / c.head_dim) for i in range(0, c.head_dim, 2))
     return sum(sums), c.num_hidden_layers * table
@@ -596,6 +600,10 @@ class Options:
 
     __post_init__ = check_settings
 
+    @property
+    def max_shard_bytes(self):
+        return int(self.max_shard_gb * 2**30)
+
 
 def export(base, options):
     """Write a base, with an adapter merged into it if one is named, into a new folder."""
@@ -615,8 +623,8 @@ def export(base, options):
                 f"{sum(errors.values()) / len(errors):.1%} on average, {errors[worst]:.1%} at most "
                 f"({worst})"
             )
-        size = int(options.max_shard_gb * 2**30)
-        SAVE[options.layout](model.config, model.named_parameters(), new, model.dtype, base, size)
+        tensors, size = model.named_parameters(), options.max_shard_bytes
+        SAVE[options.layout](model.config, tensors, new, model.dtype, base, size)
         write_chat_template(new, template)
     count = sum(p.numel() for p in model.parameters())
     print(f"{options.output_dir}: {count:,} parameters as {model.dtype}")
@@ -649,7 +657,8 @@ def main():
     if command != "recover":
         return export(options.base_model, options)
     base, folder = find_base(options.base_model), options.output_dir
-    total, tables = recover(base, options.weight_diff, folder, DTYPES.get(options.dtype))
+    how = DTYPES.get(options.dtype), options.layout, options.max_shard_bytes
+    total, tables = recover(base, options.weight_diff, folder, *how)
     print(
         f"{folder}: base + difference; with RoPE's tables, as old checkpoints held them, all "
         f"sums to {total + tables:.4f}, the weights alone to {total:.4f}"

@@ -47,7 +47,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import MagicMock
+
+# Before what may be missing. Help needs no torch, whose import takes a second: a stand-in does.
+if {"-h", "--help"} & {*sys.argv} and Path(sys.argv[0]).resolve().parent == Path(__file__).parent:
+    for name in ("", ".distributed", ".nn", ".nn.functional", ".nn.utils", ".utils.checkpoint"):
+        sys.modules[f"torch{name}"] = MagicMock()
+    sys.modules["safetensors.torch"] = MagicMock()
+elif missing := [x for x in ("torch", "safetensors", "sentencepiece", "tqdm") if not find_spec(x)]:
+    print(f"error: no {', '.join(missing)}; pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 import torch
 import torch.distributed as dist
@@ -75,10 +86,10 @@ class LLaMAConfig:
     intermediate_size: int  # F, about 8/3 C, so that SwiGLU's three matrices weigh what two did
     num_key_value_heads: int = None  # K; by default H, as in LLaMA-1
     head_dim: int = None  # D; by default C / H
-    rope_theta: float = 10000.0
+    rope_theta: float = field(default=10000.0, metadata={"high": 1e12})
     rope_scaling: dict = None  # {"rope_type": "linear" or "llama3", "factor": ...}
     tie_word_embeddings: bool = False  # the head's weight is the embedding's
-    max_position_embeddings: int = 2048  # the context it was trained with; kept, not enforced
+    max_position_embeddings: int = 2048  # of its training, where files say; not enforced
     model_type: str = "llama"  # a key of NETWORKS; by it files name weights
     qkv_bias: bool = False  # queries, keys and values have a bias (Qwen2, GLM)
     qk_norm: bool = False  # each head's query and key is normed (Qwen3)
@@ -146,6 +157,7 @@ def rope_table(positions, config):
 
 def rotation(angle):
     """(cos, sin) of angles (..., T, D/2), as `apply_rope` takes them: (..., T, 1, D)."""
+    # A cosine is even and a sine odd: the minus turns the sign of the first half's sine alone.
     both = torch.cat((-angle, angle), -1).unsqueeze(-2)
     return both.cos(), both.sin()
 
@@ -283,9 +295,8 @@ class LLaMA(nn.Module):
         x = self.embed_tokens(ids).to(self.dtype)  # (B, T, C)
         for i, block in enumerate(self.layers):
             # Dropped activations are made again by a second forward of the block.
-            call = block
-            if i < self.recomputed:
-                call = partial(checkpoint, block, use_reentrant=False)
+            again = i < self.recomputed
+            call = partial(checkpoint, block, use_reentrant=False) if again else block
             x = call(x, rope, context, keep if i + 1 == len(self.layers) else None)
         return self.norm(x)
 
@@ -359,7 +370,8 @@ class KVCache(Context):
     def attend(self, layer, q, k, v):
         """Write k and v behind what their rows hold; attention of q over all of it."""
         kv = self.kv[layer]
-        kv[:, self.row, :, self.at] = torch.stack((k, v), 2)  # (B, T, 2, K, D)
+        # Of a slice between two index tensors theirs come first: (B, T, 2, K, D).
+        kv[:, self.row, :, self.at] = torch.stack((k, v), 2)
         return attention(q, *kv[:, :, :, : self.longest].transpose(2, 3), self.mask)
 
 
@@ -378,7 +390,7 @@ class PackedRows(Context):
       stream   a b c d x          position of each in its row   0 1 2 3 2
       index    0 1 2 3            of row 1 in the stream
                0 1 4 0            of row 2; nothing sees the padding behind it
-      back     0 1 2 3 6          where each of the stream stands in the rows end to end
+      back     0 1 2 3 6          where each of the stream stands in the rows, padded to 4 each
 
     With prefixes, a number for each row, these see themselves (a GLM); nothing is shared then."""
 
@@ -634,7 +646,6 @@ NETWORKS = {
     "qwen2": {"qkv_bias": True, "use_sliding_window": False},
     "qwen3": {"qk_norm": True, "head_dim": 128, "use_sliding_window": False},
     "glm": {"qkv_bias": True, "attention_bias": True, "partial_rotary_factor": 0.5},
-    "chatglm": {"qkv_bias": True, "partial_rotary_factor": 0.5},
     "chatglm1": {"qkv_bias": True, "prefix_lm": True, "tie_word_embeddings": True},  # ChatGLM-6B
 }
 # ChatGLM's names of a shape, where they differ: ours
@@ -683,6 +694,7 @@ def config_from_hf(hf):
         pieces = hf["vocab_size"] - IMAGES * (hf["vocab_size"] == 150528)
         hf = hf | {"model_type": "chatglm1", "vocab_size": pieces}
     kind = hf.get("model_type", "llama")
+    kind = {"chatglm": "glm"}.get(kind, kind)  # transformers' name of that network
     own = {"hidden_act": "silu", "partial_rotary_factor": 1.0, **NETWORKS.get(kind, {})}
     hf = own | {CHATGLM_SHAPE.get(key, key): value for key, value in hf.items()} | rope
     refuse(hf, own)
@@ -693,7 +705,7 @@ def config_from_hf(hf):
     values = {name: hf[name] for name in known if hf.get(name) is not None}
     rope = {key: value for key, value in rope.items() if key not in values}
     values["rope_scaling"] = None if scaling == "default" else {"rope_type": scaling, **rope}
-    values["model_type"] = {"chatglm": "glm"}.get(kind, kind)  # transformers' name of that network
+    values["model_type"] = kind
     return LLaMAConfig(**values)
 
 
@@ -716,6 +728,7 @@ def config_from_meta(params, vocab_size):
     multiple, factor = values.pop("multiple_of", 256), values.pop("ffn_dim_multiplier", None) or 1
     # From Llama-3.1 on; the factor is 32 in the 1B and 3B of 3.2. These numbers stand in no file.
     if values.pop("use_scaled_rope", False):
+        values["max_position_embeddings"] = 131072
         values["rope_scaling"] = {
             "rope_type": "llama3",
             "factor": 32.0 if params["dim"] in (2048, 3072) else 8.0,
@@ -805,7 +818,7 @@ def weight_files(folder):
     if not shards:
         raise ValueError(
             f"weights not found in {folder}: no model.safetensors, pytorch_model.bin (or index of "
-            "these) and no consolidated.00.pth; --base_model wants the folder of a LLaMA"
+            "these) and no consolidated.00.pth"
         )
     return [folder / f"consolidated.{number:02}.pth" for number in range(len(shards))]
 
@@ -866,8 +879,8 @@ class Checkpoint:
             if not names:
                 raise ValueError(f"{parts[0].file} has {key}, which this model does not have")
             height = sum(map(len, names.values()))
-            with_images = [part.shape[:1] for part in parts[:1]] == [(IMAGES + height,)]
-            skipped = IMAGES if layout == "chatglm6b" and with_images else 0
+            images = any(part.shape[:1] == (IMAGES + height,) for part in parts)
+            skipped = IMAGES * (images and layout == "chatglm6b")
             axis = self.check(key, parts, (skipped + height, *self.shapes[[*names][0]][1:]))
             self.found |= {name: (parts, axis, skipped + rows) for name, rows in names.items()}
 
@@ -875,7 +888,8 @@ class Checkpoint:
         """The axis along which a weight of this shape is cut. Raises ValueError for one that is
         missing, of another shape, or no floating-point numbers."""
         n, wanted = self.slices, f"{shape} in {self.slices} file(s)"
-        # {shape of a part: axis}
+        # {shape of a part: axis}; a size that n does not divide is no part's. Whole comes last,
+        # since it is the one that counts where n is 1.
         axes = {(*shape[:i], size / n, *shape[i + 1 :]): i for i, size in enumerate(shape)}
         axes[shape] = None
         for part in parts:
@@ -929,7 +943,7 @@ def load_model(folder, device="cpu", dtype=None):
     return model.requires_grad_(False).eval()
 
 
-def find_base(name, advice="give its folder with --base_model"):
+def find_base(name, advice="give its folder"):
     """The folder of a base (or an adapter): name itself, or what the caches of Hugging Face and
     ModelScope hold of owner/name. Nothing is downloaded. Raises ValueError if there is neither."""
     home, name = os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"), str(name)
@@ -986,7 +1000,7 @@ def check_content(file, most=math.inf):
 @torch.no_grad()
 def init_weights(model, seed):
     """Fresh weights: normal with std 0.02; the two projections that write into the residual stream
-    by 1/sqrt(2 L) less, lest its variance grow with depth (Radford et al. 2019, 2.3)."""
+    times 1/sqrt(2 L), lest its variance grow with depth (Radford et al. 2019, 2.3)."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -1068,7 +1082,7 @@ def write_atomically(path, write):
     try:
         write(temporary)
         # Who may read the folder may read it: safetensors makes files for their owner alone.
-        temporary.chmod(temporary.parent.stat().st_mode & 0o666)
+        temporary.chmod(temporary.parent.stat().st_mode & 0o644)
         fsync(temporary)
         os.replace(temporary, path)
         fsync(Path(path).parent)
@@ -1241,7 +1255,7 @@ def copy_tokenizer(base, folder):
 
 def tell_transformers(folder):
     """Have tokenizer_config.json say what transformers and llama.cpp must know of a SentencePiece
-    model: that it is LLaMA's, unless it says what it is, and if it puts no space in front. And have
+    model: that it is LLaMA's, unless there are settings, and if it puts no space in front. And have
     config.json say what ends an answer: to transformers 5 nothing does by default."""
     from sentencepiece import SentencePieceProcessor  # here alone: a network needs no text
 
@@ -1378,6 +1392,8 @@ class Parser(argparse.ArgumentParser):
             word = unknown[0].partition("=")[0]
             near = get_close_matches(word, self._option_string_actions) or ["a text in quotes"]
             self.error(f"unknown {' '.join(unknown)}, did you mean {near[0]}?")
+        several = {name: tuple(v) for name, v in vars(found).items() if isinstance(v, list)}
+        vars(found).update(several)
         return found, unknown
 
     def error(self, message):

@@ -1,7 +1,7 @@
 """Instruction tuning of a LLaMA, with the loss on the answer alone: by LoRA, or of all weights.
 
   python train.py                                          the base in data/tiny, settings of TINY
-  python train.py --base_model DIR --data_path FILE ...    yours, with alpaca-lora's defaults
+  python train.py --base_model DIR --data_path FILE ...    yours, with BenTsao's defaults
   torchrun --nproc_per_node N train.py ...                 the same on N GPUs, or N CPU processes
 
 What this file teaches, in this order:
@@ -37,13 +37,6 @@ from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from safetensors.torch import save_file
-from torch.nn.utils import clip_grad_norm_, get_total_norm
-from tqdm import tqdm
-
 from generate import (
     DATA,
     Decoding,
@@ -69,6 +62,7 @@ from lora import (
     load_adapter,
     move_model,
     quantize,
+    remove_adapter,
     save_adapter,
 )
 from model import (
@@ -78,6 +72,7 @@ from model import (
     LLaMA,
     PackedRows,
     Parser,
+    check_content,
     check_like,
     check_own,
     check_settings,
@@ -106,6 +101,13 @@ from model import (
     write_text,
 )
 
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+from tqdm import tqdm
+
 # --------------------------------------------------------------------------------------------------
 # Targets: which tokens the model is to predict
 
@@ -116,7 +118,7 @@ class Row:
 
     ids: list
     mask: list
-    record: dict = field(default_factory=dict)  # where that stands is its `record`: file:number
+    record: dict = field(default_factory=dict)  # made from it; its `record` says file and number
 
     def __len__(self):
         return len(self.ids)
@@ -166,7 +168,7 @@ def micro_batches(rows, size, budget, shares=1):
     like length pad little, and the sum over a step is the same however it is cut."""
     batches = [[]]
     for row in sorted(rows, key=len):
-        # The rows come in order of length, so this one's is the longest: the width of all.
+        # This row is the longest, the width of all; the fullest share would have one more.
         count = len(batches[-1])
         if count and (count == size * shares or (count // shares + 1) * len(row) > budget):
             batches.append([])
@@ -281,7 +283,8 @@ def step_gradient(model, rows, config, limits=None):
     for gradient in gradients:
         gradient.div_(scale)
     # Numbers beyond 65,504 are infinite in fp16: once more, with a smaller loss.
-    if is_fp16 and math.isfinite(loss) and not full_tensor(get_total_norm(gradients)).isfinite():
+    infinite = is_fp16 and not full_tensor(get_total_norm(gradients)).isfinite()
+    if infinite and math.isfinite(loss) and limits.loss_scale > 1:
         limits.loss_scale /= 2
         model.zero_grad()
         return step_gradient(model, rows, config, limits)
@@ -309,7 +312,7 @@ def lr_at(step, total, config):
     warmup = min(config.warmup_steps, total // 10)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    return config.learning_rate * (total - step) / max(1, total - warmup)
+    return config.learning_rate * (total - step) / (total - warmup)
 
 
 def train(config, model, data, run=None):
@@ -345,7 +348,7 @@ def train(config, model, data, run=None):
             optimizer.zero_grad()
 
             # What is known of the step; a validation and a checkpoint where they are due.
-            epoch = round(run.step / per_epoch, 4)
+            epoch = run.step / per_epoch
             record = {"step": run.step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
             tokens, seconds = sum(map(len, batch)), max(1e-9, time.time() - started)
             record |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
@@ -427,7 +430,7 @@ NOT_COMPARED = """base_model data_path val_path prompt_template_name output_dir
 # What a run writes into its folder, and into each record of its log
 RESULTS = """run.json config.json adapter_config.json adapter_model.safetensors answers.jsonl
     loss.svg model.safetensors model.safetensors.index.json tokenizer.model tokenizer.json
-    tokenizer_config.json""".split()
+    tokenizer_config.json checkpoint-*[0-9]""".split()
 LOGGED = "step epoch loss lr grad_norm tokens seconds tokens_per_second val_loss".split()
 
 
@@ -453,8 +456,8 @@ class Run:
         self.limits = Limits(config.micro_batch_tokens)
         # The step that is being made, counted from 1; one record for each that is done.
         self.step, self.history = 0, []
-        # May the log be appended to, or does it stand for an older run?
-        self.wandb, self.live = None, False
+        # May the log be appended to, or is it an older run's?
+        self.wandb, self.owns_log = None, False
         self.start = self.find_start()
         self.finished = self.start == self.folder
         if self.start:
@@ -466,23 +469,27 @@ class Run:
         found = self.found = newest(self.folder)
         # A folder without a run may hold what is not ours to replace. A run that was killed early
         # has left its log.
-        log, names = self.folder / "log.jsonl", [n for n in RESULTS if (self.folder / n).exists()]
+        log, theirs = self.folder / "log.jsonl", [f for n in RESULTS for f in self.folder.glob(n)]
         check_own(log, '"tokens_per_second": ')
-        if names and not (found or log.exists()):
-            raise ValueError(f"{self.folder}/{names[0]} is of no run; give another --output_dir")
+        if theirs and not (found or log.exists()):
+            raise ValueError(f"{theirs[0]} is of no run; give another --output_dir")
         match given.lower():  # True, False and None are alpaca-lora's words
             case "auto" | "true":
                 if not found:
                     print(f"no checkpoint in {self.folder} yet; beginning with step 1")
                 return found
             case "" | "false" | "none":
-                if found and not self.config.overwrite:
-                    raise ValueError(
-                        f"{found} holds a run; go on with --resume_from_checkpoint auto, give "
-                        "another --output_dir, or --overwrite it"
-                    )
-                return None
-        return Path(given)
+                start = None
+            case _:
+                start = Path(given)
+        # It is replaced, too, by one that goes on from another folder.
+        own = start and start.resolve().is_relative_to(self.folder.resolve())
+        if found and not (own or self.config.overwrite):
+            raise ValueError(
+                f"{found} holds a run; go on with --resume_from_checkpoint auto, give another "
+                "--output_dir, or --overwrite it"
+            )
+        return start
 
     def go_on_from(self, start):
         """Take over history and limits of a run. Raises ValueError naming the first setting, or
@@ -516,10 +523,10 @@ class Run:
         if self.writes:
             if newest(self.folder) != self.found:
                 raise ValueError(f"{self.folder} was written meanwhile; start again")
-            self.live = self.start or not self.found
+            self.owns_log = self.start or not self.found
             # The log may be ahead of the checkpoint: the steps between are made again. That of an
             # older run goes with the first checkpoint of this one.
-            if self.live:
+            if self.owns_log:
                 write_json_lines(self.folder / "log.jsonl", self.history)
             if self.config.wandb_project:
                 self.wandb = import_module("wandb").init(
@@ -563,7 +570,7 @@ class Run:
             f"loss={record['loss']:.4g}, tokens_per_second={record['tokens_per_second']:.4g}"
         )
         # Opened anew for each line: what is in the file survives a kill.
-        if self.live:
+        if self.owns_log:
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if self.wandb:
@@ -599,12 +606,12 @@ class Run:
             self.save_weights(model, aside)
             write_atomically(aside / "state.safetensors", partial(save_file, state))
         fsync(self.folder)
-        if not self.live:
-            write_json_lines(self.folder / "log.jsonl", self.history)
-            self.live = True
         saved = checkpoints(self.folder)
         past = [step for step in saved if step <= self.step]
         kept = {self.best_step(), *past[-self.config.save_total_limit :]}  # [-0:] is all
+        if not self.owns_log:  # those that stand there are of the run that this one replaces
+            write_json_lines(self.folder / "log.jsonl", self.history)
+            self.owns_log, kept = True, {self.step}
         for step in saved.keys() - kept:
             discard(saved[step])
 
@@ -614,6 +621,9 @@ class Run:
         config = self.config
         if not config.output_dir:
             return
+        if self.writes:  # of an older run, these say nothing of the weights that come
+            (folder / "answers.jsonl").unlink(missing_ok=True)
+            (folder / "run.json").unlink(missing_ok=True)
         if config.full:
             save_model(model, folder, find_base(config.base_model))
         else:
@@ -622,7 +632,6 @@ class Run:
             if config.full:
                 write_chat_template(folder, self.info["made_in"]["template"])
             write_json_lines(folder / "log.jsonl", self.history)
-            (folder / "answers.jsonl").unlink(missing_ok=True)  # of an older run
             info = self.info | asdict(self.limits) | {"step": self.step}
             info["adapter"] = [*map(file_hash, folder.glob("adapter_model.safetensors"))]
             write_json(folder / "run.json", info)
@@ -638,6 +647,8 @@ def describe_run(config):
         base_files = [*weight_files(base), find_tokenizer(base), *map(base.joinpath, names)]
     # what auto means here: another machine may take another dtype
     dtype = pick_dtype(config.dtype, pick_device(config.device))
+    for path, _ in map(split_weight, config.data_path):
+        check_content(path)  # a pipe is read once, and has no hash
     hashes = {
         "base": [file_hash(file) for file in base_files if file.is_file()],
         "data": [[weight, file_hash(path)] for path, weight in map(split_weight, config.data_path)],
@@ -673,7 +684,8 @@ def newest(folder):
     either."""
 
     def started(saved):
-        made = read_json_file(saved / "run.json", {"started": 0})
+        # `save_adapter` writes an empty one; a kill may come before ours.
+        made = read_json_file(saved / "run.json", {}) or {"started": 0}
         check_like(saved / "run.json", made, {"started": 0})
         return made["started"]
 
@@ -908,12 +920,18 @@ def read_data(config):
     """(training records, validation records). Validation is val_path, else val_set_size records
     drawn by seed from all files of data_path. Of what is left, a file given as FILE:WEIGHT is taken
     WEIGHT times, a fraction drawn by the same seed. Each record gains `record`: file and number."""
+
+    def read(path):
+        return [
+            record | {"record": f"{Path(path).name}:{number}"}
+            for number, record in enumerate(read_instructions(path, answers=True), 1)
+        ]
+
     records, files = [], []
     # All records of all files, and which numbers among them a file has.
     for path, weight in map(split_weight, config.data_path):
         first = len(records)
-        for number, record in enumerate(read_instructions(path, answers=True), 1):
-            records.append(record | {"record": f"{Path(path).name}:{number}"})
+        records += read(path)
         files.append((range(first, len(records)), weight))
     # The first of a drawn order are the validation's.
     order = shuffled(len(records), config.seed)
@@ -934,7 +952,7 @@ def read_data(config):
         )
     validation = [records[i] for i in order[:held_out]]
     if config.val_path:
-        validation = read_instructions(config.val_path, answers=True)
+        validation = read(config.val_path)
     return [records[i] for i in taken], validation
 
 
@@ -1051,10 +1069,10 @@ def print_report(config, history, answers):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings under alpaca-lora's names, with its defaults (BenTsao's where they differ) but for
-    three: cutoff_len 512, since at 256 22.9 % of BenTsao's records lose their EOS and the model
-    never learns to stop; warm-up at most a tenth of the steps, so that short runs learn too; and
-    bf16 instead of an 8-bit base."""
+    """Settings under alpaca-lora's names, with BenTsao's defaults but for: cutoff_len 512, since at
+    256 22.9 % of its records lose their EOS and the model never learns to stop; warm-up at most a
+    tenth of the steps, so that short runs learn too; a bf16 base instead of one of 8 bits; the
+    template by the base; micro-batches by memory. The result is the last step, not the best."""
 
     # what is trained, and on what
 
@@ -1265,13 +1283,13 @@ def main():
     if not config.prompt_template_name:
         config = replace(config, prompt_template_name=default_template(tokenizer))
     template = load_template(config.prompt_template_name)
+    rows = encode_records(tokenizer, template, records, config)
+    if config.show:
+        return show_rows(tokenizer, rows[: config.show])
     run = Run(config)
     if run.finished and (run.folder / "answers.jsonl").is_file():
         print(f"the run in {config.output_dir} is finished, {len(run.history)} steps")
         return
-    rows = encode_records(tokenizer, template, records, config)
-    if config.show:
-        return show_rows(tokenizer, rows[: config.show])
     val_rows = encode_records(tokenizer, template, val_records, config)
 
     # Then the model, as memory allows. The plan needs no weights, only the base's shape.
@@ -1290,9 +1308,11 @@ def main():
     questions = [row.record for row in val_rows[::every][:count]]
     questions = answer_all(model, tokenizer, template, questions, "before")
     history = train(config, model, (rows, val_rows), run)
-    if run.finished:  # and only the answers are missing
-        model, _ = load_base(run.folder if config.full else base, device, dtype)
-        if not config.full:
+    if run.finished and questions:  # only the answers are missing
+        if config.full:
+            model, _ = load_base(run.folder, device, dtype)
+        else:
+            remove_adapter(model)
             load_adapter(model, run.folder)
     answers = answer_all(model, tokenizer, template, questions, "after")
     if run.writes:

@@ -25,10 +25,10 @@ from pathlib import Path
 
 os.environ["OPENAI_API_KEY"] = "sk-bench"
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-from fake_openai import Running  # noqa: E402
-
 import build_data as D  # noqa: E402
 import model as M  # noqa: E402
+
+from fake_openai import Running  # noqa: E402
 
 FAULTS = '{"429": 0.1, "500": 0.05, "drop": 0.02, "hang": 0.02, "broken": 0.05, "empty": 0.02}'
 
@@ -346,7 +346,7 @@ def grounding(right=1000, wrong=200):
             "input": "",
             "output": answer,
         }
-        reason = D.Sieve(names).reason(record, job)
+        reason = D.Sieve(names=names).reason(record, job)
         outcomes["right" if i < right else "wrong", bool(reason)] += 1
         if kind != "right":
             planted[kind, bool(reason)] += 1

@@ -32,9 +32,9 @@ CASES += [f"{what}_{dtype}" for what in ("prefill", "train") for dtype in ("bf16
 
 def write_base(folder, hidden, layers, heads):
     """A random base in Meta's layout."""
-    import torch
-
     import model as M
+
+    import torch
 
     config = M.LLaMAConfig(hidden, layers, heads, 32000, 1e-6, -(-8 * hidden // 3 // 256) * 256)
     model = M.LLaMA(config)
@@ -47,13 +47,13 @@ class Worker:
     """One checkout's side of a case; it answers {case} and {steps: n} on standard input."""
 
     def __init__(self, bases):
-        import bench_train
-        import torch
-
         import generate
         import lora
         import model
         import train
+
+        import bench_train
+        import torch
 
         torch.set_num_threads(1)
         self.torch, self.bases = torch, Path(bases)

@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from audit import Evidence, read_answers  # noqa: E402
-
 import build_data  # noqa: E402
 import generate  # noqa: E402
 import train  # noqa: E402
 from build_data import check_sources, read_knowledge, write_lines  # noqa: E402
 from generate import DATA, read_instructions  # noqa: E402
 from model import Parser, check_settings, read_json_file, run, to_json  # noqa: E402
+
+from audit import Evidence, read_answers  # noqa: E402
 
 KEPT = ("中心词", "类型", "性味", "功效")  # what the records tell of a herb
 

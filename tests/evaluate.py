@@ -62,29 +62,6 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from audit import Facts  # noqa: E402
-from exams import (  # noqa: E402
-    CHOSEN,
-    Coverage,
-    ask_choice,
-    chance,
-    extract_choice,
-    is_right,
-    read_exams,
-    rotations,
-    wilson,
-)
-from report import (  # noqa: E402
-    HEADLINES,
-    Judged,
-    chart,
-    compare_page,
-    csv_table,
-    markdown_table,
-    report_page,
-    shown,
-)
-
 from build_data import Fact, read_knowledge, rouge_l  # noqa: E402
 from generate import (  # noqa: E402
     DATA,
@@ -115,6 +92,29 @@ from model import (  # noqa: E402
     setting,
     write_atomically,
     write_json,
+)
+
+from audit import Facts  # noqa: E402
+from exams import (  # noqa: E402
+    CHOSEN,
+    Coverage,
+    ask_choice,
+    chance,
+    extract_choice,
+    is_right,
+    read_exams,
+    rotations,
+    wilson,
+)
+from report import (  # noqa: E402
+    HEADLINES,
+    Judged,
+    chart,
+    compare_page,
+    csv_table,
+    markdown_table,
+    report_page,
+    shown,
 )
 
 # --------------------------------------------------------------------------------------------------

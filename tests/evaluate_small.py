@@ -22,19 +22,6 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny")]
-from audit import Evidence  # noqa: E402
-from evaluate import (  # noqa: E402
-    Marker,
-    declines,
-    each_model,
-    is_likelier_right,
-    parse_models,
-    read_outside,
-    told,
-)
-from exams import extract_choice, wilson  # noqa: E402
-from talk import Words, words_about  # noqa: E402
-
 from build_data import (  # noqa: E402
     alerts,
     facts_of,
@@ -53,6 +40,19 @@ from generate import (  # noqa: E402
     render_prompt,
 )
 from model import Parser, read_json_file, run  # noqa: E402
+
+from audit import Evidence  # noqa: E402
+from evaluate import (  # noqa: E402
+    Marker,
+    declines,
+    each_model,
+    is_likelier_right,
+    parse_models,
+    read_outside,
+    told,
+)
+from exams import extract_choice, wilson  # noqa: E402
+from talk import Words, words_about  # noqa: E402
 
 # Words that no training record has.
 SYSTEMS = (

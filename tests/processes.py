@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import torch  # noqa: E402
-from conftest import RECORDS  # noqa: E402
-
 import generate as G  # noqa: E402
 import lora as L  # noqa: E402
 import train as T  # noqa: E402
+
+import torch  # noqa: E402
+from conftest import RECORDS  # noqa: E402
 
 CASES = {
     "lora": {},

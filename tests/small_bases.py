@@ -5,6 +5,8 @@ pip install --no-deps dashscope==2.0.2 llama-models==0.3.0 (and tiktoken)."""
 import json
 import shutil
 
+import generate as G
+
 import numpy as np
 import test_bases
 import test_chatglm6b
@@ -13,11 +15,10 @@ import tokenizers
 import torch
 import transformers
 from numpy_glm import CHATGLM3, random_chatglm3, write_bins
+from sentencepiece import SentencePieceProcessor
 from test_quantise import PAPER
 from test_tokenizers import LLAMA3, QWEN, real_vocabulary
 from transformers.convert_slow_tokenizer import TikTokenConverter
-
-import generate as G
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -53,7 +54,8 @@ def small_tokenizers(top):
 
 def add_tokenizer_json(folder):
     """Beside a tokenizer.model the tokenizer.json that LLaMA's and Mistral's folders have too: it
-    is what transformers reads, and a blank in front stands there as SentencePiece has it."""
+    is what transformers reads, and a blank and <s> in front stand there as SentencePiece has it.
+    Transformers 5 merges blanks first there, whose score is the lowest: by score they come last."""
     transformers.LlamaTokenizer.from_pretrained(folder).save_pretrained(folder)
     file = folder / "tokenizer.json"
     spec = json.loads(file.read_text(encoding="utf-8"))
@@ -61,7 +63,11 @@ def add_tokenizer_json(folder):
     normalizers += [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     spec["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
     spec["pre_tokenizer"] = None
+    pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    score = {pieces.id_to_piece(i): pieces.get_score(i) for i in range(len(pieces))}
+    spec["model"]["merges"].sort(key=lambda pair: -score["".join(pair)])
     file.write_text(json.dumps(spec), encoding="utf-8")
+    put_in_front(file, ["<s>"])
 
 
 def put_in_front(file, names):

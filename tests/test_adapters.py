@@ -5,14 +5,14 @@ import json
 import os
 import shutil
 
+import lora as L
+import model as M
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_checkpoints import IDS, hugging_face, write_meta
-
-import lora as L
-import model as M
 
 QV = ["q_proj", "v_proj"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -271,6 +271,17 @@ def test_a_second_adapter_is_refused(tmp_path, base):
     L.load_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="has an adapter already"):
         L.load_adapter(model, tmp_path)
+
+
+def test_what_a_killed_save_left_is_no_adapter(tmp_path, base):
+    peft_adapter(tmp_path / "a")
+    for name in ("safetensors.tmp1000", "safetensors.index.json", "bin.part"):
+        (tmp_path / f"a/adapter_model.{name}").write_bytes(b"half")
+    file = tmp_path / "a/adapter_model.safetensors"
+    L.load_adapter(M.load_model(base / "hf"), tmp_path / "a")
+    file.rename(tmp_path / "a/kept")
+    with pytest.raises(ValueError, match="adapter_model.safetensors"):
+        L.load_adapter(M.load_model(base / "hf"), tmp_path / "a")
 
 
 def test_a_save_is_read_back_before_it_replaces(tmp_path, base, monkeypatch):

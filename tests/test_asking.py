@@ -11,13 +11,13 @@ import sys
 import threading
 import time
 
-import pytest
-import torch
-from conftest import ROOT
-
 import generate as G
 import lora as L
 import model as M
+
+import pytest
+import torch
+from conftest import ROOT
 
 
 @pytest.fixture(scope="module")

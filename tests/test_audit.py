@@ -11,6 +11,11 @@ from collections import Counter
 from functools import partial
 from itertools import accumulate
 
+import build_data as D
+import generate as G
+import model as M
+import train as T
+
 import audit as A
 import evaluate as E
 import pytest
@@ -20,11 +25,6 @@ from peft import LoraConfig, get_peft_model
 from sentencepiece import SentencePieceProcessor
 from test_evaluate import make_adapter
 from transformers import AutoModelForCausalLM
-
-import build_data as D
-import generate as G
-import model as M
-import train as T
 
 KNOWLEDGE = [
     json.loads(line)

@@ -6,6 +6,11 @@ import json
 import re
 import shutil
 
+import generate as G
+import lora as L
+import model as M
+import train as T
+
 import numpy as np
 import pytest
 import torch
@@ -18,11 +23,6 @@ from safetensors.torch import load_file, save_file
 from test_decoding import answer_all, theirs
 from test_export import command
 from test_speed import measured_bytes, small_run
-
-import generate as G
-import lora as L
-import model as M
-import train as T
 
 SHAPE = {
     "hidden_size": 64,
@@ -1090,3 +1090,14 @@ def test_published_sizes(tmp_path, name):
     with torch.device("meta"):
         model = M.LLaMA(M.read_config(tmp_path / "config.json"))
     assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_large_angles_and_llama_31s_context_are_read(tmp_path):
+    """Mistral-Small-24B-2501 turns RoPE by 1e8, its successors by 1e9; and the context of
+    Llama-3.1, which Meta's files do not say, is above that of its first training."""
+    (tmp_path / "config.json").write_text(json.dumps({**MISTRAL, "rope_theta": 1e9}))
+    assert M.read_config(tmp_path / "config.json").rope_theta == 1e9
+    (tmp_path / "params.json").write_text(json.dumps({**META, "use_scaled_rope": True}))
+    config = M.read_config(tmp_path / "params.json")
+    first = config.rope_scaling["original_max_position_embeddings"]
+    assert config.max_position_embeddings > first == 8192

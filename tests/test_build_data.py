@@ -6,13 +6,13 @@ import re
 import sys
 from collections import Counter
 
-import pytest
-import torch
-from conftest import ROOT
-
 import build_data as D
 import generate as G
 import model as M
+
+import pytest
+import torch
+from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "data" / "tiny"))
 import make  # noqa: E402
@@ -185,8 +185,8 @@ def test_answers_warn():
 
 
 def test_pairs_of_herbs():
-    """Of 十八反 and 十九畏 both ways: never a leave where one of the two forbids the other; the caution
-    stands before the verdict."""
+    """Of 十八反 and 十九畏 both ways: never a leave where one of the two forbids the other; the
+    caution stands before the verdict."""
     cautions = {e["中心词"]: "、".join(e.get("使用注意", [])) for e in ENTITIES}
     seen = Counter()
     for r in ASKED:

@@ -14,14 +14,14 @@ import subprocess
 import sys
 import time
 
-import pytest
-from conftest import ROOT, plain_prompt
-from fake_openai import Running, Scripted
-
 import build_data as D
 import generate as G
 import model as M
 import train as T
+
+import pytest
+from conftest import ROOT, plain_prompt
+from fake_openai import Running, Scripted
 
 DATA = ROOT / "data"
 REAL = ROOT.parent / "shared" / "data"
@@ -202,7 +202,8 @@ def test_fences_and_thoughts_are_let_pass():
         '{"items": [{"instruction": " 甲 ", "output": "乙", "input": "丙", '
         '"messages": [{"role": "user", "content": "丁"}], "id": 3}]}'
     )
-    for content in (text, f"```json\n{text}\n```", f"<think>\n嗯\n</think>\n{text}"):
+    thought = f"嗯\n</think>\n{text}"  # as where the template opened the thoughts
+    for content in (text, f"```json\n{text}\n```", f"<think>\n{thought}", thought):
         assert D.parse_items(content, D.TASK) == [
             {"instruction": "甲", "output": "乙", "input": "丙"}
         ]
@@ -210,7 +211,7 @@ def test_fences_and_thoughts_are_let_pass():
 
 def test_sieve():
     """Each reason on a case of its own; the facts told are noted."""
-    sieve = D.Sieve(D.Names(ENTITIES))
+    sieve = D.Sieve(names=D.Names(ENTITIES))
     effects = ["补气升阳", "固表止汗"]
     fact = D.Fact("黄芪", "中药", "功效", "、".join(effects), effects)
     job = D.Job("key", "single", [{"content": f"- 黄芪的功效：{fact.text}"}], [fact])
@@ -1000,6 +1001,16 @@ def test_other_bad_inputs_are_one_line(tmp_path, monkeypatch, capfd):
         tmp_path / "s.jsonl",
     )
     assert "nowhere.jsonl" in one_line(monkeypatch, capfd, "stats", tmp_path / "nowhere.jsonl")
+    # A folder is refused before anything is paid for, and so is a folder without the form.
+    asked = ("literature", "--model", "m")
+    assert "new/" in one_line(monkeypatch, capfd, *asked, "--output", f"{tmp_path}/new/")
+    write(tmp_path / "bad" / "x.json", '{"prompt": ["a"]}')
+    asked += ("--output", tmp_path / "y.jsonl", "--prompts", tmp_path / "bad")
+    assert "no form literature" in one_line(monkeypatch, capfd, *asked)
+    monkeypatch.setenv("OPENAI_API_KEY", "换成自己的密钥")
+    assert "OPENAI_API_KEY" in one_line(
+        monkeypatch, capfd, "knowledge", "--model", "m", "--output", tmp_path / "z.jsonl"
+    )
     monkeypatch.delenv("OPENAI_API_KEY")
     assert "OPENAI_API_KEY" in one_line(
         monkeypatch, capfd, "knowledge", "--model", "m", "--output", tmp_path / "z.jsonl"
@@ -1011,6 +1022,7 @@ def test_other_bad_inputs_are_one_line(tmp_path, monkeypatch, capfd):
     "change, word",
     [
         ({"prompt": [1]}, "prompt"),
+        ({"prompt": "one text"}, "prompt"),
         ({"weight": "3"}, "weight"),
         ({"facts": "1"}, "facts (a number)"),
     ],
@@ -1042,6 +1054,9 @@ def test_a_bad_prompt_is_one_line(tmp_path, monkeypatch, capfd, change, word):
         {"疾病": {"治疗": {"questions": ["{e}"], "statements": []}}},
         {"疾病": {"治疗": {"questions": ["{e}{v}"], "statements": ["{e}"]}}},
         {"疾病": {"治疗": {"questions": "{", "statements": ["a"]}}},
+        {"疾病": {"治疗": {"questions": "{e}", "statements": ["a"]}}},
+        {"疾病": {"治疗": {"questions": ["a"], "statements": ["a"], "notes": ["x"]}}},
+        {"疾病": {"治疗": {"questions": ["a"], "statements": ["a"], "alerts": [{"text": "x"}]}}},
     ],
 )
 def test_bad_forms_are_one_line(tmp_path, monkeypatch, capfd, forms):

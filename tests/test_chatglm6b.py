@@ -5,6 +5,11 @@ import json
 import sys
 from io import BytesIO
 
+import generate as G
+import lora as L
+import model as M
+import train as T
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -13,11 +18,6 @@ import torch.nn.functional as F
 from conftest import RECORDS
 from evaluate import continuation_logprobs
 from numpy_glm import trained
-
-import generate as G
-import lora as L
-import model as M
-import train as T
 
 HEADS, WIDTH, INNER, ROWS, LAYERS = 4, 64, 160, 120, 3
 D = WIDTH // HEADS

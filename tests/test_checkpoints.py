@@ -5,13 +5,13 @@ import json
 import shutil
 from dataclasses import asdict, replace
 
+import generate as G
+import model as M
+
 import pytest
 import torch
 from conftest import make_config
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-import generate as G
-import model as M
 
 PIECES = {
     "q_proj": "attention.wq",

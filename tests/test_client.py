@@ -14,13 +14,13 @@ import time
 import zlib
 from types import SimpleNamespace
 
-import pytest
-from fake_openai import Connection, Running, Scripted, Server, completion
-from scripted import listening
-
 import build_data as D
 import generate as G
 import model as M
+
+import pytest
+from fake_openai import Connection, Running, Scripted, Server, completion
+from scripted import listening
 
 KEY = "sk-planted-4711"
 
@@ -368,6 +368,29 @@ def test_a_batch_that_fails_says_why(tmp_path):
         assert not client.replies and not (tmp_path / "r.batches.json").exists()
         with pytest.raises(ValueError, match="batch_0 failed.* `fake` does not exist"):
             client.end()
+
+
+def test_a_batch_counts_its_requests(tmp_path):
+    with Running() as server:
+        client = D.Client(
+            tmp_path / "r.jsonl",
+            options(server.url, "--batch", "--max_requests", "20", "--poll", "0"),
+        )
+        client.ask(jobs(15))
+        assert client.requests == 15 and len(client.replies) == 15
+        with pytest.raises(ValueError, match="max_requests"):
+            ask(client, jobs(25))
+        assert server.stats()["batches"] == 1
+
+
+@pytest.mark.parametrize(
+    "url, proxy",
+    [("http://127.0.0.1:PORT/v1", ""), ("http://127.0.0.1:9/v1", "socks5://127.0.0.1:1080")],
+)
+def test_an_address_that_is_none_is_one_line(tmp_path, monkeypatch, url, proxy):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(ValueError, match="base_url"):
+        ask(D.Client(tmp_path / "r.jsonl", options(url)), jobs(1))
 
 
 def test_batch_is_not_sent_above_its_cap(tmp_path):

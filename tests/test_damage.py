@@ -8,14 +8,14 @@ import re
 import shutil
 import sys
 
+import generate as G
+import model as M
+
 import pytest
 import torch
 from conftest import make_config
 from safetensors.torch import load_file, save_file
 from test_checkpoints import equal, hugging_face, meta_state, our_names, write_bin, write_meta
-
-import generate as G
-import model as M
 
 KEY, META_KEY = "model.layers.1.mlp.up_proj.weight", "layers.1.feed_forward.w3.weight"
 WO = "layers.1.attention.wo.weight"

@@ -7,14 +7,14 @@ import subprocess
 import sys
 import time
 
+import generate as G
+import model as M
+from lora import QUANTISED, LoRAConfig, add_lora, lora_linears, merge, quantize, save_adapter
+
 import pytest
 import torch
 from conftest import ROOT, make_config
 from test_model import to_transformers
-
-import generate as G
-import model as M
-from lora import QUANTISED, LoRAConfig, add_lora, lora_linears, merge, quantize, save_adapter
 
 EOS = 2
 

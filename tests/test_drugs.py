@@ -4,10 +4,10 @@ import json
 import re
 from itertools import chain
 
+import build_data as D
+
 import pytest
 from conftest import ROOT
-
-import build_data as D
 
 LINES = (ROOT / "data" / "knowledge.jsonl").read_text(encoding="utf-8").splitlines()
 ROWS = {row["中心词"]: row for row in map(json.loads, LINES)}

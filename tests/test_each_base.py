@@ -4,6 +4,9 @@ tokenizer of its form, against a network that is not ours, over weights dequanti
 import json
 import re
 
+import generate as G
+import train as T
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -15,9 +18,6 @@ from numpy_glm import CHATGLM3, chatglm3
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_templates import CASES, TALK, TWO_STEPS, by_jinja, load, run, served
-
-import generate as G
-import train as T
 
 # name: (base, template, tokens that end an answer)
 NAMES = {

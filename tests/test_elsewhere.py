@@ -20,6 +20,11 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import generate as G
+import lora as L
+import model as M
+import train as T
+
 import pytest
 import small_bases
 import torch
@@ -27,11 +32,6 @@ import transformers
 from conftest import plain_prompt
 from test_bases import peft_adapter
 from test_templates import TWO_STEPS, run
-
-import generate as G
-import lora as L
-import model as M
-import train as T
 
 # --------------------------------------------------------------------------------------------------
 # Folders of every base in transformers

@@ -9,6 +9,11 @@ import sys
 import weakref
 from pathlib import Path
 
+import generate as G
+import lora as L
+import model as M
+import train as T
+
 import evaluate as E
 import numpy as np
 import pytest
@@ -17,11 +22,6 @@ from conftest import ROOT, formula_weights, make_config
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from test_model import numpy_llama, to_transformers
-
-import generate as G
-import lora as L
-import model as M
-import train as T
 
 # --------------------------------------------------------------------------------------------------
 # Texts against references

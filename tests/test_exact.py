@@ -12,14 +12,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import RECORDS
-
 import generate as G
 import lora as L
 import model as M
 import train as T
+
+import pytest
+import torch
+from conftest import RECORDS
 
 
 def start(base, out, full=False, dtype=torch.float32, **settings):
@@ -243,6 +243,27 @@ def test_finished_and_unfinished_runs(base, whole, tmp_path, capsys):
     )
     with pytest.raises(ValueError, match="holds a run; go on with --resume_from_checkpoint auto"):
         train(*start(base, tmp_path / "out"))
+    # What `save_adapter` leaves where a kill comes before the rest of the last save.
+    (tmp_path / "out/run.json").write_text("{}")
+    going_on = start(base, tmp_path / "out", resume_from_checkpoint="auto")[0]
+    assert T.Run(going_on).start.name == "checkpoint-10"
+
+
+def test_a_run_that_goes_on_from_elsewhere_replaces_none(base, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")
+    given = {"resume_from_checkpoint": str(whole / "checkpoint-7")}
+    with pytest.raises(ValueError, match=f"{tmp_path}/out holds a run"):
+        T.Run(start(base, tmp_path / "out", **given)[0])
+    assert T.Run(start(base, tmp_path / "out", overwrite=True, **given)[0]).start
+    assert T.Run(start(base, whole, **given)[0]).start
+
+
+def test_checkpoints_of_a_replaced_run_go(base, whole, tmp_path):
+    """Another learning rate's checkpoint-3 beside this one's would be taken for its own."""
+    shutil.copytree(whole, tmp_path / "out")
+    train(*start(base, tmp_path / "out", overwrite=True, learning_rate=1e-3, save_steps=12))
+    kept = [M.read_json_file(f / "run.json") for f in T.checkpoints(tmp_path / "out").values()]
+    assert kept and {made["config"]["learning_rate"] for made in kept} == {1e-3}
 
 
 def test_a_finished_run_is_replaced_stopped_and_gone_on_with(base, whole, tmp_path, monkeypatch):
@@ -291,7 +312,8 @@ def test_tokens_at_once_stay_unless_others_are_asked_for(base, whole, tmp_path):
         info["config"]["micro_batch_tokens"], info["tokens_at_once"] = given, 300
         M.write_json(checkpoint / "run.json", info)
         settings = {"micro_batch_tokens": asked, "resume_from_checkpoint": str(checkpoint)}
-        assert T.Run(start(base, whole, **settings)[0]).limits.tokens_at_once == wanted
+        run = T.Run(start(base, tmp_path / "out", **settings)[0])
+        assert run.limits.tokens_at_once == wanted
 
 
 def out_of_memory(*args):

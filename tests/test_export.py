@@ -8,6 +8,10 @@ import resource
 import shutil
 import sys
 
+import generate as G
+import lora as L
+import model as M
+
 import pytest
 import torch
 from peft import PeftModel
@@ -15,10 +19,6 @@ from safetensors.torch import load_file
 from test_adapters import peft_adapter
 from test_checkpoints import IDS, equal, hugging_face, meta_state, our_names, write_meta
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import generate as G
-import lora as L
-import model as M
 
 SHAPES = {
     "mha": {},
@@ -286,6 +286,11 @@ def test_recover_applies_a_weight_difference(tmp_path, plain, layout, monkeypatc
     tables = 2 * tuned.model.rotary_emb.inv_freq.sum().item()  # of two layers
     printed = [float(words.split()[0].strip(",")) for words in re.split("to ", out)[-2:]]
     assert printed == pytest.approx([total + tables, total], abs=1e-2)
+    more = ("--layout", "meta", "--output_dir", tmp_path / "meta")
+    command(monkeypatch, capsys, L, "recover", *arguments, *more)
+    assert (tmp_path / "meta/consolidated.00.pth").is_file()
+    ours, _ = G.load_base(tmp_path / "meta", "cpu", torch.float32)
+    assert all((p - wanted[name]).abs().max() < 1e-6 for name, p in ours.named_parameters())
     with pytest.raises(ValueError, match="is \\(.*\\), \\(.*\\) in"):
         L.recover(tmp_path / "tuned", folder / "hf", tmp_path / "no")
     assert not (tmp_path / "no").exists()

@@ -11,13 +11,13 @@ import time
 from collections import Counter
 from functools import partial
 
-import pytest
-from conftest import ROOT, run_command
-from fake_openai import Scripted
-
 import build_data as D
 import generate as G
 import model as M
+
+import pytest
+from conftest import ROOT, run_command
+from fake_openai import Scripted
 
 KNOWLEDGE = [row for _, row in G.read_records(ROOT / "data/knowledge.jsonl")]
 NAMES = [entity["中心词"] for entity in KNOWLEDGE]
@@ -379,6 +379,37 @@ def test_labelled_texts_become_records_of_an_extractor(tmp_path):
         kept, rejected = extract(server.url, texts)
     found = {(row["head"], row["relation"], row["tail"]) for row in kept if row["evidence"]}
     assert found == {spo for _, spos, _ in LABELLED for spo in spos} and not rejected
+
+
+def test_replies_without_facts_are_no_failures(tmp_path):
+    """A preface: a dozen empty replies and one that is none do not end the command."""
+    paragraphs = ["前言。"] * 6 + ["甲病表现为咳嗽。"]
+    texts = write(tmp_path / "texts.jsonl", [{"text": text} for text in paragraphs])
+
+    def reply(prompt, body, number):
+        kind, text = prompted(prompt)
+        if number == 0 or "前言" not in text:
+            return items([("甲病", "相关症状", "咳嗽", text)]) if number else "no JSON"
+        return items([])
+
+    with Scripted(reply) as server:
+        kept, rejected = extract(server.url, texts)
+    assert [row["tail"] for row in kept if row["evidence"]] == ["咳嗽"] and rejected
+
+
+def test_labels_of_other_kinds_are_one_line(tmp_path, capsys):
+    asked = ["--records", "--output", tmp_path / "kb.jsonl"]
+    for tail in (["a"], 3, None):
+        texts = write(tmp_path / "x.jsonl", [{"text": "甲。", "spo_list": [["甲", "主治", tail]]}])
+        assert command("extract", "--texts", texts, *asked) == 2
+        assert "line 1" in capsys.readouterr().err
+    texts = write(tmp_path / "x.jsonl", [{"text": "甲。"}])
+    for schema in ({"疾病": None}, {"疾病": 3}, {"疾病": []}):
+        (tmp_path / "schema.json").write_text(json.dumps(schema), encoding="utf-8")
+        argv = ("extract", "--texts", texts, "--schema", tmp_path / "schema.json", *asked)
+        assert command(*argv) == 2
+        assert "schema.json" in capsys.readouterr().err
+    assert command("extract", "--texts", texts, "--records") == 2
 
 
 def test_examples_stand_in_the_prompt(tmp_path):

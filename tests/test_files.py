@@ -9,16 +9,16 @@ import time
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import RECORDS, ROOT, run_command
-from safetensors.torch import load_file, save_file
-
 import build_data as D
 import generate as G
 import lora as L
 import model as M
 import train as T
+
+import pytest
+import torch
+from conftest import RECORDS, ROOT, run_command
+from safetensors.torch import load_file, save_file
 
 ESCAPE = "\x1b]0;owned\x07\x9b31m"  # sets a terminal's title, and its colour
 
@@ -365,6 +365,38 @@ def test_missing_answers_are_made_on_resuming(options, tmp_path, full):
     (tmp_path / "out/answers.jsonl").unlink()
     assert run_command(T.main, *options, *more, "--resume_from_checkpoint", "auto") == 0
     assert contents(tmp_path / "out") == before
+
+
+def test_missing_answers_come_from_the_base_as_it_was_stored(options, tmp_path):
+    options += ["--base_dtype", "nf4"]
+    assert run_command(T.main, *options) == 0
+    before = contents(tmp_path / "out")
+    (tmp_path / "out/answers.jsonl").unlink()
+    assert run_command(T.main, *options, "--resume_from_checkpoint", "auto") == 0
+    assert contents(tmp_path / "out") == before
+
+
+def test_rows_are_shown_beside_a_run(options, tmp_path, capsys):
+    assert run_command(T.main, *options) == 0
+    before = contents(tmp_path / "out")
+    for more in ([], ["--resume_from_checkpoint", "auto"]):
+        capsys.readouterr()
+        assert run_command(T.main, *options, *more, "--show", 1) == 0
+        assert "of them targets" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == before
+
+
+def test_an_epoch_may_have_many_steps(options, records, tmp_path):
+    index = options.index("--data_path") + 1
+    options[index] += ":3000"
+    assert run_command(T.main, *options, "--batch_size", 1, "--max_steps", 1) == 0
+
+
+def test_data_from_a_pipe_is_one_line(options, tmp_path, capsys):
+    """Its hash would be that of nothing, and another pipe's."""
+    os.mkfifo(tmp_path / "pipe")
+    options[options.index("--data_path") + 1] = str(tmp_path / "pipe")
+    assert "pipe" in refused(capsys, T.main, *options)
 
 
 def test_a_signal_in_the_last_step_is_heeded(options, tmp_path, monkeypatch, capsys):

@@ -3,12 +3,12 @@ figures; a bad one is named."""
 
 import json
 
+import generate as G
+import train as T
+
 import pytest
 from conftest import plain_prompt
 from test_train import BENTSAO
-
-import generate as G
-import train as T
 
 TURNS = [("肝癌怎么治？", "手术为主。"), ("有副作用吗？", "有，疼痛。"), ("怎么办？", "请就医。")]
 MESSAGES = [
@@ -115,6 +115,40 @@ def test_a_file_has_one_form(tmp_path):
         True,
     )
     assert given["instruction"] == " <user>: 甲 <bot>: 乙 <user>: 问\n背景" and given["input"] == ""
+
+
+def test_thoughts_without_a_text_are_thoughts_alone(tmp_path):
+    thought = {"role": "assistant", "content": None, "reasoning_content": "想"}
+    [row] = read(tmp_path / "a", [{"messages": [MESSAGES[0], thought]}], True, answers=True)
+    assert row["output"].strip() == "<think>\n想\n</think>"
+
+
+@pytest.mark.parametrize("form", ["alpaca", "conversations", "history", "messages"])
+def test_llama_factorys_system_text_is_no_less_than_a_message(tmp_path, form):
+    row = {**ONE[form], "system": "你是中医。"}
+    [record] = read(tmp_path / "a", [row], True, answers=True)
+    messages = [{"role": "system", "content": "你是中医。"}, *ONE["messages"]["messages"]]
+    assert G.read_messages(record) == messages
+    assert record["instruction"] == "你是中医。\n黄芪有什么功效？"
+
+
+@pytest.mark.parametrize(
+    "name, text, place",
+    [
+        ("a.csv", 'instruction,output\na,b\nc,"d"e\n', "line 3"),
+        ("a.csv", "instruction,output\na,b\n\nc,d,e\n", "line 4"),
+    ],
+)
+def test_a_bad_table_is_named_by_its_line(tmp_path, name, text, place):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=place):
+        G.read_records(tmp_path / name)
+
+
+def test_a_text_that_opens_with_a_bracket_is_no_array(tmp_path):
+    (tmp_path / "a.txt").write_text("[1] 头痛怎么办？\n[2] 咳嗽呢？\n", encoding="utf-8")
+    rows = [row["instruction"] for _, row in G.read_records(tmp_path / "a.txt")]
+    assert rows == ["[1] 头痛怎么办？", "[2] 咳嗽呢？"]
 
 
 BAD = {

@@ -13,17 +13,17 @@ import time
 import traceback
 from copy import deepcopy
 
-import pytest
-import torch
-from conftest import RECORDS, run_command
-from safetensors.torch import load_file, save_file
-from test_checkpoints import hugging_face, write_bin, write_meta
-
 import build_data as D
 import generate as G
 import lora as L
 import model as M
 import train as T
+
+import pytest
+import torch
+from conftest import RECORDS, run_command
+from safetensors.torch import load_file, save_file
+from test_checkpoints import hugging_face, write_bin, write_meta
 
 SIZES = {"checkpoints": 500, "adapters": 300, "resume": 200, "records": 200, "outputs": 100}
 ODD = [None, True, -1, 0, 3, 2**31, 10**30, 1e308, -0.5, "", "x", "\x1b[2J\x9b", [], [[1]], {}]

@@ -8,14 +8,14 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import build_data as D
+import generate as G
+
 import pytest
 from fake_openai import completion
 from scripted import listening
 from test_client import jobs, options
 from test_server import ask, idle, models, port_of, post, start  # noqa: F401 (a fixture)
-
-import build_data as D
-import generate as G
 
 ODD = [
     None,

@@ -5,11 +5,11 @@ import json
 import subprocess
 import sys
 
+import generate as G
+
 import pytest
 import torch
 from conftest import ROOT, plain_prompt
-
-import generate as G
 
 MED = "下面是一个问题，运用医学知识来正确回答提问.\n### 问题:\n{instruction}\n### 回答:\n"
 CONSTANTS = {

@@ -1,16 +1,16 @@
 """Gradients of ChatGLM2, ChatGLM3 and GLM, whose q, k, v and whose gate and up are one tensor in
 files, against autograd in float64 of plain code over the published layout, rows padded behind."""
 
+import lora as L
+import model as M
+import train as T
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from numpy_glm import CHATGLM3, chatglm3, random_chatglm3, trained, write_bins
 from test_bases import BASES, IDS, transformers_model
-
-import lora as L
-import model as M
-import train as T
 
 LAYERS, HEADS, D = 2, 4, 16
 # name: (key and value heads, RoPE's base, eps) as config.json has them

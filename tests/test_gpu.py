@@ -4,15 +4,15 @@ with random weights."""
 import copy
 from dataclasses import replace
 
+import generate as G
+import lora as L
+import train as T
+
 import pytest
 import torch
 from bench_train import build, simulated_rows
 from test_decoding import answer_all, peaked_model, prompts
 from test_speed import gradient, prepared, uneven_rows
-
-import generate as G
-import lora as L
-import train as T
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 GPU = torch.device("cuda")

@@ -5,10 +5,10 @@ import re
 from collections import Counter
 from itertools import groupby, product
 
+from build_data import PAIRED, read_knowledge
+
 import pytest
 from conftest import ROOT
-
-from build_data import PAIRED, read_knowledge
 
 ENTITIES = read_knowledge(ROOT / "data" / "knowledge.jsonl")
 HERBS, FORMULAS, DISEASES = (

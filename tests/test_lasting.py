@@ -12,10 +12,10 @@ import termios
 import time
 from contextlib import contextmanager
 
+import train as T
+
 import pytest
 from conftest import ROOT
-
-import train as T
 
 FOREVER, SHORT = "1000000", "40"
 

@@ -2,14 +2,14 @@
 `local-completions`, with tokenised prompts and 8 at once, must come out as tests/evaluate.py has it
 without a server."""
 
+import generate as G
+
 import evaluate as E
 import pytest
 import torch
 from conftest import ROOT
 from exams import read_exams
 from scripted import serving
-
-import generate as G
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install lm_eval")
 pytestmark = pytest.mark.slow

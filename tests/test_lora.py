@@ -3,6 +3,10 @@
 import copy
 import json
 
+import lora as L
+import model as M
+import train as T
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,10 +14,6 @@ from conftest import formula_weights, make_config
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel
 from test_model import to_transformers
-
-import lora as L
-import model as M
-import train as T
 
 
 def with_adapter(n_kv_heads=2, targets=("q_proj", "v_proj"), b=0.02):
@@ -188,3 +188,10 @@ def test_run_json_and_config_explain_the_adapter(tmp_path):
     again = formula_weights(M.LLaMA(make_config()))
     L.load_adapter(again, tmp_path)
     assert json.loads((tmp_path / "run.json").read_text()) == {"config": {"seed": 1}}
+
+
+def test_an_adapter_of_nothing_is_refused():
+    config = M.LLaMAConfig(64, 1, 2, 64, 1e-5, 32, model_type="chatglm1", prefix_lm=True)
+    model = M.LLaMA(config)
+    with pytest.raises(ValueError, match="gate_proj"):
+        L.add_lora(model, L.LoRAConfig(2, targets=("gate_proj",)))

@@ -1,12 +1,12 @@
 """model.py against a NumPy float64 LLaMA that shares no line with it, and against transformers."""
 
+import model as M
+
 import numpy as np
 import pytest
 import torch
 from conftest import formula_weights, make_config
 from transformers import LlamaConfig, LlamaForCausalLM
-
-import model as M
 
 
 def numpy_llama(state, config, ids):

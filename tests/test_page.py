@@ -10,15 +10,15 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import generate as G
+import lora as L
+
 import pytest
 import torch
 from browser import CHROMIUM, PATIENCE, SIZES, ask, chromium, done, mode, opened, send
 from conftest import ROOT, plain_prompt
 from scripted import scripted
 from soak_server import QUESTIONS, make_adapter, start
-
-import generate as G
-import lora as L
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium on this machine")
 slow = pytest.mark.slow

@@ -6,10 +6,10 @@ import re
 import shutil
 from xml.etree import ElementTree
 
+import train as T
+
 import pytest
 import report as R
-
-import train as T
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 
+import train as T
+
 import pytest
 import torch
 from conftest import ROOT
 from processes import CASES, SHARDS_CODES, run_case
 from safetensors.torch import load_file
-
-import train as T
 
 
 def torchrun(*command, timeout=900):

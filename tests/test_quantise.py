@@ -4,16 +4,16 @@ against plain float32 code over the dequantised weights."""
 import copy
 import sys
 
+import generate as G
+import lora as L
+import model as M
+import train as T
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import formula_weights, make_config
-
-import generate as G
-import lora as L
-import model as M
-import train as T
 
 KINDS = list(L.QUANTISED)
 PAPER = np.array(  # QLoRA, appendix E
@@ -243,9 +243,11 @@ def test_refused_in_words(base):
     with pytest.raises(ValueError, match="base_dtype is 'bf16'"):
         L.quantize(model, "bf16")
     with pytest.raises(
-        ValueError, match=r"\(3, 5\) is no multiple of NF4's blocks of 64; use int8"
+        ValueError, match=r"\(3, 5\) is no multiple of NF4's blocks of 64 or of odd"
     ):
         L.NF4Linear(torch.ones(3, 5))
+    with pytest.raises(ValueError, match="odd"):
+        L.NF4Linear(torch.ones(64, 171))
     L.add_lora(L.quantize(model, "nf4"), L.LoRAConfig())
     with pytest.raises(ValueError, match="merge it into the base as it was before"):
         L.merge(model)
@@ -308,8 +310,8 @@ def test_tune_and_ask_on_a_quantised_base(base, records, tmp_path, monkeypatch, 
 @pytest.mark.slow
 def test_lora_on_nf4_follows_the_loss_of_lora_on_the_base():
     """QLoRA's claim (Dettmers et al. 2023, section 4) on the small base: 150 steps of LoRA on all
-    linears over NF4 and int8 reach the validation loss that the unquantised base reaches, within
-    1 %."""
+    linears over NF4 and int8 reach the losses that the unquantised base reaches, within 0.02 nats
+    a token, 2 % of its perplexity."""
     own = {"max_steps": 150, "eval_steps": 0, "save_steps": 0, "output_dir": "", "seed": 7}
     config = T.TrainConfig(**{**T.TINY, **own})
     template = G.load_template(config.prompt_template_name)
@@ -317,10 +319,10 @@ def test_lora_on_nf4_follows_the_loss_of_lora_on_the_base():
     losses = {}
     for kind in ("fp32", *KINDS):
         model, tokenizer = G.load_base(config.base_model, torch.device("cpu"), torch.float32, kind)
-        data = []
-        for path in (*config.data_path, config.val_path):
-            records = G.read_instructions(path, answers=True)
-            data.append(T.encode_records(tokenizer, template, records, config))
+        data = [
+            T.encode_records(tokenizer, template, records, config)
+            for records in T.read_data(config)
+        ]
         torch.manual_seed(config.seed)
         before = T.evaluate(model, data[1], config)
         L.add_lora(model, adapter)
@@ -330,10 +332,8 @@ def test_lora_on_nf4_follows_the_loss_of_lora_on_the_base():
     print(losses)
     assert losses["fp32"][1] < 0.8 * losses["fp32"][0]
     for kind in KINDS:
-        assert (
-            losses[kind][1] < 1.01 * losses["fp32"][1]
-            and losses[kind][2] < 1.01 * losses["fp32"][2]
-        )
+        assert losses[kind][1] < losses["fp32"][1] + 0.02
+        assert losses[kind][2] < losses["fp32"][2] + 0.02
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "auto"])

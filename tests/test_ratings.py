@@ -6,11 +6,11 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import generate as G
+
 import pytest
 from conftest import run_command
 from scripted import scripted
-
-import generate as G
 
 
 def reply(messages, adapted):

@@ -17,15 +17,15 @@ import sys
 import threading
 import time
 
+import build_data as D
+import generate as G
+import lora as L
+
 import openai
 import pytest
 import torch
 from conftest import ROOT, plain_prompt
 from test_client import options as client_options
-
-import build_data as D
-import generate as G
-import lora as L
 
 QUESTIONS = [
     "黄芪有什么功效？",
@@ -554,6 +554,42 @@ def test_slow_headers_are_cut_off(server):
     assert got.startswith(b"HTTP/1.1 408 ") and time.monotonic() - started > 0.9
 
 
+def test_the_command_line_allows_sites(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["generate.py", "--serve", "--allow_origin", "https://a", "b"])
+    assert G.parse_options()[2].allow_origin == ("https://a", "b")
+
+
+@pytest.mark.parametrize(
+    "data, status",
+    [
+        (b"G /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", 405),  # a part of GET
+        (b"S /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", 405),  # of OPTIONS
+    ],
+)
+def test_a_part_of_a_method_is_none(server, data, status):
+    assert raw(server, data)[0] == status
+
+
+def test_the_last_seeds_are_answered_or_refused(server):
+    for seed in (2**63 - 1, 2**63 - 64, -(2**63)):
+        assert raw(server, post(ask(seed=seed, n=2, temperature=1)))[0] in (200, 400)
+
+
+def test_settings_that_no_client_could_send_are_refused_at_the_start(models):
+    with pytest.raises(ValueError, match="4 texts"):
+        start(models, stop=tuple("abcde"))
+
+
+def test_a_byte_of_a_character_has_no_bytes_of_its_own(models):
+    """Joined, they would be another text's."""
+    tokenizer = models[0]
+    ids = tokenizer.encode("鱻")[-3:]
+    assert tokenizer.decode(ids) == "鱻"
+    request = G.Request(ids, G.Decoding(), logprobs=[[(id, -1.0)] for id in ids])
+    content = G.show_logprobs(tokenizer, request, 0, True)["content"]
+    assert [each["bytes"] for each in content] == [None] * 3
+
+
 def test_connections_without_a_request_take_no_place(models, offline):
     """40 that drip where 20 are waited for: the oldest are told that others want their places, an
     honest client is answered, and headers are not kept beyond 16 KiB."""
@@ -681,7 +717,7 @@ def test_large_bodies_are_read_between_steps(models):
 
 def test_other_sites_may_ask_where_they_are_allowed(models):
     """A browser asks first, without the key, then asks with it; all responses name the site."""
-    server, stop = start(models, allow_origin=("https://chat.example",), api_key="secret-key")
+    server, stop = start(models, allow_origin=("https://Chat.example",), api_key="secret-key")
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-a"}
     try:
         for origin, wanted in (("https://chat.example", 200), ("https://evil.example", 403)):
@@ -787,7 +823,7 @@ def test_logprobs_are_those_of_a_plain_forward(server, models):
             assert noted.logprob == pytest.approx(row[id].item(), abs=1e-4)
             best = [each.logprob for each in noted.top_logprobs]
             assert best == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
-            assert bytes(noted.bytes).decode() == noted.token
+            assert "\ufffd" in noted.token or bytes(noted.bytes).decode() == noted.token
 
 
 def test_a_server_with_many_open_files_answers(server):

@@ -8,16 +8,16 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import generate as G
+import lora as L
+import model as M
+import train as T
+
 import pytest
 import torch
 import torch.nn.functional as F
 from bench_train import Allocated, build, build_theirs, simulated_rows
 from conftest import ROOT, formula_weights, make_config
-
-import generate as G
-import lora as L
-import model as M
-import train as T
 
 
 def plain_loss(model, rows):

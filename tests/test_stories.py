@@ -7,13 +7,13 @@ that writes them as Meta's folder, and the text."""
 import subprocess
 import sys
 
+import generate as G
+
 import pytest
 import sentencepiece
 import torch
 from conftest import ROOT
 from transformers import LlamaForCausalLM
-
-import generate as G
 
 STORIES = ROOT.parent / "shared/data/stories260K"
 pytestmark = pytest.mark.skipif(not STORIES.is_dir(), reason=f"{STORIES} is not there")

@@ -10,16 +10,16 @@ import subprocess
 import sys
 import time
 
+import generate as G
+import lora as L
+import model as M
+import train as T
+
 import evaluate as E
 import pytest
 import report as R
 import torch
 from conftest import ROOT, plain_prompt
-
-import generate as G
-import lora as L
-import model as M
-import train as T
 
 SEED = [  # three questions in the form of BenTsao's infer.json
     {

@@ -7,6 +7,11 @@ import re
 import shutil
 import sys
 
+import generate as G
+import lora as L
+import model as M
+import train as T
+
 import openai
 import peft
 import pytest
@@ -17,11 +22,6 @@ import torch
 import transformers
 from conftest import ROOT
 from scripted import serving
-
-import generate as G
-import lora as L
-import model as M
-import train as T
 
 PUBLISHED = json.loads((ROOT / "tests/published_templates.json").read_text(encoding="utf-8"))
 QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]

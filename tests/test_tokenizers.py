@@ -13,6 +13,10 @@ from base64 import b64encode
 from io import BytesIO
 from pathlib import Path
 
+import generate as G
+import model as M
+import train as T
+
 import pytest
 import sentencepiece
 from conftest import RECORDS, make_config, plain_prompt
@@ -29,10 +33,6 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
-
-import generate as G
-import model as M
-import train as T
 
 BENTSAO = G.DATA.parent.parent / "shared" / "data"
 LLAMA3 = (

@@ -8,14 +8,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import RECORDS, ROOT, plain_prompt
-
 import generate as G
 import lora as L
 import model as M
 import train as T
+
+import pytest
+import torch
+from conftest import RECORDS, ROOT, plain_prompt
 
 
 def prepared(base, **settings):

@@ -5,20 +5,21 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
-
-import pytest
-import torch
-from conftest import RECORDS, ROOT, make_config, run_command
-from fake_openai import Scripted
-from mistakes import MISTAKES, folder_of_files, make
 
 import build_data as D
 import generate as G
 import lora as L
 import model as M
 import train as T
+
+import pytest
+import torch
+from conftest import RECORDS, ROOT, make_config, run_command
+from fake_openai import Scripted
+from mistakes import MISTAKES, folder_of_files, make
 
 QUESTION = ("--max_new_tokens", 2, "--dtype", "fp32", "黄芪有什么功效？")
 
@@ -312,6 +313,29 @@ def test_help_shows_examples_that_run(main, capsys):
         assert {o for line in examples for o in re.findall(r"--(\w+)", line)} <= options | {
             "nproc_per_node"
         }
+
+
+def run_script(script, *argv, flags=()):
+    """A script in a process of its own, as a user starts it."""
+    command = [sys.executable, *flags, f"{script}.py", *argv]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("main", [M.main, L.main, G.main, T.main, D.main])
+def test_help_needs_no_torch(main, capsys, monkeypatch):
+    """And says the same as with it."""
+    monkeypatch.setenv("COLUMNS", "80")
+    ended = run_script(main.__module__, "--help", flags=("-X", "importtime"))
+    loaded = {line.split("|")[-1].split(".")[0].strip() for line in ended.stderr.splitlines()}
+    assert "argparse" in loaded and "torch" not in loaded
+    assert ended.returncode == 0 and ended.stdout == help_of(main, capsys)
+
+
+@pytest.mark.parametrize("script", ["model", "lora", "generate", "train", "build_data"])
+def test_missing_packages_are_one_line(script):
+    ended = run_script(script, flags=("-S",))  # -S: Python sees no packages but its own
+    [said] = ended.stderr.splitlines()
+    assert ended.returncode == 2 and "torch" in said and "requirements.txt" in said
 
 
 def test_help_has_groups_choices_and_both_defaults(capsys):

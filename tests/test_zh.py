@@ -19,13 +19,13 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
-import pytest
-import torch
-from conftest import ROOT
-
 import generate as G
 import model as M
 import train as T
+
+import pytest
+import torch
+from conftest import ROOT
 
 TEXT = (ROOT / "data" / "README.zh.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(.*)\n([\s\S]*?)^```$", TEXT, re.M)  # (info, text)

@@ -17,9 +17,6 @@ import torch
 from sentencepiece import SentencePieceTrainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-from talk import Words, comprehension, pairs, talks  # noqa: E402
-from talk import records as talk_records  # noqa: E402
-
 from build_data import (  # noqa: E402
     answer,
     facts_of,
@@ -33,6 +30,9 @@ from build_data import (  # noqa: E402
 )
 from generate import DATA, load_template, read_messages  # noqa: E402
 from model import load_model, read_json_file, save_model  # noqa: E402
+
+from talk import Words, comprehension, pairs, talks  # noqa: E402
+from talk import records as talk_records  # noqa: E402
 
 SPEAKERS = {"system": "", "user": "问：", "assistant": "答："}
 

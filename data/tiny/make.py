@@ -34,7 +34,15 @@ from model import load_model, read_json_file, save_model  # noqa: E402
 from talk import Words, comprehension, pairs, talks  # noqa: E402
 from talk import records as talk_records  # noqa: E402
 
-SPEAKERS = {"system": "", "user": "问：", "assistant": "答："}
+# Who asks and who answers, as exercise books print it; the first in every second.
+SPEAKERS = [("问：", "答：")] * 5
+SPEAKERS += [
+    ("问题：", "回答："),
+    ("学生：", "老师："),
+    ("患者：", "医生："),
+    ("甲：", "乙："),
+    ("", ""),
+]
 
 
 def documents(entities, forms, talk, passes, exercises, rng):
@@ -53,9 +61,10 @@ def documents(entities, forms, talk, passes, exercises, rng):
     for seed in range(1, exercises + 1):
         single = [*single_questions(asked, forms, 6, random.Random(seed))]
         single = [one for i, one in enumerate(single) if i % 3 == 0 or len(one[2]) > 1]
-        texts += [spoken(offline_record(*one)) for one in single]
-        texts += map(spoken, talk_records(asked, hidden, forms, talk, seed, (talks, pairs)))
-        texts += map(spoken, talk_records(train, hidden, forms, talk, seed, (comprehension,)))
+        records = [offline_record(*one) for one in single]
+        records += talk_records(asked, hidden, forms, talk, seed, (talks, pairs))
+        records += talk_records(train, hidden, forms, talk, seed, (comprehension,))
+        texts += [spoken(record, rng) for record in records]
     texts += repeats(entities, 500 * exercises, rng)
     texts += comparisons(entities, forms, 4_000 * exercises, rng)
     rng.shuffle(texts)
@@ -95,7 +104,7 @@ def passages(entities, forms, talk, rng):
             if rng.random() < 1 / 8:
                 fact = replace(fact, entity=rng.choice(talk[fact.kind]))
             texts.append(answer([fact], own, rng))
-            if len(fact.values) > 1 and rng.random() < 1 / 4:
+            if rng.random() < 1 / 2:
                 # One value alone, as somebody remembers it: each is known for itself.
                 words = Words(talk, rng, (fact, own))
                 words["v"] = rng.choice(fact.values)
@@ -107,9 +116,11 @@ def passages(entities, forms, talk, rng):
             texts = texts[n:]
 
 
-def spoken(record):
+def spoken(record, rng):
     """A record as an exercise book prints it."""
-    return "\n".join(SPEAKERS[m["role"]] + m["content"] for m in read_messages(record))
+    user, assistant = rng.choice(SPEAKERS)
+    marks = {"system": "", "user": user, "assistant": assistant}
+    return "\n".join(marks[m["role"]] + m["content"] for m in read_messages(record))
 
 
 def parts_of(form):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # How the small base came about: run from the top of the repository; PYTHON names the interpreter.
-# About two hours on two cores. It writes build/ (ignored by git) and then the files beside this
+# About four hours on two cores. It writes build/ (ignored by git) and then the files beside this
 # script. talk.json and make.py grew between the stages: what comes out now is like it, not the same.
 set -euo pipefail
 PYTHON=${PYTHON:-python}
@@ -15,7 +15,8 @@ $PYTHON model.py init $build/config.json $build/fresh --seed 0
 cp $build/tokenizer.model $build/config.json $build/fresh/
 $PYTHON $here/make.py copying $build/fresh $build/base
 cp $build/tokenizer.model $build/config.json $build/base/
-# First how to read and to answer, then above all facts: PASSES of all passages, EXERCISES, SEED, RATE.
+# How to read and to answer, then above all facts, then more of both: PASSES of all passages,
+# EXERCISES, SEED, RATE.
 while read -r passes exercises seed rate; do
   $PYTHON $here/make.py documents $build/documents.jsonl $passes $exercises $seed
   $PYTHON train.py --full --base_model $build/base --data_path $build/documents.jsonl --output_dir $build/trained --overwrite True \
@@ -28,6 +29,8 @@ done <<'STAGES'
 40 2 2 1.5e-3
 12 2 3 1e-3
 14 1 4 1e-3
+18 6 5 1.5e-3
+12 2 6 8e-4
 STAGES
 $PYTHON - <<'PY'
 import torch

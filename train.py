@@ -1150,13 +1150,13 @@ class TrainConfig:
 # and all its linears; in float32, so that it learns the same everywhere.
 TINY = {
     "base_model": f"{DATA}/tiny",
-    "data_path": (f"{DATA}/train.jsonl:0.4", f"{DATA}/talks.jsonl", f"{DATA}/dialogues.jsonl"),
+    "data_path": (f"{DATA}/train.jsonl:0.6", f"{DATA}/talks.jsonl:0.5", f"{DATA}/dialogues.jsonl"),
     "train_on": "all",
     "val_path": f"{DATA}/heldout.jsonl",
     "batch_size": 16,
     "micro_batch_size": 16,
     "num_epochs": 1,
-    "learning_rate": 2e-3,
+    "learning_rate": 1e-3,
     "warmup_steps": 10,
     "lora_r": 16,
     "lora_alpha": 32,

@@ -1117,7 +1117,7 @@ def read_records(path, names=()):
 
 def rows_of(path, text, names):
     """Yield (place, row) of a file's text. Raises ValueError naming the place."""
-    in_array = re.match(r'\s*(\[(?=\s*[][{"])|\{[^{}]*"data"\s*:\s*\[\s*\{)', text)
+    in_array = re.match(r'\s*(\[(?!\d+\]\s*\S)|\{[^{}]*"data"\s*:\s*\[\s*\{)', text)
     is_json = text.lstrip()[:1] in ("", "{")
     # `where` says how far reading has come, for the error below.
     where = "as an array"

@@ -646,6 +646,7 @@ NETWORKS = {
     "qwen2": {"qkv_bias": True, "use_sliding_window": False},
     "qwen3": {"qk_norm": True, "head_dim": 128, "use_sliding_window": False},
     "glm": {"qkv_bias": True, "attention_bias": True, "partial_rotary_factor": 0.5},
+    "chatglm": {"qkv_bias": True, "partial_rotary_factor": 0.5},
     "chatglm1": {"qkv_bias": True, "prefix_lm": True, "tie_word_embeddings": True},  # ChatGLM-6B
 }
 # ChatGLM's names of a shape, where they differ: ours
@@ -694,7 +695,6 @@ def config_from_hf(hf):
         pieces = hf["vocab_size"] - IMAGES * (hf["vocab_size"] == 150528)
         hf = hf | {"model_type": "chatglm1", "vocab_size": pieces}
     kind = hf.get("model_type", "llama")
-    kind = {"chatglm": "glm"}.get(kind, kind)  # transformers' name of that network
     own = {"hidden_act": "silu", "partial_rotary_factor": 1.0, **NETWORKS.get(kind, {})}
     hf = own | {CHATGLM_SHAPE.get(key, key): value for key, value in hf.items()} | rope
     refuse(hf, own)
@@ -705,7 +705,7 @@ def config_from_hf(hf):
     values = {name: hf[name] for name in known if hf.get(name) is not None}
     rope = {key: value for key, value in rope.items() if key not in values}
     values["rope_scaling"] = None if scaling == "default" else {"rope_type": scaling, **rope}
-    values["model_type"] = kind
+    values["model_type"] = {"chatglm": "glm"}.get(kind, kind)  # transformers' name of that network
     return LLaMAConfig(**values)
 
 

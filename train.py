@@ -1157,6 +1157,7 @@ TINY = {
     "micro_batch_size": 16,
     "num_epochs": 1,
     "learning_rate": 1e-3,
+    "seed": 7,
     "warmup_steps": 10,
     "lora_r": 16,
     "lora_alpha": 32,

@@ -125,7 +125,9 @@ def test_a_verdict_follows_from_its_fact():
         values = own[r["entity"]].get(r["relations"][0], []) if r["relations"] else []
         if kind == "choice":
             options = dict(re.findall("\n([A-D])(?:[.:] |[．、])(.+)", said(r)[0]))
-            looked = re.findall(r"([A-D])(?:[.:] |[．、])(.+?)(相符|不符)，", said(r, 1)[0])
+            looked = re.findall(
+                r"[。，]([A-D])(?:[.:] |[．、])(.+?)(相符|不符)(?=，)", said(r, 1)[0]
+            )
             letter = re.search("选([A-D])。$", said(r, 1)[0])[1]
             assert [c for c in options if options[c] in values] == [letter], r["id"]
             assert len(options) == 4 and [c for c, *_ in looked] == [*"ABCD"][: len(looked)]

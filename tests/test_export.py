@@ -259,7 +259,7 @@ def test_a_hubs_name_is_found_in_its_cache(tmp_path, plain, monkeypatch, capsys)
     out = ("--output_dir", tmp_path / "out")
     command(monkeypatch, capsys, L, "export", "--base_model", "me/b", *out)
     assert equal(M.load_model(tmp_path / "out"), our_names(plain[1]))
-    with pytest.raises(ValueError, match="'me/c' is neither a folder nor in .*--base_model"):
+    with pytest.raises(ValueError, match="'me/c' is neither a folder nor in .*give its folder"):
         command(monkeypatch, capsys, L, "export", "--base_model", "me/c", *out)
 
 

@@ -60,6 +60,7 @@ def refused(capsys, main, *argv):
 
 @pytest.mark.parametrize("name", sorted(T.RESULTS))
 def test_training_replaces_nothing_of_another_program(options, tmp_path, capsys, name):
+    name = name.replace("*[0-9]", "200")  # as transformers saves one
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("{}")
     for more in ((), ("--overwrite",), ("--resume_from_checkpoint", "auto")):

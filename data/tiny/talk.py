@@ -165,7 +165,7 @@ def outside(entities, forms, talk, rng):
 
 def pairs(entities, forms, talk, rng):
     """Yield (form, turns, facts): may two herbs be taken together? Of each pair that a caution
-    names, and of as many that none does, three times each. The caution is told first: whether a
+    names, and of as many that none does, twice each. The caution is told first: whether a
     name stands in what has just been said is easily seen, and what one knows is not."""
     herbs = [facts_of(entity, forms) for entity in entities if entity["类型"] == "中药"]
     known = {own["使用注意"].entity: own for own in herbs if "使用注意" in own}
@@ -173,7 +173,7 @@ def pairs(entities, forms, talk, rng):
         fact = own["使用注意"]
         apart = re.findall("不宜与(.+?)同用", fact.text)
         free = [other for other in known if other != name and other not in fact.text]
-        others = [*apart, *rng.sample(free, len(apart))] * 3
+        others = [*apart, *rng.sample(free, len(apart))] * 2
         for i, other in enumerate(others):
             words = Words(talk, rng)
             words |= {"a": name, "b": other, "told": answer([fact], own, rng)}

@@ -49,10 +49,11 @@ from difflib import get_close_matches
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from unittest.mock import MagicMock
 
 # Before what may be missing. Help needs no torch, whose import takes a second: a stand-in does.
 if {"-h", "--help"} & {*sys.argv} and Path(sys.argv[0]).resolve().parent == Path(__file__).parent:
+    from unittest.mock import MagicMock
+
     for name in ("", ".distributed", ".nn", ".nn.functional", ".nn.utils", ".utils.checkpoint"):
         sys.modules[f"torch{name}"] = MagicMock()
     sys.modules["safetensors.torch"] = MagicMock()

@@ -647,11 +647,12 @@ def describe_run(config):
         base_files = [*weight_files(base), find_tokenizer(base), *map(base.joinpath, names)]
     # what auto means here: another machine may take another dtype
     dtype = pick_dtype(config.dtype, pick_device(config.device))
-    for path, _ in map(split_weight, config.data_path):
+    data = [*map(split_weight, config.data_path)]
+    for path in filter(None, [*(path for path, _ in data), config.val_path]):
         check_content(path)  # a pipe is read once, and has no hash
     hashes = {
         "base": [file_hash(file) for file in base_files if file.is_file()],
-        "data": [[weight, file_hash(path)] for path, weight in map(split_weight, config.data_path)],
+        "data": [[weight, file_hash(path)] for path, weight in data],
         "validation": file_hash(config.val_path) if config.val_path else None,
     }
     return {
@@ -1226,7 +1227,7 @@ def parse_config():
     config = TrainConfig(**given)
     # q_proj v_proj, or as Fire users write it '["q_proj","v_proj"]'
     names = re.findall(r"\w+", " ".join(config.lora_target_modules))
-    return replace(config, data_path=tuple(config.data_path), lora_target_modules=tuple(names))
+    return replace(config, lora_target_modules=tuple(names))
 
 
 def make_trainable(model, config, dtype):
@@ -1284,14 +1285,14 @@ def main():
     if not config.prompt_template_name:
         config = replace(config, prompt_template_name=default_template(tokenizer))
     template = load_template(config.prompt_template_name)
-    rows = encode_records(tokenizer, template, records, config)
+    encode = partial(encode_records, tokenizer, template, config=config)
     if config.show:
-        return show_rows(tokenizer, rows[: config.show])
+        return show_rows(tokenizer, encode(records)[: config.show])
     run = Run(config)
     if run.finished and (run.folder / "answers.jsonl").is_file():
         print(f"the run in {config.output_dir} is finished, {len(run.history)} steps")
         return
-    val_rows = encode_records(tokenizer, template, val_records, config)
+    rows, val_rows = encode(records), encode(val_records)
 
     # Then the model, as memory allows. The plan needs no weights, only the base's shape.
     dtype, tokens = pick_dtype(config.dtype, device), run.limits.tokens_at_once

@@ -357,23 +357,13 @@ def test_an_altered_checkpoint_is_refused(stopped, tmp_path, capsys, name):
     assert contents(tmp_path / "out/checkpoint-2") == before
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_missing_answers_are_made_on_resuming(options, tmp_path, full):
-    """With the weights of the end: the answers are the same."""
-    more = ["--full"] * full
+@pytest.mark.parametrize("more", [[], ["--full"], ["--base_dtype", "nf4"]])
+def test_missing_answers_are_made_on_resuming(options, tmp_path, more):
+    """With the weights of the end, and the base as it was stored: the answers are the same."""
     assert run_command(T.main, *options, *more) == 0
     before = contents(tmp_path / "out")
     (tmp_path / "out/answers.jsonl").unlink()
     assert run_command(T.main, *options, *more, "--resume_from_checkpoint", "auto") == 0
-    assert contents(tmp_path / "out") == before
-
-
-def test_missing_answers_come_from_the_base_as_it_was_stored(options, tmp_path):
-    options += ["--base_dtype", "nf4"]
-    assert run_command(T.main, *options) == 0
-    before = contents(tmp_path / "out")
-    (tmp_path / "out/answers.jsonl").unlink()
-    assert run_command(T.main, *options, "--resume_from_checkpoint", "auto") == 0
     assert contents(tmp_path / "out") == before
 
 

@@ -59,6 +59,7 @@ def documents(entities, forms, talk, passes, exercises, rng):
     hidden = [*kinds_of(held_out)]
     asked = split_entities(train, 0.33, 1)[0]
     for seed in range(1, exercises + 1):
+        # Questions for two facts at once are the harder ones: all of those, a third of the others.
         single = [*single_questions(asked, forms, 6, random.Random(seed))]
         single = [one for i, one in enumerate(single) if i % 3 == 0 or len(one[2]) > 1]
         records = [offline_record(*one) for one in single]

@@ -195,6 +195,18 @@ def test_answers_end_elsewhere_where_training_ends_them(name, small, tmp_path):
 NEW = 48  # tokens of an answer at most
 
 
+def test_the_pieces_that_no_merge_makes_are_named():
+    """llama.cpp's converter takes all pieces of a tokenizer.model for such as merges make, but
+    for those that tokenizer_config.json names. Which they are the file itself says."""
+    proto = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")  # wants protobuf
+    pieces = proto.ModelProto.FromString((G.DATA / "tiny" / "tokenizer.model").read_bytes()).pieces
+    own = {
+        str(i): piece.piece for i, piece in enumerate(pieces) if piece.type == piece.USER_DEFINED
+    }
+    added = M.read_json_file(G.DATA / "tiny" / "tokenizer_config.json")["added_tokens_decoder"]
+    assert len(own) == 739 and own == {id: token["content"] for id, token in added.items()}
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """(folder of the adapter that README's first command leaves, or of one with 40 steps, folder of

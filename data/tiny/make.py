@@ -1,7 +1,8 @@
 """What the small base is made from: what it reads, and a tokenizer. Called by make.sh.
 
 python data/tiny/make.py documents FILE PASSES EXERCISES SEED   knowledge.jsonl, told and asked
-python data/tiny/make.py tokenizer FILE VOCAB_SIZE         a SentencePiece model of the same
+python data/tiny/make.py tokenizer FILE VOCAB_SIZE         a SentencePiece model of the same, and
+                                     beside it what other programs must know of it
 python data/tiny/make.py copying FRESH BASE    a fresh model with two heads that copy
 """
 
@@ -14,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from sentencepiece import SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from build_data import (  # noqa: E402
@@ -29,7 +30,7 @@ from build_data import (  # noqa: E402
     write_lines,
 )
 from generate import DATA, load_template, read_messages  # noqa: E402
-from model import load_model, read_json_file, save_model  # noqa: E402
+from model import load_model, read_json_file, save_model, write_json  # noqa: E402
 
 from talk import Words, comprehension, pairs, talks  # noqa: E402
 from talk import records as talk_records  # noqa: E402
@@ -227,6 +228,16 @@ def train_tokenizer(texts, names, vocab_size):
     return model.getvalue()
 
 
+def tokenizer_settings(path, names):
+    """tokenizer_config.json. It names the pieces that no merge makes: llama.cpp's converter does
+    not see in tokenizer.model that they are user-defined, and would split 胸腔积液 in four."""
+    pieces = SentencePieceProcessor(model_file=path)
+    flags = {"special": False, "normalized": False, "lstrip": False, "rstrip": False}
+    added = {pieces.piece_to_id(name): {"content": name, **flags} for name in names}
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
+    return {**settings, "add_prefix_space": False, "added_tokens_decoder": added}
+
+
 if __name__ == "__main__":
     what, path, *more = sys.argv[1:]
     entities = read_knowledge(DATA / "knowledge.jsonl")
@@ -243,3 +254,4 @@ if __name__ == "__main__":
         texts, names = tokenizer_texts(entities, forms, talk), [*kinds_of(entities)]
         pieces = int(*more)
         Path(path).write_bytes(train_tokenizer(texts, names, pieces))
+        write_json(Path(path).with_name("tokenizer_config.json"), tokenizer_settings(path, names))

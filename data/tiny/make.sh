@@ -12,9 +12,9 @@ cat > $build/config.json <<'JSON'
  "description": "The base has read what data/knowledge.jsonl holds on 739 diseases, herbs, formulas and drugs, and nothing else; it may invent. 底座只读过知识库的 739 个条目，别的不知道，仍可能编造。"}
 JSON
 $PYTHON model.py init $build/config.json $build/fresh --seed 0
-cp $build/tokenizer.model $build/config.json $build/fresh/
+cp $build/tokenizer.model $build/tokenizer_config.json $build/config.json $build/fresh/
 $PYTHON $here/make.py copying $build/fresh $build/base
-cp $build/tokenizer.model $build/config.json $build/base/
+cp $build/tokenizer.model $build/tokenizer_config.json $build/config.json $build/base/
 # How to read and to answer, then above all facts, then more of both: PASSES of all passages,
 # EXERCISES, SEED, RATE.
 while read -r passes exercises seed rate; do

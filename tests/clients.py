@@ -170,7 +170,9 @@ got = r.choices[0].message.content""",
         "chat": """
 from llama_index.core.llms import ChatMessage
 from llama_index.llms.openai_like import OpenAILike
-c = OpenAILike(model=MODEL, api_base=URL, api_key=KEY, is_chat_model=True, max_tokens=256)
+# Its own default, a temperature of 0.1, samples.
+options = {"is_chat_model": True, "max_tokens": 256, "temperature": 0}
+c = OpenAILike(model=MODEL, api_base=URL, api_key=KEY, **options)
 got = c.chat([ChatMessage(role="user", content=ASK)]).message.content""",
         "completions": """
 from llama_index.llms.openai_like import OpenAILike

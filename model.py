@@ -1427,17 +1427,17 @@ class Lasting:
     not the end of a run."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text):
-        with suppress(OSError, AttributeError):
+        with suppress(OSError):
             self.stream.write(text)
 
     def flush(self):
-        with suppress(OSError, AttributeError):
+        with suppress(OSError):
             self.stream.flush()
 
 

@@ -126,6 +126,13 @@ def test_the_step_is_finished_and_saved(base, records, tmp_path, way):
     assert [*T.checkpoints(tmp_path / "out")][-1] == done[-1] == len(done)
 
 
+def test_nobody_reads_from_the_start(base, records, tmp_path):
+    """`python train.py --show 1 >&-`: Python has no sys.stdout then."""
+    asked = [*command(base, records, tmp_path / "out", 1, "--show", "1")]
+    done = subprocess.run(asked, preexec_fn=lambda: os.close(1), stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_twenty_times(base, records, tmp_path, way):

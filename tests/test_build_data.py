@@ -153,6 +153,8 @@ def test_dialogues_refer_back():
     for r in PARTS["dialogues"]:
         assert r["entity"] in r["output"]
         nameless += r["entity"] not in said(r)[-1]
+        # A pronoun takes the place of a name and of what stands beside it: not 这味药这味药.
+        assert not any(re.search("(?:[这该].{,2}[药方病]|它)这", text) for text in said(r)), r["id"]
     assert nameless > 0.2 * len(PARTS["dialogues"])
     assert sum(r["messages"][0]["role"] == "system" for r in PARTS["dialogues"]) > 50
 

@@ -46,7 +46,9 @@ class Words(dict):
             self.update({f"e{i}": fact.entity, f"r{i}": fact.relation, f"it{i}": it})
             self[f"t{i}"] = answer([fact], own, rng)
             self.talk[f"q{i}"] = [ask.format(e=fact.entity) for ask in asks]
-            self.talk[f"p{i}"] = [ask.format(e=it) for ask in asks if "？" in ask]
+            self.talk[f"p{i}"] = [
+                ask.format(e=it) for ask in asks if "？" in ask and "{e}这" not in ask
+            ]
             self.talk[f"s{i}"] = [say.format(e=fact.entity, v=fact.text) for say in says]
             self.talk[f"say{i}"] = [say.replace("{e}", fact.entity) for say in says]
 

@@ -116,8 +116,8 @@ VERDICT = "。([^。]+?)(相符|不符)，(?:所以这个说法|这句话是|因
 
 
 def test_a_verdict_follows_from_its_fact():
-    """The letter is that of the one option that is a value: each is looked at up to it. A statement
-    is right if it is a value."""
+    """The letter is that of the one option that is a value: each is looked at up to it, but for the
+    fourth, which is left when three do not fit. A statement is right if it is a value."""
     own = {e["中心词"]: e for e in ENTITIES}
     letters, verdicts = Counter(), Counter()
     for r in ASKED:
@@ -133,7 +133,7 @@ def test_a_verdict_follows_from_its_fact():
             assert len(options) == 4 and [c for c, *_ in looked] == [*"ABCD"][: len(looked)]
             for c, text, verdict in looked:
                 assert text == options[c] and (verdict == "相符") == (c == letter), r["id"]
-            assert looked[-1][0] == letter, r["id"]
+            assert looked[-1][0] == min(letter, "C"), r["id"]
             letters[letter] += 1
         elif kind in ("true", "false"):
             value, match, verdict = re.search(VERDICT, said(r, 1)[0]).groups()

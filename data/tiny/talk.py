@@ -85,10 +85,11 @@ def words_about(fact, own, known, talk, rng):
         rng.shuffle(options)
         right = options.index(words["x"])
         words.update(zip("abcd", options), l="ABCD"[right])
-        # Each line is looked at in turn: to copy it is easy, to look its letter up is not.
+        # Each line is looked at in turn: to copy it is easy, to look its letter up is not. Behind
+        # three that do not fit the fourth need not be looked at.
         words["lines"] = words["lines"]  # one choice for question and answer
-        *before, line = words["lines"].split("\n")[: right + 1]
-        words["looked"] = "".join(f"{other}不符，" for other in before) + f"{line}相符，"
+        looked = zip(words["lines"].split("\n")[:3], ["不符"] * right + ["相符"])
+        words["looked"] = "".join(f"{line}{fits}，" for line, fits in looked)
     return words, told
 
 

@@ -303,11 +303,14 @@ def main():
         measure_statements(ask, known, talk, rng, show)
         measure_warnings(ask, known, rng, show)
         measure_pairs(ask, entities, rng, show)
-        rules = Counter()
+        # What question and answer hold together, as an audit counts, and what answers do alone.
+        both, alone = Counter(), Counter()
         for row in ask.said:
-            row["warnings"] = evidence.warnings(row["instruction"], DENIED.sub("", row["answer"]))
-            rules.update(warning["rule"] for warning in row["warnings"])
-        print(f"warnings on {len(ask.said):,} answers: {dict(rules)}")
+            answer = DENIED.sub("", row["answer"])
+            row["warnings"] = evidence.warnings(row["instruction"], answer)
+            both.update(warning["rule"] for warning in row["warnings"])
+            alone.update(warning["rule"] for warning in evidence.warnings("", answer))
+        print(f"warnings on {len(ask.said):,} answers: {dict(both)}; of these alone: {dict(alone)}")
         show((row["answer"], row["warnings"]) for row in ask.said if row["warnings"])
         if options.output_dir:
             write_lines(f"{options.output_dir}/answers-{candidate.name}.jsonl", ask.said)

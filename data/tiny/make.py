@@ -84,10 +84,16 @@ def repeats(entities, number, rng):
 
 
 def comparisons(entities, forms, number, rng):
-    """Values of any facts, and which of some others are among them."""
+    """Values of any facts, in every second of facts of one relation, which are the more alike, and
+    which of some others are among them."""
     known = [facts_of(entity, forms) for entity in entities]
-    values = sorted({*values_in(chain(*(own.values() for own in known)))})
+    facts = [*chain(*(own.values() for own in known))]
+    relations = sorted({fact.relation for fact in facts})
+    pools = [{*values_in(f for f in facts if f.relation == name)} for name in relations]
+    pools = [sorted(pool) for pool in pools if len(pool) > 9]
+    everything = sorted({*values_in(facts)})
     for _ in range(number):
+        values = rng.choice([everything, rng.choice(pools)])
         told = rng.sample(values, rng.randint(1, 6))
         asked = rng.sample(told, rng.randint(0, min(3, len(told)))) + rng.sample(values, 3)
         rng.shuffle(asked)
@@ -99,10 +105,10 @@ def comparisons(entities, forms, number, rng):
 def passages(entities, forms, talk, rng):
     """All facts of every entity in a random order and phrasing, each with what an answer says
     besides, broken at random into documents of one to six; one in eight has a pronoun for the
-    name."""
+    name. Doses stand there four times: a wrong one does harm, and one number is like another."""
     for own in (facts_of(entity, forms) for entity in entities):
-        texts = []
-        for fact in own.values():
+        texts, doses = [], [fact for fact in own.values() if fact.relation == "用法用量"]
+        for fact in [*own.values(), *doses * 3]:
             if rng.random() < 1 / 8:
                 fact = replace(fact, entity=rng.choice(talk[fact.kind]))
             texts.append(answer([fact], own, rng))

@@ -1356,6 +1356,11 @@ def shown(value):
     return re.sub(rf"[(),']|{re.escape(str(DATA.parent))}/", "", str(value)) or "none"
 
 
+# To find a class inspect parses its whole file. Once is enough; and in Python 3.11 that may fail
+# while another thread prints a traceback, which parses too.
+source_of = cache(inspect.getsource)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one line for an error; --like-this may stand for --like_this. The description
     is shown as it is written, and its examples are the usage."""
@@ -1372,7 +1377,7 @@ class Parser(argparse.ArgumentParser):
         kinds = {bool: {"nargs": "?", "const": True, "type": boolean}, tuple: {"nargs": "+"}}
         # A comment before an empty line is a heading. A field's own stand above and beside it.
         pattern = r"(?m)^    # (.*)\n\n|((?:^    #.*\n)*)^    (\w+): .*?(?:  #(.*))?$"
-        source = "".join(inspect.getsource(c) for cls in classes for c in cls.__mro__[:-1])
+        source = "".join(source_of(c) for cls in classes for c in cls.__mro__[:-1])
         missing = {f.name: f for cls in classes for f in fields(cls)}
         group = self
         for title, above, name, beside in re.findall(pattern, source):

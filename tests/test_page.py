@@ -324,7 +324,7 @@ def test_turns_go_along_where_the_model_is_used_to_them(visit, model, clip):
         ask(page, "二")
         assert not page.is_checked("#memory") and model.asked[-1] == ("tuned", ["二"])
     model.asked.clear()
-    server = {"single_or_multi": "multi", "positions": 450, "length": 200, "clip": clip}
+    server = {"single_or_multi": "multi", "positions": 400, "length": 200, "clip": clip}
     model.says["四"] = "长" * 150
     with visit(server=server) as page:
         assert page.is_checked("#memory")

@@ -874,7 +874,7 @@ def join_processes(device):
     # Sums of gradients go through the GPUs' own network, or through TCP.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = Lasting(None)
     return device
 
 

@@ -1,8 +1,8 @@
 """What the small base is made from: what it reads, and a tokenizer. Called by make.sh.
 
 python data/tiny/make.py documents FILE PASSES EXERCISES SEED   knowledge.jsonl, told and asked
-python data/tiny/make.py tokenizer FILE VOCAB_SIZE         a SentencePiece model of the same, and
-                                     beside it what other programs must know of it
+python data/tiny/make.py tokenizer FOLDER VOCAB_SIZE       a SentencePiece model of the same, and
+                                     what other programs must know of it
 python data/tiny/make.py copying FRESH BASE    a fresh model with two heads that copy
 """
 
@@ -30,7 +30,7 @@ from build_data import (  # noqa: E402
     write_lines,
 )
 from generate import DATA, load_template, read_messages  # noqa: E402
-from model import load_model, read_json_file, save_model, write_json  # noqa: E402
+from model import load_model, read_json_file, save_model, tell_transformers, write_json  # noqa: E402
 
 from talk import Words, comprehension, pairs, talks  # noqa: E402
 from talk import records as talk_records  # noqa: E402
@@ -234,14 +234,15 @@ def train_tokenizer(texts, names, vocab_size):
     return model.getvalue()
 
 
-def tokenizer_settings(path, names):
-    """tokenizer_config.json. It names the pieces that no merge makes: llama.cpp's converter does
+def name_pieces(folder, names):
+    """Have tokenizer_config.json name the pieces that no merge makes: llama.cpp's converter does
     not see in tokenizer.model that they are user-defined, and would split 胸腔积液 in four."""
-    pieces = SentencePieceProcessor(model_file=path)
+    tell_transformers(folder)
+    pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     flags = {"special": False, "normalized": False, "lstrip": False, "rstrip": False}
     added = {pieces.piece_to_id(name): {"content": name, **flags} for name in names}
-    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
-    return {**settings, "add_prefix_space": False, "added_tokens_decoder": added}
+    file = folder / "tokenizer_config.json"
+    write_json(file, read_json_file(file) | {"added_tokens_decoder": added})
 
 
 if __name__ == "__main__":
@@ -259,5 +260,6 @@ if __name__ == "__main__":
     else:
         texts, names = tokenizer_texts(entities, forms, talk), [*kinds_of(entities)]
         pieces = int(*more)
-        Path(path).write_bytes(train_tokenizer(texts, names, pieces))
-        write_json(Path(path).with_name("tokenizer_config.json"), tokenizer_settings(path, names))
+        folder = Path(path)
+        (folder / "tokenizer.model").write_bytes(train_tokenizer(texts, names, pieces))
+        name_pieces(folder, names)

@@ -6,7 +6,7 @@
 set -euo pipefail
 PYTHON=${PYTHON:-python}
 here=data/tiny; build=$here/build; mkdir -p $build
-$PYTHON $here/make.py tokenizer $build/tokenizer.model 4352
+$PYTHON $here/make.py tokenizer $build 4352
 cat > $build/config.json <<'JSON'
 {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
  "intermediate_size": 512, "vocab_size": 4352, "rms_norm_eps": 1e-05,

@@ -915,7 +915,7 @@ class Replies(dict):
         self.path = path
         if not read_only:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Open as long as this object lives: closing it would release the lock.
+            # Open until `Client.end`: closing it releases the lock.
             self.file = open(path, "ab+", buffering=0)  # noqa: SIM115
             hold(self.file, path)
         data = path.read_bytes() if path.exists() else b""
@@ -1039,8 +1039,9 @@ class Client:
             asyncio.run(self.run(todo))
 
     def end(self):
-        """Tell what stopped the run, once the caller has written what was paid: raise what no
-        further request can mend, print the rest."""
+        """Let go of the replies, once the caller has written what was paid, and tell what stopped
+        the run: raise what no further request can mend, print the rest."""
+        self.replies.file.close()  # what stopped the run may hold this object, and so the lock
         if isinstance(self.stop, Stopped):
             print(f"stopped: {self.stop}; the same command goes on")
         elif self.stop:

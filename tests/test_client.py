@@ -842,3 +842,16 @@ def test_a_client_that_goes_lets_go_of_its_replies(tmp_path):
                 D.Client(tmp_path / "r.jsonl", options(server.url)).ask(jobs(2))
     finally:
         gc.enable()
+
+
+def test_a_run_that_was_stopped_lets_go_of_its_replies(tmp_path):
+    """At its end, though what stopped it holds all that it was raised in."""
+    gc.disable()
+    try:
+        with Running() as server:
+            for _ in range(2):
+                capped = options(server.url, "--max_requests", "1")
+                ask(D.Client(tmp_path / "r.jsonl", capped), jobs(4))
+    finally:
+        gc.enable()
+    assert len(lines(tmp_path / "r.jsonl")) == 2

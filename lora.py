@@ -110,7 +110,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):  # (..., I) -> (..., O)
         # Down to r numbers a token, and up again; scaled where they are few.
-        h = F.dropout(x, self.config.dropout, self.training)
+        h = dropout(x, self.config.dropout * self.training)
         h = F.linear(h, self.lora_a.to(x.dtype)) * (self.config.scale * self.share)  # (..., r)
         return self.base(x) + F.linear(h.to(x.dtype), self.lora_b.to(x.dtype))
 
@@ -184,6 +184,22 @@ def merge(model):
         raise ValueError("the model has no adapter to merge")
     remove_adapter(model)
     return errors
+
+
+# ==================================================================================================
+# Dropout on a CPU
+
+
+def dropout(x, p):
+    """x with each number at random 0, with probability p, or over 1 - p (Srivastava et al. 2014).
+
+    On a CPU, where random numbers cost more than the product, 64 random bits serve four numbers, so
+    p is a multiple of 2^-16."""
+    if x.is_cuda or p == 0:
+        return F.dropout(x, p)
+    bits = x.new_empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    return x * kept / (1 - p)
 
 
 # ==================================================================================================

@@ -58,7 +58,7 @@ class Worker:
         torch.set_num_threads(1)
         self.torch, self.bases = torch, Path(bases)
         self.M, self.L, self.G, self.T, self.B = model, lora, generate, train, bench_train
-        self.is_old = not hasattr(generate, "generate_ids")
+        self.is_old = hasattr(generate.Batch, "add")
 
     def load(self, base, dtype):
         """A model of the base, its weights in memory and not in a mapped file."""

@@ -161,6 +161,25 @@ def test_dropout_acts_on_the_updates_input_while_training():
     assert (draws.mean(0) - exact).abs().max() < 0.05 * update
 
 
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_dropout_draws_each_number_apart(p):
+    """On a CPU several numbers share a draw: their masks do not follow from each other (correlation
+    of neighbours within 4 standard errors of 0), nor from their place; an odd count is whole."""
+    torch.manual_seed(0)
+    x = torch.full((999, 1001), 3.0)
+    dropped = L.dropout(x, p)
+    assert {*dropped.unique().tolist()} == {0.0, (x[:1, :1] / (1 - p)).item()}
+    mask = (dropped > 0).double().flatten()
+    n, std = len(mask), (p * (1 - p)) ** 0.5
+    assert abs(mask.mean() - (1 - p)) < 4 * std / n**0.5
+    for step in range(1, 9):
+        both = (mask[step:] - (1 - p)) * (mask[:-step] - (1 - p)) / std**2
+        assert abs(both.mean()) < 4 / n**0.5
+    for start in range(4):
+        assert abs(mask[start::4].mean() - (1 - p)) < 4 * std / (n / 4) ** 0.5
+    assert L.dropout(x, 0.0) is x
+
+
 @pytest.mark.parametrize(
     "values, cause",
     [

@@ -105,10 +105,11 @@ def comparisons(entities, forms, number, rng):
 def passages(entities, forms, talk, rng):
     """All facts of every entity in a random order and phrasing, each with what an answer says
     besides, broken at random into documents of one to six; one in eight has a pronoun for the
-    name. Doses stand there four times: a wrong one does harm, and one number is like another."""
+    name. Doses and compositions stand there four times, each with its cautions: a wrong one does
+    harm."""
     for own in (facts_of(entity, forms) for entity in entities):
-        texts, doses = [], [fact for fact in own.values() if fact.relation == "用法用量"]
-        for fact in [*own.values(), *doses * 3]:
+        texts, grave = [], [own[name] for name in ("用法用量", "组成") if name in own]
+        for fact in [*own.values(), *grave * 3]:
             if rng.random() < 1 / 8:
                 fact = replace(fact, entity=rng.choice(talk[fact.kind]))
             texts.append(answer([fact], own, rng))

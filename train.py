@@ -820,8 +820,8 @@ def trial_model(shape, config, dtype):
 @cache
 def kept_bytes(model, tokens, targets):
     """Bytes that autograd keeps of so many tokens from the forward to the gradient, weights apart.
-    They stand in rows of 8: on `meta`, unlike elsewhere, attention keeps its scores too."""
-    rows, sizes = PackedRows([8] * math.ceil(tokens / 8), 0, "meta"), {}
+    They stand in rows of 2: on `meta`, unlike elsewhere, attention keeps its scores too."""
+    rows, sizes = PackedRows([2] * math.ceil(tokens / 2), 0, "meta"), {}
 
     def note(tensor):
         storage = tensor.untyped_storage()

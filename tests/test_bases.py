@@ -561,7 +561,7 @@ def test_memory_of_their_training_is_planned(tmp_path, name, settings):
     wanted = measured_bytes(shape, config, torch.float32, rows, 0)
     tokens = n * (length + 1)
     plan = T.plan_memory(shape, config, rows, torch.float32, torch.device("cpu"), tokens)
-    assert plan.recomputed == 0 and abs(plan.bytes - wanted) < 0.11 * wanted
+    assert plan.recomputed == 0 and abs(plan.bytes - wanted) < 0.1 * wanted
 
 
 def test_recover_knows_biases(tmp_path):
